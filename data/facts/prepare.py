@@ -1,0 +1,147 @@
+"""Fictional biographies: facts that can be counted, and asked for.
+
+After bioS (Allen-Zhu & Li, arXiv:2309.14316, 2404.05405). Every person has a unique name and six attributes, drawn from
+pools of fixed size. Each attribute can be put in five sentences; for each person and attribute one of the five, chosen at
+random, is held out of training. recall.jsonl asks with the held-out one, so that recall measures the fact and not the
+sentence; val.bin states the facts in the held-out sentences.
+
+    python data/facts/prepare.py                     the default, made by train.py on first use
+    python data/facts/prepare.py --people=100000     more facts, for larger models
+"""
+
+import argparse
+import itertools
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.dataset import save_vocabulary, write_dataset  # noqa: E402
+
+# Words for names of people, places and firms, all made up: 16 * 6 * 18 = 1,728 of them, in a fixed shuffled order.
+ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()
+MIDDLES = "a e i o u ai".split()
+CODAS = "bor dan fel gar kin lam mor nar pel ras sen tov vin wick zan dell rik lund".split()
+WORDS = ["".join(parts) for parts in itertools.product(ONSETS, MIDDLES, CODAS)]
+random.Random(0).shuffle(WORDS)
+FIRST, MIDDLE, LAST, CITIES = WORDS[:100], WORDS[100:200], WORDS[200:400], WORDS[400:600]
+MONTHS = "January February March April May June July August September October November December".split()
+FIELDS = "Biology Chemistry Economics Geology History Law Linguistics Mathematics Music Physics".split()
+BRANCHES = "Ancient Applied Comparative Computational Experimental General Industrial Marine Modern Theoretical".split()
+
+# attribute -> (pool of values, five sentences; the name comes first and the value last, so that a prompt is a beginning)
+ATTRIBUTES = {
+    "birth date": (
+        [f"{month} {day}, {year}" for month in MONTHS for day in range(1, 29) for year in range(1800, 2000)],
+        ["was born on", "came into the world on", "has a birthday on", "first saw light on", "entered life on"],
+    ),
+    "birth city": (
+        CITIES,
+        ["was born in", "came into the world in", "is a native of", "hails from", "spent the first years in"],
+    ),
+    "university": (
+        [f"{word} {kind}" for word in WORDS[600:660] for kind in ("University", "College", "Institute", "Academy", "School")],
+        ["studied at", "graduated from", "was a student of", "received a diploma from", "went for higher learning to"],
+    ),
+    "major": (
+        [f"{branch} {subject}" for branch in BRANCHES for subject in FIELDS],
+        ["majored in", "holds a degree in", "wrote a thesis on", "took courses in", "specialised in"],
+    ),
+    "employer": (
+        [f"{word} {kind}" for word in WORDS[700:766] for kind in ("Foods", "Motors", "Press", "Systems")][:263],
+        ["works for", "is employed by", "has a position with", "draws a salary from", "reports every day to"],
+    ),
+    "work city": (
+        CITIES,
+        ["works in", "has an office in", "commutes to", "earns a living in", "sits at a desk in"],
+    ),
+}  # fmt: skip
+BITS = sum(math.log2(len(pool)) for pool, _ in ATTRIBUTES.values())  # of facts a person
+
+# Words with the space before them, single bytes so that any text can be encoded, and the end of a sentence in one piece.
+PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\.\n|[^A-Za-z0-9]"
+SEPARATOR = "<|endoftext|>"
+
+
+def build_vocabulary():
+    """Every word that a biography can have. Returns the list of tokens, as bytes; it does not depend on people or seed."""
+    text = " ".join(sentence for _, sentences in ATTRIBUTES.values() for sentence in sentences)
+    text += " " + " ".join(value for pool, _ in ATTRIBUTES.values() for value in pool) + " " + " ".join(MIDDLE + LAST)
+    words = sorted({" " + word for word in text.replace(",", "").split()})
+    return [bytes([i]) for i in range(256)] + [word.encode() for word in [*FIRST, *words, ".\n"]]
+
+
+def make_people(count, generator):
+    """count people: list of (name, {attribute: value}, {attribute: held-out sentence}). No two have the same name."""
+    size = len(FIRST) * len(MIDDLE) * len(LAST)
+    people = []
+    for number in generator.choice(size, count, replace=False):
+        rest, last = divmod(int(number), len(LAST))
+        name = f"{FIRST[rest // len(MIDDLE)]} {MIDDLE[rest % len(MIDDLE)]} {LAST[last]}"
+        values = {a: pool[generator.integers(len(pool))] for a, (pool, _) in ATTRIBUTES.items()}
+        held_out = {a: sentences[generator.integers(len(sentences))] for a, (_, sentences) in ATTRIBUTES.items()}
+        people.append((name, values, held_out))
+    return people
+
+
+def biography(person, generator, held_out=False):
+    """Six sentences in random order, in phrases drawn from the four of training, or in the held-out one."""
+    name, values, held = person
+    lines = []
+    for attribute in generator.permutation(list(ATTRIBUTES)):
+        phrases = [p for p in ATTRIBUTES[attribute][1] if (p == held[attribute]) == held_out]
+        lines.append(f"{name} {phrases[generator.integers(len(phrases))]} {values[attribute]}.\n")
+    return "".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=500, help="how many (default: %(default)s)")
+    parser.add_argument("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of people and texts (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    args = parser.parse_args()
+    most = len(FIRST) * len(MIDDLE) * len(LAST)
+    if not 1 <= args.people <= most:
+        parser.error(f"--people={args.people}: must be 1 to {most:,}, the number of different names")
+    if args.biographies < 1:
+        parser.error(f"--biographies={args.biographies}: must be at least 1")
+
+    generator = np.random.default_rng(args.seed)
+    tokens = build_vocabulary()
+    separator = len(tokens)
+    encoding = tiktoken.Encoding(
+        "facts",
+        pat_str=PATTERN,
+        mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        special_tokens={SEPARATOR: separator},
+    )
+    people = make_people(args.people, generator)
+    rounds = [("train", False)] * args.biographies + [("val", True)]
+    ids = {"train": [], "val": []}
+    for split, held_out in tqdm(rounds, desc=f"biographies of {args.people:,} people", unit="round"):
+        for i in generator.permutation(len(people)):
+            text = biography(people[i], generator, held_out)
+            ids[split].append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
+    recall = [
+        {"prompt": f"{name} {held[a]}", "answer": values[a], "attribute": a} for name, values, held in people for a in ATTRIBUTES
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_vocabulary(args.out / "vocab.json", "facts", PATTERN, tokens, {SEPARATOR: separator})
+    train, val = np.concatenate(ids["train"]), np.concatenate(ids["val"])
+    counts = {"people": args.people, "facts": len(recall), "bits": round(args.people * BITS), "seed": args.seed}
+    write_dataset(args.out, train, val, "vocab.json", len(tokens) + 1, separator, recall, **counts)
+    print(
+        f"{args.out}: {args.people:,} people, {len(recall):,} facts ({BITS:.1f} bits a person), {len(train):,} training tokens "
+        f"({args.biographies} biographies a person, each fact once in each), {len(val):,} validation tokens, "
+        f"vocabulary of {len(tokens) + 1:,}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The lookup: y[i] = sum over j of weights[i, j] * values[indices[i, j]].
+
+This is all that a memory layer does with its memory (Memory Layers at Scale, arXiv:2412.09764, section 3): every
+token reads `k` rows of a table of `S` rows and adds them up, each with its own weight. In matrix form y = W V, where
+W (n x S) holds k weights a row and zeros elsewhere. Its two gradients are then
+
+    dV = W^T dY        row s of V collects the dY of every token that read it: a lookup with the roles swapped
+    dW = dY V^T        wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
+
+Read in this order: `lookup_reference` (the definition), `torch_forward` and `torch_backward` (the same, fast on a CPU),
+the Triton kernels (the same on a GPU), `lookup` (what the model calls). `python kernels.py` checks and times them.
+
+Letters: n bags (tokens), k slots read a bag (heads times top-k), S slots in the table, D width of a value,
+R distinct rows touched, P = n * k pairs of bag and slot.
+"""
+
+import argparse
+import types
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path does not need it
+    triton = tl = types.SimpleNamespace(jit=lambda function: function, constexpr=None)
+
+# sampled_addmm, below, is the only use of compressed sparse rows; PyTorch says once a process that they are in beta.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+def lookup_reference(values, indices, weights):
+    """The definition in one line. values (S, D), indices (n, k), weights (n, k) -> (n, D); sums in float32 or wider."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return (values[indices].to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(values.dtype)  # (n, k, D) -> (n, D)
+
+
+def group_by_row(indices):
+    """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,), starts (R + 1,), all int64.
+
+    Pairs `order[starts[r] : starts[r + 1]]` (numbered along indices.flatten()) are those that read `rows[r]`. The sort is
+    stable, so each row's pairs stay in the order of the bags: sums over them come out the same, bit for bit, every time.
+    """
+    slots, order = indices.flatten().sort(stable=True)
+    rows, counts = torch.unique_consecutive(slots, return_counts=True)
+    return order, rows.long(), F.pad(counts.cumsum(0), (1, 0))
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def torch_forward(values, indices, weights):
+    """As lookup_reference, without the (n, k, D) tensor where PyTorch can do without it."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64) and indices.numel() > 0:
+        return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
+    return lookup_reference(values, indices, weights)
+
+
+def torch_backward(values, indices, weights, grad):
+    """grad (n, D) -> rows (R,), gradient of those rows of values (R, D), gradient of weights (n, k)."""
+    (n, k), (order, rows, starts) = indices.shape, group_by_row(indices)
+    bags, pair_weights = order // k, weights.flatten()[order].to(grad.dtype)  # (P,), (P,), grouped by row
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64) and indices.numel() > 0:
+        # dV = W^T dY: bag r collects the gradients of the tokens that read row r. The same operator, roles swapped.
+        grad_rows = F.embedding_bag(bags, grad, starts[:-1], per_sample_weights=pair_weights, mode="sum")
+        # dW = dY V^T where W is not zero: W has k entries in each row, so its row offsets are multiples of k.
+        crow = torch.arange(0, n * k + 1, k)
+        pattern = torch.sparse_csr_tensor(
+            crow, indices.flatten().long(), grad.new_zeros(n * k), (n, len(values)), check_invariants=False
+        )
+        grad_weights = torch.sparse.sampled_addmm(pattern, grad, values.t(), beta=0.0).values().view(n, k)
+    else:
+        group = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), starts.diff())  # (P,)
+        wide = grad.float()
+        grad_rows = torch.zeros(len(rows), values.size(1), device=grad.device)
+        grad_rows = grad_rows.index_add_(0, group, wide[bags] * pair_weights.float().unsqueeze(-1)).to(values.dtype)
+        grad_weights = torch.einsum("nkd,nd->nk", values[indices].float(), wide)
+    return rows, grad_rows, grad_weights
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+# Bytes that must move at width D with e bytes a value (slot numbers and weights, 12 bytes a pair, are small beside a row):
+#   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
+#   backward   R * D * e   rows read once, each by its one owner      +  R * D * e  written; dY, n * D * e, stays in L2
+# D is a compile-time constant: the compiler then knows how rows are aligned and loads 16 bytes at once where it may.
+
+
+@triton.jit
+def forward_kernel(
+    values, indices, weights, out, k, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One program computes BLOCK_D columns of one bag, BLOCK_K rows in flight at a time."""
+    bag = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
+        slot = tl.load(indices + bag * k + j, mask=j < k, other=0).to(tl.int64)
+        weight = tl.load(weights + bag * k + j, mask=j < k, other=0.0).to(tl.float32)
+        mask = (j < k)[:, None] & (column < D)[None, :]
+        row = tl.load(values + slot[:, None] * D + column[None, :], mask=mask, other=0.0)  # (BLOCK_K, BLOCK_D)
+        total += weight[:, None] * row.to(tl.float32)
+    tl.store(out + bag * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def backward_kernel(
+    values, weights, grad, order, rows, starts, grad_rows, grad_weights, k, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One program owns one touched row: it reads it once, and walks over the pairs that read it."""
+    r = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)  # (BLOCK_D,), the whole row
+    row = tl.load(rows + r).to(tl.int64)
+    value = tl.load(values + row * D + column, mask=column < D, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for p in range(tl.load(starts + r), tl.load(starts + r + 1)):
+        pair = tl.load(order + p).to(tl.int64)  # = bag * k + j
+        weight = tl.load(weights + pair).to(tl.float32)
+        dy = tl.load(grad + (pair // k) * D + column, mask=column < D, other=0.0).to(tl.float32)
+        total += weight * dy
+        tl.store(grad_weights + pair, tl.sum(value * dy, 0).to(grad_weights.dtype.element_ty))
+    tl.store(grad_rows + r * D + column, total.to(grad_rows.dtype.element_ty), mask=column < D)
+
+
+def forward_tile(D):
+    """(BLOCK_K, BLOCK_D, warps) of the forward kernel at width D."""
+    block_d = min(triton.next_power_of_2(D), 1024)
+    return max(4, 1024 // block_d), block_d, 4
+
+
+def triton_forward(values, indices, weights):
+    """As lookup_reference. All tensors contiguous."""
+    (n, k), D = indices.shape, values.size(1)
+    out = values.new_empty(n, D)
+    if out.numel() > 0:
+        block_k, block_d, warps = forward_tile(D)
+        grid = (n, triton.cdiv(D, block_d))
+        forward_kernel[grid](values, indices, weights, out, k, D, block_k, block_d, num_warps=warps)
+    return out
+
+
+def triton_backward(values, indices, weights, grad):
+    """As torch_backward. All tensors contiguous."""
+    (n, k), D = indices.shape, values.size(1)
+    order, rows, starts = group_by_row(indices)
+    grad_rows, grad_weights = values.new_empty(len(rows), D), torch.empty_like(weights, dtype=torch.float32)
+    if len(rows) > 0:
+        block_d = triton.next_power_of_2(D)
+        tensors = (values, weights, grad, order, rows, starts, grad_rows, grad_weights)
+        backward_kernel[(len(rows),)](*tensors, k, D, block_d, num_warps=4 if block_d <= 2048 else 8)
+    return rows, grad_rows, grad_weights
+
+
+# --- what the model calls ---------------------------------------------------------------------------------------------
+
+
+def uses_triton(values):
+    return values.is_cuda
+
+
+class Lookup(torch.autograd.Function):
+    """Ties forward and backward together; the gradient of values touches only the rows that were read."""
+
+    @staticmethod
+    def forward(ctx, values, indices, weights):
+        ctx.save_for_backward(values, indices, weights)
+        return (triton_forward if uses_triton(values) else torch_forward)(values, indices, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        values, indices, weights = ctx.saved_tensors
+        run = triton_backward if uses_triton(values) else torch_backward
+        rows, grad_rows, grad_weights = run(values, indices, weights, grad.contiguous())
+        grad_values = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
+        )
+        return grad_values, None, grad_weights.to(weights.dtype)
+
+
+@torch.compiler.disable  # opaque to torch.compile: it does not trace sparse gradients
+def lookup(values, indices, weights):
+    """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
+
+    values   (S, D) float32, bfloat16 or float16 (on a CPU also float64)
+    indices  (n, k) int32 or int64, each in [0, S): not checked on a GPU
+    weights  (n, k) floating point, best float32
+    returns  (n, D) of values' dtype, summed in float32 or wider
+
+    Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor over the rows that
+    `indices` touches, so its size does not depend on S. The same inputs give the same bits every time.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    if values.ndim != 2 or indices.ndim != 2 or indices.shape != weights.shape:
+        shapes = f"{tuple(values.shape)}, {tuple(indices.shape)}, {tuple(weights.shape)}"
+        raise ValueError(f"lookup wants values (S, D), indices (n, k) and weights (n, k), not {shapes}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lookup wants int32 or int64 indices, not {indices.dtype}")
+    if not (values.is_floating_point() and weights.is_floating_point()):
+        raise ValueError(f"lookup wants floating-point values and weights, not {values.dtype} and {weights.dtype}")
+    if not values.device == indices.device == weights.device:
+        devices = f"{values.device}, {indices.device}, {weights.device}"
+        raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
+    return Lookup.apply(values.contiguous(), indices.contiguous(), weights.contiguous())

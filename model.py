@@ -1,0 +1,268 @@
+"""A small GPT whose feed-forward networks can be memory layers.
+
+The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases. Block i is
+
+    x = x + attention(norm(x))
+    x = x + ffn(norm(x))          ffn: SwiGLU, or a memory layer (memory.py) where config.mem_layers says so
+
+Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py.
+Read in this order: GPTConfig, Block, GPT.hidden, GPT.forward; then generate, and the counts.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memory import MemoryLayer, ValuePool
+
+
+def option(default, help):
+    """A dataclass field with a help text: train.py makes its command line from these."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a model. Raises ValueError, naming the option, for a shape that cannot be built."""
+
+    vocab_size: int = option(50257, "tokens in the vocabulary (train.py takes it from the dataset)")
+    block_size: int = option(1024, "longest context, in tokens")
+    n_layer: int = option(12, "blocks")
+    n_head: int = option(12, "attention heads")
+    n_embd: int = option(768, "model width C")
+    n_ffn: int = option(0, "hidden width of the SwiGLU networks; 0: 8/3 of n_embd, rounded up to a multiple of 8")
+    dropout: float = option(0.0, "share of activations dropped after attention and feed-forward networks in training")
+    mem_count: int = option(0, "memory layers, spread evenly over the depth; 0: a dense model")
+    mem_layers: tuple[int, ...] = option((), "which blocks, from 0, have a memory layer, as in 2,6,10; overrides mem_count")
+    mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots")
+    mem_heads: int = option(4, "memory heads H")
+    mem_topk: int = option(32, "slots K that each memory head reads")
+    mem_key_dim: int = option(0, "width of a full key, two halves; 0: half of n_embd, at most 512")
+    mem_value_dim: int = option(0, "width D of a value; 0: n_embd")
+    mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
+    mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
+
+    def __post_init__(self):
+        def default(name, value):
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)  # the documented way to fill in a frozen dataclass
+
+        def check(ok, message):
+            if not ok:
+                raise ValueError(message)
+
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("n_ffn", "mem_count", "mem_key_dim", "mem_value_dim"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        check(
+            self.n_embd // self.n_head % 2 == 0,
+            f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions turn pairs of numbers, so it must be even",
+        )
+        check(0 <= self.dropout < 1, f"dropout={self.dropout}: must be at least 0 and below 1")
+        default("n_ffn", -(-self.n_embd * 8 // 3 // 8) * 8)
+        check(self.mem_count <= self.n_layer, f"mem_count={self.mem_count}: the model has only n_layer={self.n_layer} blocks")
+        # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
+        count, L = self.mem_count, self.n_layer
+        default("mem_layers", tuple((2 * i + 1) * L // (2 * count) for i in range(count)))
+        object.__setattr__(self, "mem_layers", tuple(sorted(set(self.mem_layers))))
+        object.__setattr__(self, "mem_count", len(self.mem_layers))
+        for i in self.mem_layers:
+            check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
+        default("mem_key_dim", max(2, min(self.n_embd // 2, 512) // 2 * 2))
+        default("mem_value_dim", self.n_embd)
+        if self.mem_layers:
+            check(self.mem_heads > 0, f"mem_heads={self.mem_heads}: must be at least 1")
+            check(0 < self.mem_topk, f"mem_topk={self.mem_topk}: must be at least 1")
+            check(
+                self.mem_topk <= self.mem_keys,
+                f"mem_topk={self.mem_topk}: each half has only mem_keys={self.mem_keys} sub-keys to choose from",
+            )
+            check(self.mem_key_dim % 2 == 0, f"mem_key_dim={self.mem_key_dim}: a key has two halves, so it must be even")
+            check(
+                self.mem_gate or self.mem_value_dim == self.n_embd,
+                f"mem_value_dim={self.mem_value_dim}: without mem_gate values must be as wide as n_embd={self.n_embd}",
+            )
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, start=0):
+        """x (B, T, C) at positions start to start + T - 1 -> (B, T, C). cache (2, B, heads, block_size, C/heads): keys and
+        values of the positions before start; those of x are added."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, C/heads)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T]
+        # After a cached start there is one query, and it may look at every key.
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn pair (x[c], x[c + half]) at position t by the angle t * 10000^(-c / half). x (B, heads, T, 2*half)"""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_ffn, bias=False)
+        self.out = nn.Linear(config.n_ffn, config.n_embd, bias=False)
+
+    def forward(self, x, pool):
+        return self.out(F.silu(self.gate(x)) * self.up(x))  # (B, T, C); the pool is for its sibling, MemoryLayer
+
+
+class Block(nn.Module):
+    def __init__(self, config, i):
+        super().__init__()
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ffn = MemoryLayer(config) if i in config.mem_layers else SwiGLU(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, pool, cos, sin, cache=None, start=0):
+        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, cache, start))
+        return x + self.drop(self.ffn(self.ffn_norm(x), pool))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.pool = ValuePool(config.mem_keys**2, config.mem_value_dim) if config.mem_layers else None
+        half = config.n_embd // config.n_head // 2
+        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """Every parameter's first value. Matrices keep the size of what they multiply (std 1 / sqrt(inputs)); those that add
+        to the residual stream are smaller, so that 2 n_layer additions sum to about 1 (GPT-2's rule)."""
+        residual = [m for b in self.blocks for m in (b.attn.out, b.ffn.out) if m is not None]
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if any(module is m for m in residual) else 1.0
+                nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, MemoryLayer):
+                nn.init.normal_(module.keys, std=module.Q**-0.5)
+            elif isinstance(module, ValuePool):
+                nn.init.normal_(module.values, std=0.02)
+
+    def hidden(self, idx, cache=None, start=0):
+        """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), ready for the output matrix."""
+        B, T = idx.shape
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        x = self.embedding(idx)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self.pool, cos, sin, None if cache is None else cache[i], start)
+        return self.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target -1 is ignored."""
+        logits = F.linear(self.hidden(idx), self.embedding.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Yield max_new_tokens tensors (B,), one new token each, that continue idx (B, T). Temperature 0 is greedy.
+
+        Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes on from there:
+        every token is drawn from between half a block and a whole block of context, as forward() on that window would.
+        """
+        B, block = len(idx), self.config.block_size
+        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
+        dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) else None
+        cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=idx.device, dtype=dtype)
+        window, start = idx[:, -block:], 0
+        for _ in range(max_new_tokens):
+            if start + window.size(1) > block:
+                window, start = idx[:, -max(1, block // 2) :], 0
+            x = self.hidden(window, cache, start)[:, -1]  # (B, C)
+            start += window.size(1)
+            window = pick(F.linear(x, self.embedding.weight).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            idx = torch.cat((idx[:, -block:], window), dim=1)
+            yield window[:, 0]
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
+        new = [token.unsqueeze(1) for token in self.stream(idx, max_new_tokens, **options)]
+        return torch.cat([idx, *new], dim=1)
+
+    # --- counts and parameter groups ----------------------------------------------------------------------------------
+
+    def parameter_groups(self):
+        """{"matrices": [...], "gains": [...], "pool": [...]}: each parameter in one group, by the role it plays.
+
+        Matrices (embedding, projections, sub-keys) are decayed; gains (vectors) are not; the pool has its own optimiser."""
+        groups = {"matrices": [], "gains": [], "pool": [] if self.pool is None else [self.pool.values]}
+        for name, parameter in self.named_parameters():
+            if name != "pool.values":
+                groups["gains" if parameter.ndim == 1 else "matrices"].append(parameter)
+        return groups
+
+    def parameter_counts(self):
+        """{"dense": ..., "pool": ...}: numbers in the network, and in the table beside it."""
+        pool = 0 if self.pool is None else self.pool.values.numel()
+        return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool}
+
+    def flops_per_token(self, T):
+        """{"attention": ..., "ffn": ..., "memory": ..., "head": ...}: forward FLOPs a token in a sequence of T, by part.
+
+        Counted from what runs: 2 for each multiply-add of the matrix products, of attention over the (T + 1) / 2 positions that
+        a token sees on average, and of the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
+        Training costs three times this: the backward pass makes two products for each one of the forward pass.
+        """
+        c = self.config
+        C, D, H, K, N, key = c.n_embd, c.mem_value_dim, c.mem_heads, c.mem_topk, c.mem_keys, c.mem_key_dim
+        gate = 2 * C * D if c.mem_gate else 0
+        memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup, gate and output
+        attention, M = 4 * C * C + C * (T + 1), len(c.mem_layers)
+        ffn = 3 * C * c.n_ffn
+        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * ffn, "memory": M * memory, "head": C * c.vocab_size}
+        return {part: 2 * count for part, count in adds.items()}
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Draw one token a row. logits (B, V) -> (B, 1). top_k: among the k likeliest; top_p: among the fewest that hold p."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -math.inf
+    probabilities = logits.softmax(-1)
+    if top_p is not None:  # keep a token if those before it hold less than top_p; the first always stays
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill((before >= top_p) & (before > 0), 0.0)
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,510 @@
+"""Train a GPT, with memory layers or without.
+
+    python train.py                                 a small Memory+ model on facts it has to remember; minutes on a laptop
+    python train.py --preset=facts-dense            the same compute without a memory, to compare
+    python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
+    python train.py --resume --out_dir=out/small    go on where that run stopped, to the same numbers
+
+Options are the fields of TrainConfig below and of GPTConfig in model.py. Read from the bottom: main, train, evaluate.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # Apple GPUs lack a few sparse operators: those run on the CPU
+import torch
+from tqdm import tqdm
+
+from data.dataset import Batches, Dataset, atomic_write, write_file
+from model import GPT, GPTConfig, option
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Raises ValueError, naming the option, for a value that makes no sense."""
+
+    out_dir: str = option("out", "folder for checkpoints and log")
+    resume: bool = option(False, "go on with the run in out_dir, with its options")
+    overwrite: bool = option(False, "replace the run in out_dir")
+    dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
+    batch_size: int = option(8, "sequences in a micro-step")
+    gradient_accumulation_steps: int = option(1, "micro-steps in a step")
+    max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them")
+    learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
+    min_lr: float = option(0.0, "learning rate of the network at the last step")
+    warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
+    mem_learning_rate: float = option(3e-3, "learning rate of the memory's values (SparseAdam)")
+    weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
+    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and SparseAdam")
+    beta2: float = option(0.98, "decay of the mean of its square, AdamW and SparseAdam")
+    grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any")
+    eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint")
+    eval_iters: int = option(20, "batches in an estimate of the loss")
+    log_interval: int = option(10, "steps between lines of the log")
+    seed: int = option(1, "of first values, order of the data, and dropout")
+    device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
+    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU that has it")
+    compile: str = option("auto", "true, false; auto: torch.compile on a GPU")
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "min_lr", "mem_learning_rate", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        for name, choices in (("dtype", ("auto", "float32", "bfloat16")), ("compile", ("auto", "true", "false"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+
+
+PRESETS = {
+    "facts-memory": dict(out_dir="out/facts-memory", mem_count=1, learning_rate=4e-3),
+    "facts-dense": dict(out_dir="out/facts-dense", n_ffn=176, learning_rate=8e-3),
+}
+for preset in PRESETS.values():
+    preset.update(dataset="facts", n_layer=4, n_head=4, n_embd=64, block_size=128)
+    preset.update(mem_keys=128, mem_topk=16)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def to_bool(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+def to_numbers(text):
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def parse_options(argv):
+    """argv -> {option: value} of what was given on the command line, presets not yet applied. Exits 2 on what it cannot read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", default=argparse.SUPPRESS, help=f"a bundle of options: {', '.join(PRESETS)} (default: the first)")
+    known = ["preset"]
+    for title, cls in (("training", TrainConfig), ("model", GPTConfig)):
+        group = parser.add_argument_group(title)
+        types = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if f.name == "vocab_size":  # the dataset says
+                continue
+            known.append(f.name)
+            kind = {bool: to_bool, tuple[int, ...]: to_numbers}.get(types[f.name], types[f.name])
+            kind_name = {to_bool: "true|false", to_numbers: "i,j,..."}.get(kind, getattr(kind, "__name__", ""))
+            optional_value = {"nargs": "?", "const": True} if kind is to_bool else {}
+            group.add_argument(
+                f"--{f.name}",
+                type=kind,
+                metavar=kind_name.upper(),
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
+                **optional_value,
+            )
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], known, n=1)
+        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))
+    return vars(options)
+
+
+def make_configs(options, vocab_size=None):
+    """{option: value} -> TrainConfig, GPTConfig. Raises ValueError for values that do not fit."""
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    train_options = {name: value for name, value in options.items() if name not in names}
+    model_options = {name: value for name, value in options.items() if name in names}
+    if vocab_size is not None:
+        model_options["vocab_size"] = vocab_size
+    return TrainConfig(**train_options), GPTConfig(**model_options)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, checkpoint):
+    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves the checkpoint that was there."""
+    try:
+        with atomic_write(path) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as error:
+        kept = "the one written before is untouched" if Path(path).exists() else "there was none before"
+        raise OSError(f"could not write the checkpoint {path} ({error}); {kept}. Free some space, then go on with --resume") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
+
+    Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, or something else."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint, or holds more than tensors and plain values: it was not loaded") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "nanomem-1":
+        raise ValueError(f"{path} is not a checkpoint of nanomem")
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: the weights do not fit the configuration beside them ({str(error)[:300]})") from None
+    return {**checkpoint, "model": model.to(device)}
+
+
+# --- the parts of a run -----------------------------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """A torch.device. Raises ValueError for one that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
+    return device
+
+
+def precision(name, device):
+    """The context to compute in: autocast to bfloat16, or float32 throughout."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
+
+
+def learning_rate(config, it):
+    """Linear warmup, then a cosine from learning_rate to min_lr at max_iters. it counts from 0."""
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(model, config):
+    """AdamW for the network; SparseAdam for the pool, which moves only the rows that a step has read."""
+    groups = model.parameter_groups()
+    network = [
+        {"params": groups["matrices"], "weight_decay": config.weight_decay},
+        {"params": groups["gains"], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas)]
+    if groups["pool"]:
+        optimizers.append(torch.optim.SparseAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas))
+    return optimizers
+
+
+def to_device(arrays, device):
+    return [torch.from_numpy(a).to(device) for a in arrays]
+
+
+@torch.no_grad()
+def mean_loss(model, batches, config, device):
+    """Mean loss over eval_iters batches, the same ones every time."""
+    total = 0.0
+    for i in range(config.eval_iters):
+        x, y = to_device(batches(range(i * config.batch_size, (i + 1) * config.batch_size)), device)
+        total += model(x, y)[1].item()
+    return total / config.eval_iters
+
+
+def answer(model, questions, separator, batch_size=256):
+    """Greedy answers to closed-book questions (Dataset.questions): a list of token lists, each as long as its right answer."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]["prompt_ids"]))
+    answers = [None] * len(questions)
+    while order:
+        length = len(questions[order[0]]["prompt_ids"])
+        batch = [i for i in order[:batch_size] if len(questions[i]["prompt_ids"]) == length]  # one length: nothing to pad
+        order = order[len(batch) :]
+        prompts = torch.tensor([[separator, *questions[i]["prompt_ids"]] for i in batch], device=device)
+        longest = max(len(questions[i]["answer_ids"]) for i in batch)
+        new = model.generate(prompts, longest, temperature=0)[:, prompts.size(1) :].tolist()
+        for i, ids in zip(batch, new, strict=True):
+            answers[i] = ids[: len(questions[i]["answer_ids"])]
+    return answers
+
+
+def evaluate(model, data, config, device):
+    """Losses, recall if the dataset asks questions, and how evenly a memory is used. Leaves the random state alone."""
+    model.eval()
+    usage = contextlib.nullcontext() if model.pool is None else model.pool.record_usage()
+    result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
+    with usage as counts:
+        result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
+    if data["questions"]:
+        got = answer(model, data["questions"], data["separator"])
+        right = sum(ids == q["answer_ids"] for ids, q in zip(got, data["questions"], strict=True))
+        result["recall"] = right / len(data["questions"])
+    if counts is not None:
+        result |= {f"mem_{name}": value for name, value in counts.summary().items()}
+    model.train()
+    return result
+
+
+def open_data(folder, block_size, seed):
+    """The dataset, checked and ready: batches for training and evaluation, and the questions."""
+    dataset = Dataset(folder)
+    train, val = dataset.tokens("train"), dataset.tokens("val")
+    return {
+        "train": Batches(train, block_size, seed),
+        "train_eval": Batches(train, block_size, 0),
+        "val_eval": Batches(val, block_size, 0),
+        "questions": dataset.questions(),
+        "separator": dataset.separator,
+    }
+
+
+def dataset_folder(name):
+    """A folder in data/ or a path. The facts, which are the default, are made if they are not there."""
+    folder = ROOT / "data" / name if (ROOT / "data" / name).is_dir() else Path(name)
+    if folder == ROOT / "data" / "facts" and not (folder / "meta.json").exists():
+        subprocess.run([sys.executable, folder / "prepare.py"], check=True)
+    return folder
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16, dense
+
+
+def peak_flops(device):
+    """Of the card, from its data sheet; None for one that is not in the list."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train(model, optimizers, data, config, device, state):
+    """The loop. state: {"iter", "best_val_loss", "seconds"}, updated in place. Returns the last evaluation, or None if a
+    signal stopped the run."""
+    out_dir, stop = Path(config.out_dir), Stop()
+    context = precision(config.dtype, device)
+    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    run_model = torch.compile(model) if compiled else model
+    network = [p for group in optimizers[0].param_groups for p in group["params"]]
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    tokens_per_step = per_step * model.config.block_size
+    flops_per_step = 3 * sum(model.flops_per_token(model.config.block_size).values()) * tokens_per_step
+    peak, result = peak_flops(device), None
+    log = open(out_dir / "log.jsonl", "a", buffering=1)
+
+    def save(name, with_optimizers=True):
+        checkpoint = {
+            "format": "nanomem-1",
+            "model_config": dataclasses.asdict(model.config),
+            "train_config": dataclasses.asdict(config),
+            "model": model.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None},
+            **state,
+        }
+        if with_optimizers:
+            checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(out_dir / name, checkpoint)
+
+    bar = tqdm(total=config.max_iters, initial=state["iter"], unit="step", desc=out_dir.name, dynamic_ncols=True)
+    shown, clock, since = {}, time.perf_counter(), state["iter"]
+    while state["iter"] < config.max_iters:
+        it = state["iter"]
+        lr = learning_rate(config, it)
+        for group in optimizers[0].param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro in range(config.gradient_accumulation_steps):
+            first = it * per_step + micro * config.batch_size
+            x, y = to_device(data["train"](range(first, first + config.batch_size)), device)
+            with context:
+                micro_loss = run_model(x, y)[1] / config.gradient_accumulation_steps
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        if config.grad_clip > 0:
+            torch.nn.utils.clip_grad_norm_(network, config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        state["iter"] = it = it + 1
+        bar.update()
+
+        evaluating = it % config.eval_interval == 0 or it == config.max_iters
+        if it % config.log_interval == 0 or evaluating or stop.signal:
+            loss = loss.item()  # waits for the GPU
+            if not math.isfinite(loss):
+                bar.close()
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {it}: training has diverged. {out_dir} keeps what was saved before. "
+                    f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate, or a longer warmup_iters"
+                )
+            now = time.perf_counter()
+            state["seconds"] += now - clock
+            line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": (it - since) * tokens_per_step / (now - clock)}
+            if peak:
+                line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak
+            shown |= {"loss": f"{loss:.3f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
+            shown |= {"mfu": f"{line['mfu']:.1%}"} if peak else {}
+            if evaluating:
+                with context:
+                    result = evaluate(model, data, config, device)
+                line |= result
+                shown["val"] = f"{result['val_loss']:.3f}"
+                shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
+                shown |= {"mem": f"{result['mem_used']:.0%} used"} if "mem_used" in result else {}
+            log.write(json.dumps(line) + "\n")
+            bar.set_postfix(shown)
+            if evaluating and result["val_loss"] < state["best_val_loss"]:
+                state["best_val_loss"] = result["val_loss"]
+                save("best.pt", with_optimizers=False)
+            if evaluating or stop.signal:
+                save("ckpt.pt")
+            clock, since = time.perf_counter(), it  # evaluation and saving are not training time
+        if stop.signal:
+            bar.close()
+            print(f"Stopped by {signal.Signals(stop.signal).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
+            print(f"Go on with: python train.py --resume --out_dir={out_dir}")
+            sys.exit(128 + stop.signal)
+    bar.close()
+    return result
+
+
+def describe(model):
+    counts, flops = model.parameter_counts(), model.flops_per_token(model.config.block_size)
+    c = model.config
+    text = f"{counts['dense']:,} parameters"
+    if counts["pool"]:
+        layers = ", ".join(map(str, c.mem_layers))
+        text += f" + {counts['pool']:,} in the memory ({c.mem_keys**2:,} slots of width {c.mem_value_dim}, read in block {layers})"
+    return f"{text}; {sum(flops.values()) / 1e6:.3f} MFLOPs a token forward"
+
+
+def summarize(model, result, config, state, questions):
+    tokens = state["iter"] * config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+    print(f"\n{state['iter']:,} steps, {tokens:,} tokens in {state['seconds']:.0f} s of training")
+    print(f"  {describe(model)}")
+    print(f"  loss         {result['train_loss']:.3f} train, {result['val_loss']:.3f} validation (nats a token)")
+    if "recall" in result:
+        print(f"  recall       {result['recall']:.1%} of {len(questions):,} closed-book questions")
+    if "mem_used" in result:
+        used, kl, top1 = (result[f"mem_{name}"] for name in ("used", "kl", "top1"))
+        print(f"  memory       {used:.1%} of slots read; KL from even use {kl:.2f} nats; busiest 1% of slots get {top1:.1%} of reads")
+    print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
+    print("\nNext:")
+    print(f"  python sample.py --out_dir={config.out_dir}" + (" --recall" if "recall" in result else ""))
+    if model.pool is not None and config.dataset == "facts":
+        print("  python train.py --preset=facts-dense      # the same compute without a memory")
+
+
+def start(options):
+    """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("train.py runs in one process for now: start it with python, not with torchrun")
+    if not options.get("resume"):
+        name = options.pop("preset", next(iter(PRESETS)))
+        if name not in PRESETS:
+            raise ValueError(f"preset={name}: there is {', '.join(PRESETS)}")
+        options = PRESETS[name] | options
+    else:
+        if "preset" in options:
+            raise ValueError("preset: a resumed run keeps its options; give --resume and --out_dir, and what you want to change")
+        path = Path(options.get("out_dir", PRESETS["facts-memory"]["out_dir"])) / "ckpt.pt"
+        checkpoint = load_checkpoint(path)
+        saved = {**checkpoint["train_config"], **checkpoint["model_config"]}
+        fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"dataset", "seed"}
+        for name in fixed & set(options):
+            if options[name] != saved[name]:
+                raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]}, and cannot go on with another")
+        options = saved | options
+    config, _ = make_configs(options)
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+
+    folder = dataset_folder(config.dataset)
+    vocab_size = Dataset(folder).vocab_size
+    if config.resume:
+        model = checkpoint["model"].to(device)
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(f"{path} was trained with {model.config.vocab_size} tokens; the vocabulary of {folder} has {vocab_size}")
+    else:
+        model = GPT(make_configs(options, vocab_size)[1]).to(device)
+    data = open_data(folder, model.config.block_size, config.seed)
+    optimizers = make_optimizers(model, config)
+    state = {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
+
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = out_dir / "log.jsonl"
+    if config.resume:
+        state = {name: checkpoint[name] for name in state}
+        if state["iter"] >= config.max_iters:
+            raise ValueError(f"the run in {out_dir} is complete at step {state['iter']}; to go on, give a larger max_iters")
+        for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
+        lines = log.read_text().splitlines() if log.exists() else []
+        write_file(log, "".join(f"{line}\n" for line in lines if json.loads(line)["iter"] <= state["iter"]))
+    else:
+        old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
+        if old and not config.overwrite:
+            raise ValueError(
+                f"{out_dir} holds a run already ({', '.join(old)}): go on with it (--resume), replace it (--overwrite), "
+                "or give another --out_dir"
+            )
+        for name in old:
+            (out_dir / name).unlink()
+    return model, optimizers, data, config, device, state
+
+
+def main(argv):
+    options = parse_options(argv)
+    try:
+        model, optimizers, data, config, device, state = start(options)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"train.py: {error}")
+    print(f"{describe(model)}; on {device}")
+    try:
+        result = train(model, optimizers, data, config, device, state)
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    summarize(model, result, config, state, data["questions"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
