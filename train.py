@@ -276,6 +276,7 @@ def open_data(folder, block_size, seed):
         "train_eval": Batches(train, block_size, 0),
         "val_eval": Batches(val, block_size, 0),
         "questions": dataset.questions(),
+        "vocabulary": dataset.vocabulary(),
         "separator": dataset.separator,
     }
 
@@ -333,6 +334,8 @@ def train(model, optimizers, data, config, device, state):
             "model_config": dataclasses.asdict(model.config),
             "train_config": dataclasses.asdict(config),
             "model": model.state_dict(),
+            "vocabulary": data["vocabulary"],
+            "separator": data["separator"],
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None},
             **state,
         }

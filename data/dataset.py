@@ -92,8 +92,8 @@ class Dataset:
                 f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read; "
                 "prepare the text again: python data/shakespeare/prepare.py --file TEXT --out FOLDER"
             )
-        else:  # prepared by nanoGPT with GPT-2's vocabulary, padded to a multiple of 64 as there
-            meta = {"encoding": "gpt2", "dtype": "uint16", "vocab_size": 50304, "separator": 50256}
+        else:  # prepared by nanoGPT with GPT-2's vocabulary
+            meta = {"encoding": "gpt2", "dtype": "uint16", "vocab_size": 50257, "separator": 50256}
         try:
             self.encoding_name, self.vocab_size = meta["encoding"], int(meta["vocab_size"])
             self.separator, self.dtype = int(meta["separator"]), FORMAT_DTYPES[meta["dtype"]]
@@ -114,16 +114,21 @@ class Dataset:
                 raise ValueError(f"{path} has token id {largest}, but the vocabulary ends at {self.vocab_size - 1}: prepare it again")
         return ids
 
-    def encoding(self):
-        """The vocabulary as a tiktoken.Encoding."""
-        return load_encoding(self.encoding_name, self.folder)
+    def vocabulary(self):
+        """"gpt2", or what save_vocabulary wrote: plain values, to go into a checkpoint. make_encoding() takes either."""
+        if self.encoding_name == "gpt2":
+            return "gpt2"
+        path = self.folder / self.encoding_name
+        if not path.exists():
+            raise FileNotFoundError(f"the vocabulary {path} not found; run the folder's prepare.py again")
+        return load_json(path)
 
     def questions(self):
         """The closed-book questions, or None: list of dicts with prompt, answer, and the ids of both."""
         path = self.folder / "recall.jsonl"
         if not path.exists():
             return None
-        encode = self.encoding().encode_ordinary
+        encode = make_encoding(self.vocabulary()).encode_ordinary
         questions = []
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
@@ -135,26 +140,25 @@ class Dataset:
         return questions
 
 
-def load_encoding(name, folder):
-    """name: "gpt2", or a vocabulary file in folder. Returns a tiktoken.Encoding; nothing in the file is executed."""
-    if name == "gpt2":
+def make_encoding(vocabulary):
+    """vocabulary: "gpt2", or the contents of a vocabulary file. Returns a tiktoken.Encoding; nothing in it is executed."""
+    if vocabulary != "gpt2":
         try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken passes on whatever its download raised
-            raise FileNotFoundError(
-                f"GPT-2's vocabulary could not be fetched ({type(error).__name__}: {error}); "
-                "on a machine with a network, run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER, and bring that folder here"
-            ) from None
-    path = Path(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(f"the vocabulary {path} not found; run the folder's prepare.py again")
-    vocabulary = load_json(path)
-    return tiktoken.Encoding(
-        vocabulary["name"],
-        pat_str=vocabulary["pattern"],
-        mergeable_ranks={text.encode("latin-1"): i for i, text in enumerate(vocabulary["tokens"])},
-        special_tokens=vocabulary["special_tokens"],
-    )
+            return tiktoken.Encoding(
+                vocabulary["name"],
+                pat_str=vocabulary["pattern"],
+                mergeable_ranks={text.encode("latin-1"): i for i, text in enumerate(vocabulary["tokens"])},
+                special_tokens=vocabulary["special_tokens"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"the vocabulary is damaged ({type(error).__name__}: {error}); run prepare.py again") from None
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken passes on whatever its download raised
+        raise FileNotFoundError(
+            f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); on a machine with a network, "
+            "run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER, then bring that folder here and set the same variable"
+        ) from None
 
 
 class Batches:

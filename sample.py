@@ -1,0 +1,124 @@
+"""Text from a checkpoint, or answers to the closed-book questions of its dataset.
+
+    python sample.py                                             samples from the default run, out/facts-memory
+    python sample.py --out_dir=out/mine --start="Once upon a"    go on from a text; FILE:path reads a file, - standard input
+    python sample.py --recall                                    ask for every fact that training stated in other words
+"""
+
+import argparse
+import codecs
+import collections
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.dataset import Dataset, make_encoding
+from train import answer, choose_device, dataset_folder, load_checkpoint, precision
+
+
+def parse(argv):
+    def number(kind, low, high=float("inf")):
+        def convert(text):
+            if not low <= kind(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text} must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))
+            return kind(text)
+
+        convert.__name__ = kind.__name__  # argparse names it when the text is no number at all
+        return convert
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
+    add("--checkpoint", default="ckpt.pt", help="ckpt.pt, the last, or best.pt, of the lowest validation loss (default: %(default)s)")
+    add("--start", default="", help="text to go on from; FILE:path reads it from a file, - from standard input (default: none)")
+    add("--num_samples", type=number(int, 1), default=3, help="how many texts (default: %(default)s)")
+    add("--max_new_tokens", type=number(int, 1), default=200, help="length of each, in tokens (default: %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.8, help="below 1 likelier text, 0 the likeliest (default: %(default)s)")
+    add("--top_k", type=number(int, 1), default=None, help="draw among the k likeliest tokens only")
+    add("--top_p", type=number(float, 0, 1), default=None, help="draw among the fewest tokens that hold this probability")
+    add("--seed", type=number(int, 0), default=1, help="of the draws (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="precision (default: bfloat16 where a GPU has it)")
+    add("--recall", action="store_true", help="ask the dataset's closed-book questions instead, and print a table")
+    add("--rows", type=number(int, 0), default=20, help="questions shown in that table; all count (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def read_start(start):
+    if start == "-":
+        return sys.stdin.read()
+    if start.startswith("FILE:"):
+        return Path(start[5:]).read_text()
+    return start
+
+
+def sample(model, encoding, separator, text, args):
+    """Print num_samples continuations of text, each token as soon as it is drawn."""
+    device = next(model.parameters()).device
+    ids = encoding.encode(text, allowed_special="all")
+    ids = ids if ids[:1] == [separator] else [separator, *ids]  # as at the beginning of a document
+    prompt = torch.tensor([ids], device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+    began = time.perf_counter()
+    for number in range(args.num_samples):
+        if number > 0:
+            print("\n" + "-" * 40)
+        print(encoding.decode(ids[1:]), end="", flush=True)
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end in the middle of a character
+        for token in model.stream(prompt, args.max_new_tokens, **options):
+            print(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
+        print(characters.decode(b"", final=True))
+    rate = args.num_samples * args.max_new_tokens / (time.perf_counter() - began)
+    print(f"[{rate:,.0f} tokens/s on {device}]", file=sys.stderr)
+
+
+def print_recall(model, encoding, separator, questions, rows):
+    """Ask all questions; show the first of them, and the accuracy for each kind."""
+    answers = answer(model, questions, separator)
+    show = questions[: rows or None]
+    width = max(len(q["prompt"]) for q in show)
+    print(f"{'prompt':{width}}  {'expected':24}  {'got':24}")
+    score = collections.defaultdict(list)
+    for i, (question, ids) in enumerate(zip(questions, answers, strict=True)):
+        right = ids == question["answer_ids"]
+        score[question.get("attribute", "questions")].append(right)
+        if i < len(show):
+            got = " ".join(encoding.decode(ids).split())
+            print(f"{question['prompt']:{width}}  {question['answer']:24}  {got:24}  {'right' if right else 'wrong'}")
+    if len(show) < len(questions):
+        print(f"... {len(questions) - len(show):,} more (--rows=0 shows all)")
+    print()
+    for attribute, results in score.items():
+        print(f"{attribute:12} {sum(results) / len(results):6.1%} of {len(results):,}")
+    results = [right for kind in score.values() for right in kind]
+    print(f"{'all':12} {sum(results) / len(results):6.1%} of {len(results):,}")
+
+
+def main(argv):
+    args = parse(argv)
+    try:
+        device = choose_device(args.device)
+        checkpoint = load_checkpoint(Path(args.out_dir) / args.checkpoint, device)
+        model, separator = checkpoint["model"].eval(), checkpoint["separator"]
+        encoding = make_encoding(checkpoint["vocabulary"])
+        questions = None
+        if args.recall:
+            folder = dataset_folder(checkpoint["train_config"]["dataset"])
+            questions = Dataset(folder).questions()
+            if not questions:
+                raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
+        text = read_start(args.start)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    with precision(args.dtype, device), torch.inference_mode():
+        if args.recall:
+            print_recall(model, encoding, separator, questions, args.rows)
+        else:
+            sample(model, encoding, separator, text, args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
