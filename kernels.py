@@ -15,6 +15,8 @@ R distinct rows touched, P = n * k pairs of bag and slot.
 """
 
 import argparse
+import sys
+import time
 import types
 import warnings
 
@@ -27,7 +29,7 @@ try:
 except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path does not need it
     triton = tl = types.SimpleNamespace(jit=lambda function: function, constexpr=None)
 
-# sampled_addmm, below, is the only use of compressed sparse rows; PyTorch says once a process that they are in beta.
+# PyTorch says once a process that compressed sparse rows are in beta; torch_backward uses them, for one product.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
@@ -131,6 +133,12 @@ def forward_tile(D):
     return max(4, 1024 // block_d), block_d, 4
 
 
+def backward_tile(D):
+    """(BLOCK_D, warps) of the backward kernel at width D: 8 to 16 columns a thread."""
+    block_d = triton.next_power_of_2(D)
+    return block_d, min(8, max(1, block_d // 256))
+
+
 def triton_forward(values, indices, weights):
     """As lookup_reference. All tensors contiguous."""
     (n, k), D = indices.shape, values.size(1)
@@ -144,13 +152,13 @@ def triton_forward(values, indices, weights):
 
 def triton_backward(values, indices, weights, grad):
     """As torch_backward. All tensors contiguous."""
-    (n, k), D = indices.shape, values.size(1)
+    k, D = indices.size(1), values.size(1)
     order, rows, starts = group_by_row(indices)
     grad_rows, grad_weights = values.new_empty(len(rows), D), torch.empty_like(weights, dtype=torch.float32)
     if len(rows) > 0:
-        block_d = triton.next_power_of_2(D)
+        block_d, warps = backward_tile(D)
         tensors = (values, weights, grad, order, rows, starts, grad_rows, grad_weights)
-        backward_kernel[(len(rows),)](*tensors, k, D, block_d, num_warps=4 if block_d <= 2048 else 8)
+        backward_kernel[(len(rows),)](*tensors, k, D, block_d, num_warps=warps)
     return rows, grad_rows, grad_weights
 
 
@@ -205,3 +213,107 @@ def lookup(values, indices, weights):
         devices = f"{values.device}, {indices.device}, {weights.device}"
         raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
     return Lookup.apply(values.contiguous(), indices.contiguous(), weights.contiguous())
+
+
+# --- python kernels.py ------------------------------------------------------------------------------------------------
+
+
+def random_problem(n, k, S, D, dtype, device, seed=0):
+    """values, indices, weights, and a gradient (n, D) that arrives from above."""
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.randn(S, D, generator=generator, device=device).to(dtype)
+    indices = torch.randint(S, (n, k), generator=generator, device=device)
+    weights = torch.randn(n, k, generator=generator, device=device).softmax(-1)
+    return values, indices, weights, torch.randn(n, D, generator=generator, device=device).to(dtype)
+
+
+def brute_force(values, indices, weights, grad):
+    """The matrix form of the first page, in float64 and with all of W: y, dV, dweights. For small problems."""
+    values, weights, grad = values.double(), weights.double(), grad.double()
+    W = weights.new_zeros(len(indices), len(values))  # (n, S)
+    W.scatter_add_(1, indices.long(), weights)
+    return W @ values, W.T @ grad, (grad @ values.T).gather(1, indices.long())
+
+
+def check(forward, backward, device):
+    """Print the errors of forward and backward against brute_force at awkward shapes. Returns whether all are small."""
+    passed = True
+    print(f"{'width':>6} {'dtype':9} {'y':>9} {'dvalues':>9} {'dweights':>9}   relative error against float64")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for D in (1, 24, 64, 80, 96, 200, 768, 1024):
+            values, indices, weights, grad = random_problem(37, 13, 101, D, dtype, device)
+            indices[0], indices[1, :5] = 7, 50  # slots that come more than once in a bag
+            rows, grad_rows, grad_weights = backward(values, indices, weights, grad)
+            got = forward(values, indices, weights), torch.zeros_like(values).index_copy(0, rows, grad_rows), grad_weights
+            want = brute_force(values, indices, weights, grad)
+            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+            passed &= max(errors) < tolerance
+            verdict = "ok" if max(errors) < tolerance else f"FAILED: more than {tolerance:g}"
+            print(f"{D:6} {str(dtype)[6:]:9} " + " ".join(f"{error:9.1e}" for error in errors) + f"   {verdict}")
+    return passed
+
+
+def seconds(run, device, repeats=20):
+    """Median time of run() in seconds, after a warm-up."""
+    times = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[3:])[repeats // 2]
+
+
+def benchmark(device):
+    """Time each implementation, and set the bytes it must move against what a plain copy moves in the same time."""
+    cuda = device.type == "cuda"
+    n, k, S, D, dtype = (16384, 128, 2**20, 1024, torch.bfloat16) if cuda else (1024, 64, 2**16, 64, torch.float32)
+    values, indices, weights, grad = random_problem(n, k, S, D, dtype, device)
+    rows, e = indices.unique().numel(), values.element_size()
+    source = torch.empty(2**28 if cuda else 2**25, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source), device) / 1e9
+    print(f"\nn={n:,} tokens, k={k} slots each, S={S:,} slots of width D={D}, {str(dtype)[6:]}; a copy moves {copy:,.0f} GB/s")
+    forward_bytes, backward_bytes = (n * k * D + n * D) * e, (2 * rows * D + n * D) * e
+    runs = [
+        ("forward, definition", forward_bytes, lambda: lookup_reference(values, indices, weights)),
+        ("forward, PyTorch", forward_bytes, lambda: torch_forward(values, indices, weights)),
+        ("backward, PyTorch", backward_bytes, lambda: torch_backward(values, indices, weights, grad)),
+    ]
+    if cuda:
+        runs += [
+            ("forward, Triton", forward_bytes, lambda: triton_forward(values, indices, weights)),
+            ("backward, Triton", backward_bytes, lambda: triton_backward(values, indices, weights, grad)),
+        ]
+    runs.append(("of backward, the sort", 0, lambda: group_by_row(indices)))
+    for name, moved, run in runs:
+        t = seconds(run, device, 20 if cuda else 10)
+        speed = f"{moved / t / 1e9:9,.1f} GB/s = {moved / t / 1e9 / copy:5.1%} of a copy" if moved else ""
+        print(f"  {name:22} {t * 1e3:9.3f} ms {speed}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Check the lookup against float64, then time it. Without a GPU the Triton kernels are checked only if "
+        "TRITON_INTERPRET=1 is set, which runs them, slowly, on the CPU."
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    device = torch.device(parser.parse_args().device)
+    interpreted = device.type == "cpu" and hasattr(triton, "knobs") and triton.knobs.runtime.interpret
+    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
+    passed = check(torch_forward, torch_backward, device)
+    if device.type == "cuda" or interpreted:
+        print(f"\nTriton {triton.__version__}" + (", interpreted" if interpreted else ""))
+        passed &= check(triton_forward, triton_backward, device)
+    else:
+        print("\nTriton: not checked (no GPU; set TRITON_INTERPRET=1 to run the kernels on the CPU)")
+    if not interpreted:
+        benchmark(device)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

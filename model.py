@@ -77,7 +77,7 @@ class GPTConfig:
         default("mem_value_dim", self.n_embd)
         if self.mem_layers:
             check(self.mem_heads > 0, f"mem_heads={self.mem_heads}: must be at least 1")
-            check(0 < self.mem_topk, f"mem_topk={self.mem_topk}: must be at least 1")
+            check(self.mem_topk > 0, f"mem_topk={self.mem_topk}: must be at least 1")
             check(
                 self.mem_topk <= self.mem_keys,
                 f"mem_topk={self.mem_topk}: each half has only mem_keys={self.mem_keys} sub-keys to choose from",
@@ -165,8 +165,8 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear):
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if any(module is m for m in residual) else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Embedding):  # as output matrix, too, it keeps the size: logits have a spread of 1
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, MemoryLayer):
@@ -176,7 +176,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, start=0):
         """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), ready for the output matrix."""
-        B, T = idx.shape
+        T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
         cos, sin = self.cos[start : start + T], self.sin[start : start + T]

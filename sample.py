@@ -22,16 +22,17 @@ def parse(argv):
     def number(kind, low, high=float("inf")):
         def convert(text):
             if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text} must be at least {low}" + (f" and at most {high}" if high < 1e9 else ""))
+                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
             return kind(text)
 
         convert.__name__ = kind.__name__  # argparse names it when the text is no number at all
         return convert
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--checkpoint", default="ckpt.pt", help="ckpt.pt, the last, or best.pt, of the lowest validation loss (default: %(default)s)")
+    add("--checkpoint", default="ckpt.pt", help="ckpt.pt: the last; best.pt: of the lowest validation loss (default: %(default)s)")
     add("--start", default="", help="text to go on from; FILE:path reads it from a file, - from standard input (default: none)")
     add("--num_samples", type=number(int, 1), default=3, help="how many texts (default: %(default)s)")
     add("--max_new_tokens", type=number(int, 1), default=200, help="length of each, in tokens (default: %(default)s)")

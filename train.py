@@ -101,7 +101,7 @@ def to_numbers(text):
 def parse_options(argv):
     """argv -> {option: value} of what was given on the command line, presets not yet applied. Exits 2 on what it cannot read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", default=argparse.SUPPRESS, help=f"a bundle of options: {', '.join(PRESETS)} (default: the first)")
+    parser.add_argument("--preset", default=argparse.SUPPRESS, help=f"{', '.join(PRESETS)} (default: the first)")
     known = ["preset"]
     for title, cls in (("training", TrainConfig), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
@@ -147,8 +147,8 @@ def save_checkpoint(path, checkpoint):
         with atomic_write(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as error:
-        kept = "the one written before is untouched" if Path(path).exists() else "there was none before"
-        raise OSError(f"could not write the checkpoint {path} ({error}); {kept}. Free some space, then go on with --resume") from None
+        kept = "The one before is untouched: go on with --resume" if Path(path).exists() else "There was none before: start again"
+        raise OSError(f"could not write the checkpoint {path} ({error}). {kept} when there is room on the disk") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -314,6 +314,15 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
 
 
+def refuse_nan(loss, it, config):
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {it}: training has diverged. {config.out_dir} keeps what was saved before. "
+            f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate "
+            f"(now {config.mem_learning_rate:g}), or a longer warmup_iters"
+        )
+
+
 def train(model, optimizers, data, config, device, state):
     """The loop. state: {"iter", "best_val_loss", "seconds"}, updated in place. Returns the last evaluation, or None if a
     signal stopped the run."""
@@ -326,7 +335,6 @@ def train(model, optimizers, data, config, device, state):
     tokens_per_step = per_step * model.config.block_size
     flops_per_step = 3 * sum(model.flops_per_token(model.config.block_size).values()) * tokens_per_step
     peak, result = peak_flops(device), None
-    log = open(out_dir / "log.jsonl", "a", buffering=1)
 
     def save(name, with_optimizers=True):
         checkpoint = {
@@ -366,15 +374,10 @@ def train(model, optimizers, data, config, device, state):
         state["iter"] = it = it + 1
         bar.update()
 
-        evaluating = it % config.eval_interval == 0 or it == config.max_iters
-        if it % config.log_interval == 0 or evaluating or stop.signal:
+        evaluating, stopped_by = it % config.eval_interval == 0 or it == config.max_iters, stop.signal
+        if it % config.log_interval == 0 or evaluating or stopped_by:
             loss = loss.item()  # waits for the GPU
-            if not math.isfinite(loss):
-                bar.close()
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {it}: training has diverged. {out_dir} keeps what was saved before. "
-                    f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate, or a longer warmup_iters"
-                )
+            refuse_nan(loss, it, config)
             now = time.perf_counter()
             state["seconds"] += now - clock
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": (it - since) * tokens_per_step / (now - clock)}
@@ -385,23 +388,25 @@ def train(model, optimizers, data, config, device, state):
             if evaluating:
                 with context:
                     result = evaluate(model, data, config, device)
+                refuse_nan(result["val_loss"], it, config)
                 line |= result
                 shown["val"] = f"{result['val_loss']:.3f}"
                 shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
                 shown |= {"mem": f"{result['mem_used']:.0%} used"} if "mem_used" in result else {}
-            log.write(json.dumps(line) + "\n")
+            with open(out_dir / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
             bar.set_postfix(shown)
             if evaluating and result["val_loss"] < state["best_val_loss"]:
                 state["best_val_loss"] = result["val_loss"]
                 save("best.pt", with_optimizers=False)
-            if evaluating or stop.signal:
+            if evaluating or stopped_by:
                 save("ckpt.pt")
             clock, since = time.perf_counter(), it  # evaluation and saving are not training time
-        if stop.signal:
+        if stopped_by:
             bar.close()
-            print(f"Stopped by {signal.Signals(stop.signal).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
+            print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
             print(f"Go on with: python train.py --resume --out_dir={out_dir}")
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + stopped_by)
     bar.close()
     return result
 
@@ -425,7 +430,7 @@ def summarize(model, result, config, state, questions):
         print(f"  recall       {result['recall']:.1%} of {len(questions):,} closed-book questions")
     if "mem_used" in result:
         used, kl, top1 = (result[f"mem_{name}"] for name in ("used", "kl", "top1"))
-        print(f"  memory       {used:.1%} of slots read; KL from even use {kl:.2f} nats; busiest 1% of slots get {top1:.1%} of reads")
+        print(f"  memory       {used:.1%} of slots read; KL from even use {kl:.2f} nats; the busiest 1% get {top1:.1%} of reads")
     print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
     print("\nNext:")
     print(f"  python sample.py --out_dir={config.out_dir}" + (" --recall" if "recall" in result else ""))
@@ -451,7 +456,7 @@ def start(options):
         fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"dataset", "seed"}
         for name in fixed & set(options):
             if options[name] != saved[name]:
-                raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]}, and cannot go on with another")
+                raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]} and must keep it")
         options = saved | options
     config, _ = make_configs(options)
     device = choose_device(config.device)
@@ -462,7 +467,7 @@ def start(options):
     if config.resume:
         model = checkpoint["model"].to(device)
         if model.config.vocab_size != vocab_size:
-            raise ValueError(f"{path} was trained with {model.config.vocab_size} tokens; the vocabulary of {folder} has {vocab_size}")
+            raise ValueError(f"{path} knows {model.config.vocab_size} tokens, the vocabulary of {folder} has {vocab_size}")
     else:
         model = GPT(make_configs(options, vocab_size)[1]).to(device)
     data = open_data(folder, model.config.block_size, config.seed)

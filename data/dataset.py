@@ -82,7 +82,7 @@ class Dataset:
         for name in ("train.bin", "val.bin"):
             if not (self.folder / name).exists():
                 script = self.folder / "prepare.py"
-                way_out = f"run: python {script}" if script.exists() else "dataset= must name a folder with train.bin and val.bin"
+                way_out = f"run: python {script}" if script.exists() else "dataset= must name a folder that has it"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
         meta_path = self.folder / "meta.json"
         if meta_path.exists():
@@ -111,7 +111,7 @@ class Dataset:
         for start in range(0, len(ids), 2**24):  # in pieces: the file may be larger than memory
             largest = int(ids[start : start + 2**24].max())
             if largest >= self.vocab_size:
-                raise ValueError(f"{path} has token id {largest}, but the vocabulary ends at {self.vocab_size - 1}: prepare it again")
+                raise ValueError(f"{path} has token id {largest}, but the vocabulary ends at {self.vocab_size - 1}")
         return ids
 
     def vocabulary(self):

@@ -21,7 +21,7 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import save_vocabulary, write_dataset  # noqa: E402
+from data.dataset import save_vocabulary, write_dataset
 
 # Words for names of people, places and firms, all made up: 16 * 6 * 18 = 1,728 of them, in a fixed shuffled order.
 ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import save_vocabulary, write_dataset  # noqa: E402
+from data.dataset import save_vocabulary, write_dataset
 
 # The checksum below says whether what arrives is the text everyone else compares on.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
