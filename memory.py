@@ -31,7 +31,7 @@ from kernels import lookup
 
 
 def topk_columns(scores, K):
-    """Columns of the K largest of each row, largest first. scores (..., N) -> (..., K) int64. Exact."""
+    """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact."""
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.topk(K, dim=-1).indices
     # On a CPU, numpy's vectorised partition and sort beat torch.topk three times, but they move numbers, not pairs of number
@@ -117,6 +117,11 @@ class ValuePool(nn.Module):
             self.usage = None
 
 
+def widen(x):
+    """bfloat16 to float32: halves of scores are compared, so their last bits count. Wider numbers stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MemoryLayer(nn.Module):
     """Takes the place of a block's feed-forward network. Holds queries, keys, gate and output; the values are the pool's."""
 
@@ -126,8 +131,8 @@ class MemoryLayer(nn.Module):
         self.N, self.Q = config.mem_keys, config.mem_key_dim // 2
         self.query = nn.Linear(C, 2 * self.H * self.Q, bias=False)
         self.keys = nn.Parameter(torch.empty(2 * self.H, self.N, self.Q))  # half 1 of all heads, then half 2
-        self.query_norm = nn.RMSNorm(self.Q) if config.mem_qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.Q) if config.mem_qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
         self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
 
@@ -141,10 +146,10 @@ class MemoryLayer(nn.Module):
     def retrieve(self, x):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K) float32: each head's K best slots and their softmax."""
         n, H, K, Q = len(x), self.H, self.K, self.Q
-        q = self.query_norm(self.query(x).view(n, 2 * H, Q))
+        q = self.query_norm(widen(self.query(x)).view(n, 2 * H, Q))
         # With both sides normalised a score is Q cos(angle): divide by sqrt(Q), as in attention, for a spread of about 1.
         s = torch.bmm(q.transpose(0, 1), self.key_norm(self.keys).transpose(1, 2)) / math.sqrt(Q)  # (2H, n, N)
-        s1, s2 = s.to(torch.promote_types(s.dtype, torch.float32)).chunk(2)  # (H, n, N) each
+        s1, s2 = widen(s).chunk(2)  # (H, n, N) each
         i, j = product_topk(s1, s2, K)  # (H, n, K) each; a choice, without gradient
         weights = torch.softmax(s1.gather(-1, i) + s2.gather(-1, j), dim=-1)  # the gradient of the keys comes through here
         slots = i * self.N + j

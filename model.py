@@ -132,7 +132,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, i):
         super().__init__()
-        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd, eps=1e-6), nn.RMSNorm(config.n_embd, eps=1e-6)
         self.attn = Attention(config)
         self.ffn = MemoryLayer(config) if i in config.mem_layers else SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
@@ -148,7 +148,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd)
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.pool = ValuePool(config.mem_keys**2, config.mem_value_dim) if config.mem_layers else None
         half = config.n_embd // config.n_head // 2
         angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)

@@ -1,0 +1,187 @@
+"""Retrieval against brute force over all slots; the layer and all its gradients against a float64 program of loops."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, topk_columns
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(
+    vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4,
+    mem_key_dim=10, mem_value_dim=12,
+)  # fmt: skip
+PKM = replace(CONFIG, mem_gate=False, mem_qk_norm=False, mem_value_dim=16)
+
+
+def scores(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
+def test_product_topk_equals_brute_force(N, K, dtype):
+    s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
+    i, j = product_topk(s1, s2, K)
+    every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
+    best = every.flatten(1).topk(K).values
+    assert i.shape == j.shape == (20, K)
+    assert torch.equal(i * N + j, every.flatten(1).topk(K).indices)
+    got = s1.double().gather(1, i) + s2.double().gather(1, j)
+    assert torch.equal(got, best)
+    assert all(len(set(row)) == K for row in (i * N + j).tolist())  # never the same slot twice
+
+
+def test_candidate_list_is_pruned_and_complete():
+    a, b = candidate_pairs(32, torch.device("cpu"))
+    assert len(a) == 119
+    # A pair that is left out is beaten, or equalled, by at least K others: all those of lower ranks.
+    listed = set(zip(a.tolist(), b.tolist(), strict=True))
+    assert all(((x + 1) * (y + 1) - 1 >= 32) == ((x, y) not in listed) for x in range(32) for y in range(32))
+
+
+def test_topk_columns_equals_torch_topk():
+    for shape, K in (((5, 7, 128), 16), ((3, 4), 4), ((2, 1), 1)):
+        x = scores(*shape) * 10 ** scores(*shape[:-1], 1, seed=3)  # large and small numbers, both signs
+        assert torch.equal(topk_columns(x, K), x.topk(K).indices)
+    tied = torch.zeros(2, 9)
+    assert all(len(set(row)) == 4 for row in topk_columns(tied, 4).tolist())
+    special = torch.tensor([[0.0, -3e38, -1e-38, 1e-38, -1.0, 3e38]])
+    assert topk_columns(special, 6).tolist() == [[5, 3, 0, 2, 4, 1]]
+
+
+def brute_force_layer(x, p, config):
+    """The page at the top of memory.py, a token, a head and a slot at a time, over all S slots. x (n, C); p: parameters."""
+    n, H, N, K, Q = len(x), config.mem_heads, config.mem_keys, config.mem_topk, config.mem_key_dim // 2
+
+    def rms(v, gain):
+        return v / (v.square().mean() + 1e-6).sqrt() * gain
+
+    rows = []
+    for t in range(n):
+        y = torch.zeros(p["values"].size(1), dtype=x.dtype)
+        q = (p["query"] @ x[t]).view(2, H, Q)
+        for h in range(H):
+            score = []
+            for i in range(N):
+                for j in range(N):
+                    total = 0
+                    for half, number in ((0, i), (1, j)):
+                        query, key = q[half, h], p["keys"][half * H + h, number]
+                        if config.mem_qk_norm:
+                            query, key = rms(query, p["query_norm"]), rms(key, p["key_norm"])
+                        total = total + query @ key / math.sqrt(Q)
+                    score.append(total)
+            score = torch.stack(score)
+            best = score.detach().argsort(descending=True)[:K]
+            weight = score[best].exp() / score[best].exp().sum()
+            for w, slot in zip(weight, best, strict=True):
+                y = y + w * p["values"][slot]
+        if config.mem_gate:
+            gate = p["gate"] @ x[t]
+            y = p["out"] @ (y * gate * torch.sigmoid(gate))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, PKM, replace(CONFIG, mem_qk_norm=False), replace(CONFIG, mem_gate=False, mem_value_dim=16)],
+    ids=["memory+", "pkm", "no qk-norm", "no gate"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():  # gains that are not 1, so that a norm without its gain would be noticed
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    layer, pool = model.blocks[1].ffn.to(dtype), model.pool.to(dtype)
+    x = torch.randn(2, 3, config.n_embd, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 3, config.n_embd, dtype=dtype)
+
+    names = {f"{name.removesuffix('.weight')}": p for name, p in layer.named_parameters()} | {"values": pool.values}
+    exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
+    exact_x = x.detach().double().requires_grad_()
+    want = brute_force_layer(exact_x.view(6, -1), exact, config).view(2, 3, -1)
+    want.backward(grad.double())
+    got = layer(x, pool)
+    got.backward(grad)
+
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert set(names) >= {"query", "keys", "values"} | ({"gate", "out"} if config.mem_gate else set())
+    pairs = {"output": (got, want), "x": (x.grad, exact_x.grad)} | {name: (p.grad, exact[name].grad) for name, p in names.items()}
+    for name, (a, b) in pairs.items():
+        a = a.to_dense() if a.is_sparse else a
+        assert b.norm() > 0, name
+        assert (a.double() - b).norm() <= tolerance * b.norm(), f"{name}: {(a.double() - b).norm() / b.norm():.1e}"
+
+
+def test_layers_share_one_pool_and_its_gradient_is_the_sum_over_them():
+    model = GPT(replace(CONFIG, mem_layers=(0, 2)))
+    idx = torch.randint(50, (2, 16))
+    model(idx, idx)[1].backward()
+    together = model.pool.values.grad.to_dense()
+
+    # The same model, but each layer with a copy of the pool: the two gradients must add up to that of the shared one.
+    copies = [ValuePool(81, 12), ValuePool(81, 12)]
+    for copy in copies:
+        copy.load_state_dict(model.pool.state_dict())
+    x = model.embedding(idx)
+    for i, block in enumerate(model.blocks):
+        x = block(x, copies[i // 2], model.cos[:16], model.sin[:16])
+    logits = F.linear(model.norm(x), model.embedding.weight)
+    F.cross_entropy(logits.flatten(0, 1), idx.flatten()).backward()
+    assert all(copy.values.grad.to_dense().norm() > 0 for copy in copies)
+    torch.testing.assert_close(copies[0].values.grad.to_dense() + copies[1].values.grad.to_dense(), together)
+
+
+def test_more_slots_do_not_cost_more_gradient():
+    for N in (9, 90):
+        model = GPT(replace(CONFIG, mem_keys=N))
+        idx = torch.randint(50, (2, 16))
+        model(idx, idx)[1].backward()
+        assert model.pool.values.grad.coalesce().indices().size(1) <= 2 * 16 * 3 * 4
+
+
+def test_usage_statistics_equal_counts_by_hand():
+    usage = Usage(torch.empty(200, 4))
+    usage.add(torch.tensor([[0, 0, 1], [2, 0, 1]]), torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
+    usage.add(torch.tensor([[0]]), torch.tensor([[1.0]]))
+    got = usage.summary()
+    reads, mass = np.array([4, 2, 1]) / 7, np.array([1.75, 0.25, 1.0]) / 3
+    assert got["used"] == pytest.approx(3 / 200)
+    assert got["kl"] == pytest.approx((reads * np.log(reads * 200)).sum())
+    assert got["kl_weighted"] == pytest.approx((mass * np.log(mass * 200)).sum())
+    assert got["top1"] == pytest.approx(6 / 7)  # the two busiest of 200 slots
+
+    even = Usage(torch.empty(100, 4))
+    even.add(torch.arange(100)[None], torch.full((1, 100), 0.01))
+    assert even.summary() == pytest.approx({"used": 1.0, "kl": 0.0, "kl_weighted": 0.0, "top1": 0.01}, abs=1e-6)
+
+
+def test_usage_is_recorded_on_request_only():
+    model = GPT(replace(CONFIG, mem_layers=(0, 2)))
+    idx = torch.randint(50, (2, 16))
+    model(idx)
+    with model.pool.record_usage() as usage:
+        model(idx)
+    reads = usage.reads.clone()
+    model(idx)
+    assert reads.sum() == 2 * 2 * 16 * 3 * 4 and torch.equal(usage.reads, reads)  # two layers, 32 tokens, 12 slots each
+    assert usage.mass.sum().item() == pytest.approx(2 * 2 * 16 * 3, rel=1e-4)  # a softmax a head
+
+
+def test_memory_layer_is_exact_under_autocast():
+    """bfloat16 may move scores, but selection and weights stay in float32: weights sum to 1, slots are in range."""
+    torch.manual_seed(0)
+    layer = GPT(CONFIG).blocks[1].ffn
+    assert isinstance(layer, MemoryLayer)
+    with torch.autocast("cpu", torch.bfloat16):
+        slots, weights = layer.retrieve(torch.randn(20, 16))
+    assert weights.dtype == torch.float32 and slots.dtype == torch.int64
+    torch.testing.assert_close(weights.view(20, 3, 4).sum(-1), torch.ones(20, 3))
+    assert slots.min() >= 0 and slots.max() < 81
