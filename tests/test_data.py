@@ -1,0 +1,235 @@
+"""The datasets: what is in them, what must not be, and what happens to a folder that is broken."""
+
+import collections
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.dataset import Batches, Dataset, atomic_write, make_encoding
+from data.facts.prepare import ATTRIBUTES, BITS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prepare(name, *arguments):
+    command = [sys.executable, ROOT / "data" / name / "prepare.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("facts")
+    done = prepare("facts", "--people=40", "--biographies=12", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def texts(folder, split):
+    """The documents of a split, decoded."""
+    dataset = Dataset(folder)
+    encoding = make_encoding(dataset.vocabulary())
+    ids = dataset.tokens(split)
+    begins = np.flatnonzero(ids == dataset.separator)
+    assert begins[0] == 0
+    return [encoding.decode(part[1:].tolist()) for part in np.split(ids, begins[1:])]
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_recall_questions_never_appear_verbatim_in_training(facts):
+    documents = texts(facts, "train")
+    training, questions = "".join(documents), Dataset(facts).questions()
+    assert len(documents) == 40 * 12 and len(questions) == 40 * 6
+    for question in questions:
+        assert question["prompt"] not in training
+    # ... nor among the tokens, whatever the text would be
+    ids = Dataset(facts).tokens("train").astype(">u2").tobytes()
+    for question in questions:
+        assert np.array(question["prompt_ids"], dtype=">u2").tobytes() not in ids
+
+
+def test_every_fact_asked_for_is_stated_once_in_each_biography(facts):
+    questions = Dataset(facts).questions()
+    biographies = collections.defaultdict(list)
+    for text in texts(facts, "train"):
+        biographies[" ".join(text.split()[:3])].append(text)
+    for question in questions:
+        name = " ".join(question["prompt"].split()[:3])
+        phrases = ATTRIBUTES[question["attribute"]][1]
+        stated = [f"{name} {phrase} {question['answer']}.\n" for phrase in phrases]
+        assert len(biographies[name]) == 12
+        for text in biographies[name]:
+            assert sum(sentence in text for sentence in stated) == 1 and text.count("\n") == 6
+        assert sum(any(sentence in text for text in biographies[name]) for sentence in stated) >= 3  # said in several ways
+
+
+def test_validation_states_the_facts_in_the_sentences_held_out(facts):
+    validation = "".join(texts(facts, "val"))
+    for question in Dataset(facts).questions():
+        assert f"{question['prompt']} {question['answer']}.\n" in validation
+
+
+def test_a_prompt_does_not_give_its_answer_away():
+    """No phrase of an attribute begins another one, and no value of a pool begins another: exact match is unambiguous."""
+    for pool, phrases in ATTRIBUTES.values():
+        assert len(set(pool)) == len(pool) and len(set(phrases)) == 5
+    every = [(a, phrase) for a, (_, phrases) in ATTRIBUTES.items() for phrase in phrases]
+    for a, phrase in every:
+        assert not any(other.startswith(phrase) for b, other in every if b != a), phrase
+    for pool, _ in ATTRIBUTES.values():
+        ordered = sorted(value + "." for value in pool)
+        assert not any(second.startswith(first) for first, second in itertools.pairwise(ordered))
+
+
+def test_bits_are_counted_from_the_pools():
+    sizes = [len(pool) for pool, _ in ATTRIBUTES.values()]
+    assert sizes == [12 * 28 * 200, 200, 300, 100, 263, 200]
+    assert pytest.approx(np.log2(sizes).sum()) == BITS == pytest.approx(54.2, abs=0.1)
+
+
+def test_the_same_seed_makes_the_same_bytes(facts, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        assert prepare("facts", "--people=40", "--biographies=12", f"--seed={seed}", "--out", tmp_path).returncode == 0
+        for name in ("train.bin", "val.bin", "recall.jsonl"):
+            assert ((facts / name).read_bytes() == (tmp_path / name).read_bytes()) == same
+        assert (facts / "vocab.json").read_bytes() == (tmp_path / "vocab.json").read_bytes()  # one for all sizes and seeds
+
+
+def test_names_are_unique_and_text_survives_the_vocabulary(facts):
+    questions = Dataset(facts).questions()
+    assert len({" ".join(q["prompt"].split()[:3]) for q in questions}) == 40
+    encoding = make_encoding(Dataset(facts).vocabulary())
+    for text in ("Anything at all: ñ, 42!\n\tç", "\U0001f600", texts(facts, "train")[0]):
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert max(map(len, (q["answer_ids"] for q in questions))) <= 4  # words, not letters
+
+
+@pytest.mark.parametrize("option", ["--people=0", "--people=2000001", "--biographies=0", "--people=many"])
+def test_facts_refuses_numbers_that_make_no_sense(option, tmp_path):
+    done = prepare("facts", option, "--out", tmp_path / "new")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and option.split("=")[0] in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+# --- a text of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_own_text_becomes_bytes_and_comes_back(tmp_path):
+    text = "Ein Text, ñ \U0001f600, von mir.\n" * 40
+    (tmp_path / "mine.txt").write_text(text)
+    done = prepare("shakespeare", "--file", tmp_path / "mine.txt", "--out", tmp_path / "mine")
+    assert done.returncode == 0, done.stderr
+    dataset = Dataset(tmp_path / "mine")
+    train, val = dataset.tokens("train"), dataset.tokens("val")
+    assert bytes(np.concatenate([train, val]).astype(np.uint8)) == text.encode() and len(val) == -(-len(text.encode()) // 10)
+    encoding = make_encoding(dataset.vocabulary())
+    assert encoding.encode_ordinary(text) == list(text.encode()) and dataset.questions() is None
+
+
+def test_a_text_that_cannot_be_had_is_reported(tmp_path):
+    done = prepare("shakespeare", "--file", tmp_path / "nothing.txt", "--out", tmp_path / "mine")
+    assert done.returncode == 1 and "nothing.txt" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "mine").exists()
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path, ids=range(100), stored="<u2", **meta):
+    np.asarray(ids).astype(stored).tofile(tmp_path / "train.bin")
+    np.asarray(ids).astype(stored).tofile(tmp_path / "val.bin")
+    if meta:
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    return tmp_path
+
+
+def test_a_nanogpt_folder_with_the_gpt2_vocabulary_works_unchanged(tmp_path):
+    dataset = Dataset(folder_of(tmp_path, ids=[50256, 5, 50256, 7]))
+    assert (dataset.vocab_size, dataset.separator, dataset.vocabulary()) == (50257, 50256, "gpt2")
+    assert dataset.tokens("train").tolist() == [50256, 5, 50256, 7]
+
+
+def test_a_pickle_is_refused_and_not_executed(tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (folder_of(tmp_path) / "meta.pkl").write_bytes(pickle.dumps(Boom()))
+    with pytest.raises(ValueError, match="pickle, which can run code"):
+        Dataset(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_wide_ids_are_read_as_meta_json_says(tmp_path):
+    meta = {"encoding": "gpt2", "dtype": "uint32", "vocab_size": 100_000, "separator": 0}
+    assert Dataset(folder_of(tmp_path, [70_000, 1], "<u4", **meta)).tokens("val").tolist() == [70_000, 1]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "train.bin").unlink(), "train.bin not found"),
+        (lambda f: (f / "train.bin").write_bytes(b""), "train.bin has 0 bytes"),
+        (lambda f: (f / "train.bin").write_bytes(b"\0" * 7), "train.bin has 7 bytes, not a whole number"),
+        (lambda f: (f / "train.bin").write_bytes(b"\xff\xff" * 50), "token id 65535, but the vocabulary ends at 50256"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
+        (lambda f: (f / "meta.json").write_text("{}"), "meta.json must give encoding"),
+        (lambda f: (f / "meta.json").write_text("[]"), "meta.json must give encoding"),
+        (lambda f: (f / "recall.jsonl").write_text('{"prompt": 1}\n'), "recall.jsonl, line 1"),
+    ],
+)
+def test_a_broken_folder_is_refused_by_file(tmp_path, damage, message):
+    vocabulary = {"name": "b", "pattern": r"[\s\S]", "tokens": [chr(i) for i in range(256)], "special_tokens": {}}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    folder = folder_of(tmp_path, encoding="vocab.json", dtype="uint16", vocab_size=50257, separator=10)
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataset = Dataset(folder)
+        dataset.tokens("train"), dataset.questions()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file") as f:
+        f.write(b"new")
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_each_token_once():
+    ids, T = np.arange(1000, dtype=np.uint16), 16
+    batches = Batches(ids, T, seed=3)
+    windows = (1000 - T - 1) // T
+    for epoch in range(3):
+        x, y = batches(range(epoch * windows, (epoch + 1) * windows))
+        assert np.array_equal(x + 1, y) and x.dtype == np.int64
+        seen = np.sort(x.flatten())
+        assert np.array_equal(seen, np.arange(seen[0], seen[0] + windows * T)) and seen[0] < T  # each once, without a gap
+
+
+def test_batches_depend_on_seed_and_number_only():
+    ids = np.arange(5000, dtype=np.uint16)
+    a, b = Batches(ids, 16, seed=3), Batches(ids, 16, seed=3)
+    b(range(900, 905))  # asked for something else before, from another epoch
+    for numbers in ([0, 1], [700, 2], [309, 310, 311]):
+        assert np.array_equal(a(numbers)[0], b(numbers)[0])
+    one_by_one = np.concatenate([Batches(ids, 16, seed=3)([n])[0] for n in range(8)])
+    assert np.array_equal(one_by_one, a(range(8))[0])
+    assert not np.array_equal(a(range(8))[0], Batches(ids, 16, seed=4)(range(8))[0])
+    first_epoch, second_epoch = a(range(311))[0], a(range(311, 622))[0]
+    assert not np.array_equal(first_epoch, second_epoch)
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="32 tokens are too few for block_size=16: 33 are needed"):
+        Batches(np.zeros(32, dtype=np.uint16), 16, seed=0)

@@ -1,0 +1,252 @@
+"""The GPT around the layer: initialisation, counts, generation, configuration."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig, pick
+
+DENSE = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16)
+MEMORY = replace(DENSE, mem_layers=(0, 2), mem_keys=9, mem_heads=3, mem_topk=4, mem_key_dim=10, mem_value_dim=12)
+PKM = replace(DENSE, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4, mem_gate=False, mem_qk_norm=False)
+BOTH = pytest.mark.parametrize("config", [DENSE, MEMORY], ids=["dense", "memory"])
+ALL = pytest.mark.parametrize("config", [DENSE, MEMORY, PKM], ids=["dense", "memory", "pkm"])
+
+
+def make(config, seed=0):
+    torch.manual_seed(seed)
+    return GPT(config).eval()
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# --- initialisation and gradients -------------------------------------------------------------------------------------
+
+
+@ALL
+def test_every_parameter_is_initialised(config):
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    model.initialize()
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert parameter.ndim == 1 or parameter.std() > 0, name
+
+
+@ALL
+def test_every_parameter_receives_a_gradient(config):
+    model = make(config)
+    model(tokens(8, 24), tokens(8, 24, 1))[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.to_dense().norm() > 0, name
+
+
+@ALL
+def test_first_loss_is_that_of_a_guess(config):
+    loss = make(config)(tokens(32, 24), tokens(32, 24, 1))[1].item()
+    assert abs(loss - math.log(61)) < 0.8
+
+
+def test_pool_appears_once():
+    model = make(MEMORY)
+    assert [name for name in model.state_dict() if "values" in name] == ["pool.values"]
+    assert sum(p is model.pool.values for p in model.parameters()) == 1
+    assert model.parameter_counts()["pool"] == 81 * 12
+
+
+def test_each_parameter_is_in_one_group():
+    groups = make(MEMORY).parameter_groups()
+    dimensions = {name: {p.ndim for p in group} for name, group in groups.items()}
+    assert dimensions == {"matrices": {2, 3}, "gains": {1}, "pool": {2}}
+    everything = [id(p) for group in groups.values() for p in group]
+    assert len(everything) == len(set(everything)) == len(list(make(MEMORY).parameters()))
+    assert [p.shape for p in groups["pool"]] == [(81, 12)]
+    assert make(DENSE).parameter_groups()["pool"] == []
+
+
+def test_loss_is_mean_cross_entropy_and_ignores_minus_one():
+    model, idx, targets = make(MEMORY), tokens(2, 24), tokens(2, 24, 1)
+    targets[0, :20] = -1
+    logits, loss = model(idx, targets)
+    kept = targets != -1
+    want = -logits.double().log_softmax(-1)[kept].gather(1, targets[kept].unsqueeze(1)).mean()
+    assert logits.shape == (2, 24, 61) and loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@BOTH
+def test_no_token_sees_what_follows(config):
+    model, idx = make(config), tokens(2, 24)
+    changed = idx.clone()
+    changed[:, 15:] = (changed[:, 15:] + 1) % 61
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-5)
+    assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-2
+
+
+def test_positions_matter_and_are_relative():
+    """A token's attention to what is before it depends on the distance, not on where both are."""
+    model = make(replace(DENSE, n_layer=1))
+    x = torch.randn(1, 5, 16)
+    attention = model.blocks[0].attn
+    here = attention(x, model.cos[:5], model.sin[:5])
+    there = attention(x, model.cos[11:16], model.sin[11:16])
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
+    swapped = attention(x[:, [1, 0, 2, 3, 4]], model.cos[:5], model.sin[:5])
+    assert (here[:, 4] - swapped[:, 4]).abs().max() > 1e-3
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_a_dense_model_equal_those_by_hand():
+    # SwiGLU width: 8/3 * 16 = 42.7, rounded up to 48. Attention 4 * 16 * 16 = 1,024; SwiGLU 3 * 16 * 48 = 2,304; two norms of 16.
+    assert DENSE.n_ffn == 48
+    model = GPT(DENSE)
+    assert model.parameter_counts() == {"dense": 61 * 16 + 3 * (1024 + 2304 + 32) + 16, "pool": 0}
+    # A multiply-add is 2 FLOPs. In a sequence of 9, attention sees 5 positions on average: 2 * (q.k and p.v) 2 * 16 * 5.
+    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 3 * 2 * 2304, "memory": 0, "head": 2 * 16 * 61}
+    assert model.flops_per_token(9) == want
+
+
+def test_counts_of_a_memory_model_equal_those_by_hand():
+    # A memory layer: query 16 x (3 heads * 10); keys 2 halves * 3 heads * 9 * 5; two norms of 5; gate 16 x 12; output 12 x 16.
+    layer = 16 * 30 + 2 * 3 * 9 * 5 + 10 + 16 * 12 + 12 * 16
+    model = GPT(MEMORY)
+    dense = 61 * 16 + 3 * (1024 + 32) + 2304 + 2 * layer + 16
+    assert model.parameter_counts() == {"dense": dense, "pool": 81 * 12}
+    # Query 480; scores 2 * 3 * 9 * 5 = 270; lookup 12 slots * 12; gate and output 192 each.
+    memory = 2 * 2 * (480 + 270 + 144 + 192 + 192)
+    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 2 * 2304, "memory": memory, "head": 2 * 16 * 61}
+    assert model.flops_per_token(9) == want
+
+
+@ALL
+def test_flops_equal_what_pytorch_counts_while_running(config):
+    """All but the lookup, which PyTorch does not count, and attention, for which it counts positions that causality leaves out."""
+    B, T = 2, 24
+    model = make(config)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(B, T))
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for op, flops in counted.items() if "attention" not in op)
+    flops = model.flops_per_token(T)
+    c = config
+    lookup = len(c.mem_layers) * 2 * c.mem_heads * c.mem_topk * c.mem_value_dim
+    attention = c.n_layer * 2 * c.n_embd * (T + 1)
+    assert products == B * T * (sum(flops.values()) - lookup - attention)
+
+
+def test_memory_layers_are_centred_with_a_stride():
+    def layers(n_layer, count):
+        return GPTConfig(n_layer=n_layer, mem_count=count).mem_layers
+
+    assert layers(24, 3) == (4, 12, 20) and layers(12, 3) == (2, 6, 10)  # the paper's, and design by the same rule
+    assert layers(4, 1) == (2,) and layers(3, 3) == (0, 1, 2) and layers(12, 0) == ()
+    model = GPT(replace(DENSE, n_layer=4, mem_layers=(3, 1)))
+    assert [type(block.ffn).__name__ for block in model.blocks] == ["SwiGLU", "MemoryLayer", "SwiGLU", "MemoryLayer"]
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_cache_gives_the_logits_of_the_full_forward(config):
+    model, idx = make(config), tokens(2, 24)
+    full = model(idx)[0]
+    cache = torch.zeros(3, 2, 2, 2, 24, 8)
+    parts = [model.hidden(idx[:, :7], cache)]
+    parts += [model.hidden(idx[:, t : t + 1], cache, start=t) for t in range(7, 24)]
+    cached = F.linear(torch.cat(parts, dim=1), model.embedding.weight)
+    assert (full - cached).abs().max() < 1e-4
+
+
+def greedy_without_cache(model, idx, steps):
+    for _ in range(steps):
+        idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    return idx
+
+
+@ALL
+def test_greedy_text_is_the_same_with_and_without_cache(config):
+    model, idx = make(config), tokens(3, 4)
+    assert torch.equal(model.generate(idx, 20, temperature=0), greedy_without_cache(model, idx, 20))
+
+
+@BOTH
+def test_past_the_block_the_last_half_is_the_context(config):
+    """Within the block (24) all tokens are context; then the last 12 are encoded again, and context grows to 24 once more."""
+    model, start = make(config), tokens(2, 10)
+    got = model.generate(start, 50, temperature=0)
+    idx, context = start, 10
+    for _ in range(50):
+        if context > 24:
+            context = 12
+        idx = torch.cat((idx, model(idx[:, -context:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+        context += 1
+    assert torch.equal(got, idx)
+
+
+def test_prompt_longer_than_the_block_is_cut_to_its_end():
+    model, idx = make(MEMORY), tokens(1, 40)
+    assert torch.equal(model.generate(idx, 1, temperature=0)[:, -1], model(idx[:, -24:])[0][:, -1].argmax(-1))
+    with pytest.raises(ValueError, match="40 tokens are more than block_size=24"):
+        model(idx)
+
+
+def draws(logits, number=4000, **options):
+    options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
+    generator = torch.Generator().manual_seed(0)
+    ids = pick(torch.tensor([logits]).expand(number, -1), generator=generator, **options)
+    return torch.bincount(ids.flatten(), minlength=len(logits)) / number
+
+
+def test_draws_follow_temperature_top_k_and_top_p():
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    logits = p.log().tolist()
+    torch.testing.assert_close(draws(logits), p, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws(logits, temperature=0.5), p**2 / (p**2).sum(), rtol=0, atol=0.03)
+    torch.testing.assert_close(draws(logits, top_k=2), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws(logits, top_k=99), p, rtol=0, atol=0.03)
+    torch.testing.assert_close(draws(logits, top_p=0.65), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
+    assert draws(logits, top_p=0.0)[1] == 1 and draws(logits, temperature=0)[1] == 1 and draws(logits, top_k=1)[1] == 1
+
+
+def test_generation_is_repeatable_from_its_generator():
+    model, idx = make(MEMORY), tokens(2, 4)
+    first, second = (model.generate(idx, 30, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    other = model.generate(idx, 30, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n_embd=10, n_head=3), "n_embd=10 must be divisible by n_head=3"),
+        (dict(n_embd=6, n_head=2), "must be even"),
+        (dict(n_layer=0), "n_layer=0: must be at least 1"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: each half has only mem_keys=8"),
+        (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
+        (dict(mem_layers=(1, 12)), "no block 12; n_layer=12 has blocks 0 to 11"),
+        (dict(mem_layers=(-1,)), "no block -1"),
+        (dict(mem_count=13), "mem_count=13"),
+        (dict(mem_count=1, mem_key_dim=9), "mem_key_dim=9"),
+        (dict(mem_count=1, mem_heads=0), "mem_heads=0"),
+        (dict(mem_count=1, mem_gate=False, mem_value_dim=7), "mem_value_dim=7"),
+        (dict(n_ffn=-8), "n_ffn=-8"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        GPTConfig(**options)
