@@ -486,8 +486,9 @@ def start(options):
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-        lines = log.read_text().splitlines() if log.exists() else []
-        write_file(log, "".join(f"{line}\n" for line in lines if json.loads(line)["iter"] <= state["iter"]))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
+        write_file(log, "".join(line for line in whole if json.loads(line)["iter"] <= state["iter"]))
     else:
         old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
         if old and not config.overwrite:
