@@ -101,7 +101,7 @@ def biography(person, generator, held_out=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, default=500, help="how many (default: %(default)s)")
+    parser.add_argument("--people", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of people and texts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")

@@ -1,0 +1,100 @@
+"""The README's comparison on two CPU cores: each model at several learning rates and seeds, then the ablations.
+
+    python assets/compare.py                 train what out/compare lacks, two runs at a time; write assets/results.json
+    python assets/compare.py --only=main     the main table alone
+
+Every run is `python train.py --preset=... --out_dir=out/compare/...` on one thread, so that two share two cores fairly.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "out" / "compare"
+RESULTS = ROOT / "assets" / "results.json"
+SEEDS = (1, 2, 3)
+RATES = (4e-3, 6e-3, 8e-3, 1.2e-2)
+
+# group -> {name: (preset, options)}; every name is trained with each seed of the group
+GROUPS = {
+    "main": {
+        f"{preset} {rate:g}": (preset, {"learning_rate": rate}) for rate in RATES for preset in ("facts-memory", "facts-dense")
+    },
+    # a dense model takes 1.5 times as many steps in the seconds of a memory model (the last table)
+    "same seconds": {"facts-dense, 2,700 steps": ("facts-dense", {"max_iters": 2700})},
+    "slots": {f"N={N}": ("facts-memory", {"mem_keys": N}) for N in (16, 32, 64, 256)},
+    "variants": {
+        "three layers, one pool": ("facts-memory", {"mem_count": 3}),
+        "without qk-norm": ("facts-memory", {"mem_qk_norm": False}),
+        "without gate and output matrix": ("facts-memory", {"mem_gate": False}),
+        "plain PKM: without any of these": ("facts-pkm", {}),
+    },
+}
+
+
+def run(job):
+    """Train one model unless its log says that it is done. Returns what it came to."""
+    group, name, preset, options, seed = job
+    folder = OUT / f"{name} seed {seed}".replace(" ", "_").replace(",", "").replace(":", "")
+    log = folder / "log.jsonl"
+    arguments = [f"--preset={preset}", f"--seed={seed}", *(f"--{key}={value}" for key, value in options.items())]
+    if not (folder / "done").exists():
+        command = [sys.executable, ROOT / "train.py", *arguments, f"--out_dir={folder}", "--overwrite", "--device=cpu"]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+        (folder / "done").touch()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    evaluations = [line for line in lines if "recall" in line]
+    return {
+        "group": group,
+        "name": name,
+        "seed": seed,
+        "command": "python train.py " + " ".join(arguments),
+        "recall": evaluations[-1]["recall"],
+        "val_loss": evaluations[-1]["val_loss"],
+        "used": evaluations[-1].get("mem_used"),
+        "curve": [[line["iter"], line["recall"]] for line in evaluations],
+    }
+
+
+def table(results, group):
+    """Mean over the seeds of each name, and each of them: lines of Markdown."""
+    lines = ["| model | recall: mean (each seed) | validation loss |", "|---|---|---|"]
+    for name in dict.fromkeys(r["name"] for r in results if r["group"] == group):
+        rows = [r for r in results if r["group"] == group and r["name"] == name]
+        recalls = ", ".join(f"{100 * r['recall']:.0f}" for r in rows)
+        mean = {key: statistics.mean(r[key] for r in rows) for key in ("recall", "val_loss")}
+        lines.append(f"| {name} | **{100 * mean['recall']:.0f}%** ({recalls}) | {mean['val_loss']:.3f} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(GROUPS), action="append", help="one group of runs (default: all)")
+    args = parser.parse_args()
+    jobs = [
+        (group, name, preset, options, seed)
+        for group in args.only or GROUPS
+        for name, (preset, options) in GROUPS[group].items()
+        for seed in SEEDS
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(tqdm(pool.map(run, jobs), total=len(jobs), unit="run"))
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    results = [r for r in old if r["group"] in set(GROUPS) - {r["group"] for r in results}] + results
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
+    for group in GROUPS:
+        print(f"\n{group}", *table(results, group), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
