@@ -32,10 +32,15 @@ from kernels import lookup
 
 def topk_columns(scores, K):
     """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return scores.topk(K, dim=-1).indices
-    # On a CPU, numpy's vectorised partition and sort beat torch.topk three times, but they move numbers, not pairs of number
-    # and column. A float32 widened to float64 leaves 29 zero bits at its low end: the column goes there.
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        return topk_columns_numpy(scores, K)
+    return scores.topk(K, dim=-1).indices
+
+
+@torch.compiler.disable  # it does not trace numpy
+def topk_columns_numpy(scores, K):
+    """On a CPU, numpy's vectorised partition and sort beat torch.topk three times, but they move numbers, not pairs of number
+    and column. A float32 widened to float64 leaves 29 zero bits at its low end: the column goes there."""
     N = scores.size(-1)
     bits = scores.double().view(torch.int64)
     packed = (bits | torch.arange(N)).view(torch.float64).numpy()

@@ -386,10 +386,13 @@ def train(model, optimizers, data, config, device, state):
             now = time.perf_counter()
             state["seconds"] += now - clock
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": (it - since) * tokens_per_step / (now - clock)}
+            shown |= {"loss": f"{loss:.3f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
+            if device.type == "cuda":
+                line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+                shown["GPU"] = f"{line['gpu_gib']:.1f} GiB"
             if peak:
                 line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak
-            shown |= {"loss": f"{loss:.3f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
-            shown |= {"mfu": f"{line['mfu']:.1%}"} if peak else {}
+                shown["mfu"] = f"{line['mfu']:.1%}"
             if evaluating:
                 with context:
                     result = evaluate(model, data, config, device)

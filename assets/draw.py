@@ -76,7 +76,8 @@ def draw_model():
     parts += [labelled(720, 232, 104, 44, "output W_o", "(C)")]
     parts += [arrow(378, 165, 410, 112), arrow(378, 182, 410, 246), arrow(532, 106, 564, 120), arrow(532, 172, 564, 160)]
     parts += [arrow(686, 139, 718, 139), arrow(772, 161, 772, 196)]
-    parts += [text(772, 216, "×", 24), arrow(772, 220, 772, 230), line([(532, 254), (640, 254), (640, 210), (758, 210)], arrow=True)]
+    parts += [text(772, 216, "×", 24), arrow(772, 220, 772, 230)]
+    parts += [line([(532, 254), (640, 254), (640, 210), (758, 210)], arrow=True)]
     # the pool
     parts += [labelled(380, 326, 460, 44, "pool: S = N · N values of width D", "one table, read by every memory layer")]
     parts[-1] = parts[-1].replace(PALE, "#e7efff").replace(SOFT, BLUE, 1)
@@ -123,7 +124,8 @@ def draw_product_keys():
 def draw_lookup():
     """Forward: a token reads rows. Backward: a row collects from tokens. The same picture, turned round."""
     parts = []
-    for x0, title, formula in ((40, "forward", "y = W V: a token adds up k rows"), (460, "backward", "dV = Wᵀ dY: a row adds up its tokens")):
+    halves = (40, "forward", "y = W V: a token adds up k rows"), (460, "backward", "dV = Wᵀ dY: a row adds up its tokens")
+    for x0, title, formula in halves:
         parts += [text(x0 + 180, 28, title, 15, weight="bold"), text(x0 + 180, 50, formula, 14, SOFT)]
         parts += [text(x0 + 40, 84, "tokens", 13, SOFT), text(x0 + 300, 84, "values (S, D)", 13, SOFT)]
         reads = {0: (1, 4, 6), 1: (2, 4, 5), 2: (0, 4, 7)}
