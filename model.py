@@ -203,7 +203,8 @@ class GPT(nn.Module):
         """
         B, block = len(idx), self.config.block_size
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) else None
+        autocast = torch.is_autocast_enabled(idx.device.type)
+        dtype = torch.get_autocast_dtype(idx.device.type) if autocast else self.embedding.weight.dtype
         cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=idx.device, dtype=dtype)
         window, start = idx[:, -block:], 0
         for _ in range(max_new_tokens):
@@ -258,7 +259,8 @@ def pick(logits, temperature, top_k, top_p, generator):
     """Draw one token a row. logits (B, V) -> (B, 1). top_k: among the k likeliest; top_p: among the fewest that hold p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, order = (logits / temperature).sort(-1, descending=True)
+    logits, order = logits.sort(-1, descending=True)
+    logits = (logits - logits[:, :1]) / temperature  # the largest is 0: no temperature is too small
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probabilities = logits.softmax(-1)

@@ -8,6 +8,7 @@
 import argparse
 import codecs
 import collections
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ def parse(argv):
     add("--temperature", type=number(float, 0), default=0.8, help="below 1 likelier text, 0 the likeliest (default: %(default)s)")
     add("--top_k", type=number(int, 1), default=None, help="draw among the k likeliest tokens only")
     add("--top_p", type=number(float, 0, 1), default=None, help="draw among the fewest tokens that hold this probability")
-    add("--seed", type=number(int, 0), default=1, help="of the draws (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the draws (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="precision (default: bfloat16 where a GPU has it)")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead, and print a table")
@@ -51,7 +52,10 @@ def read_start(start):
     if start == "-":
         return sys.stdin.read()
     if start.startswith("FILE:"):
-        return Path(start[5:]).read_text()
+        try:
+            return Path(start[5:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--start: {start[5:]} is not UTF-8 text ({error})") from None
     return start
 
 
@@ -109,16 +113,24 @@ def main(argv):
         if args.recall:
             folder = dataset_folder(checkpoint["train_config"]["dataset"])
             questions = Dataset(folder).questions()
+            if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
+                raise ValueError(f"--recall: {folder} does not hold the data that this checkpoint was trained on")
             if not questions:
                 raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
         text = read_start(args.start)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
-    with precision(args.dtype, device), torch.inference_mode():
-        if args.recall:
-            print_recall(model, encoding, separator, questions, args.rows)
-        else:
-            sample(model, encoding, separator, text, args)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    try:
+        with precision(args.dtype, device), torch.inference_mode():
+            if args.recall:
+                print_recall(model, encoding, separator, questions, args.rows)
+            else:
+                sample(model, encoding, separator, text, args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, say head, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-steps in a step")
     max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them")
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
-    min_lr: float = option(0.0, "learning rate of the network at the last step")
+    min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
     mem_learning_rate: float = option(3e-3, "learning rate of the memory's values (SparseAdam)")
     weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
@@ -65,13 +65,18 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "min_lr", "mem_learning_rate", "weight_decay", "grad_clip", "warmup_iters", "seed"):
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must be 0 to 2**63 - 1")
+        if not 0 < self.mem_learning_rate < math.inf:
+            raise ValueError(f"mem_learning_rate={self.mem_learning_rate}: must be above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         for name, choices in (("dtype", ("auto", "float32", "bfloat16")), ("compile", ("auto", "true", "false"))):
+            object.__setattr__(self, name, getattr(self, name).lower())  # nanoGPT's True and False will do
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
 
@@ -116,16 +121,9 @@ def parse_options(argv):
                 continue
             known.append(f.name)
             kind = {bool: to_bool, tuple[int, ...]: to_numbers}.get(types[f.name], types[f.name])
-            kind_name = {to_bool: "true|false", to_numbers: "i,j,..."}.get(kind, getattr(kind, "__name__", ""))
-            optional_value = {"nargs": "?", "const": True} if kind is to_bool else {}
-            group.add_argument(
-                f"--{f.name}",
-                type=kind,
-                metavar=kind_name.upper(),
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
-                **optional_value,
-            )
+            optional_value = {"nargs": "?", "const": True} if kind is to_bool else {}  # --resume alone means true
+            help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            group.add_argument(f"--{f.name}", type=kind, metavar="", default=argparse.SUPPRESS, help=help, **optional_value)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], known, n=1)
@@ -175,6 +173,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
+        TrainConfig(**checkpoint["train_config"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the configuration beside them ({str(error)[:300]})") from None
     return {**checkpoint, "model": model.to(device)}
@@ -189,7 +188,9 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
     return device
@@ -198,7 +199,7 @@ def choose_device(name):
 def precision(name, device):
     """The context to compute in: autocast to bfloat16, or float32 throughout."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
 
 
@@ -277,6 +278,7 @@ def open_data(folder, block_size, seed):
     dataset = Dataset(folder)
     train, val = dataset.tokens("train"), dataset.tokens("val")
     return {
+        "fingerprint": dataset.fingerprint(),
         "train": Batches(train, block_size, seed),
         "train_eval": Batches(train, block_size, 0),
         "val_eval": Batches(val, block_size, 0),
@@ -319,21 +321,21 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
 
 
-def refuse_nan(loss, it, config):
-    if not math.isfinite(loss):
+def refuse_nan(number, it, config, what="loss"):
+    if not math.isfinite(number):
         raise FloatingPointError(
-            f"the loss is {loss} at step {it}: training has diverged. {config.out_dir} keeps what was saved before. "
+            f"the {what} is {number} at step {it}: training has diverged. {config.out_dir} keeps what was saved before. "
             f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate "
             f"(now {config.mem_learning_rate:g}), or a longer warmup_iters"
         )
 
 
 def train(model, optimizers, data, config, device, state):
-    """The loop. state: {"iter", "best_val_loss", "seconds"}, updated in place. Returns the last evaluation, or None if a
-    signal stopped the run."""
+    """The loop. state: {"iter", "best_val_loss", "seconds"}, updated in place. Returns the last evaluation. Exits with 128 and
+    the number of the signal if one stops the run, after saving."""
     out_dir, stop = Path(config.out_dir), Stop()
     context = precision(config.dtype, device)
-    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda" and os.name == "posix")
     run_model = torch.compile(model) if compiled else model
     network = [p for group in optimizers[0].param_groups for p in group["params"]]
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -342,13 +344,14 @@ def train(model, optimizers, data, config, device, state):
     peak, result = peak_flops(device), None
 
     def save(name, with_optimizers=True):
+        # The loss of this step was that before its update.
+        refuse_nan(sum(p.detach().abs().max().item() for p in model.parameters()), state["iter"], config, "largest weight")
         checkpoint = {
             "format": "nanomem-1",
             "model_config": dataclasses.asdict(model.config),
             "train_config": dataclasses.asdict(config),
             "model": model.state_dict(),
-            "vocabulary": data["vocabulary"],
-            "separator": data["separator"],
+            **{name: data[name] for name in ("vocabulary", "separator", "fingerprint")},
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None},
             **state,
         }
@@ -446,6 +449,16 @@ def summarize(model, result, config, state, questions):
         print("  python train.py --preset=facts-dense      # the same compute without a memory")
 
 
+def build_model(config):
+    """A GPT. Raises ValueError if this machine cannot hold it."""
+    try:
+        return GPT(config)
+    except RuntimeError as error:
+        need = config.mem_keys**2 * config.mem_value_dim * 4 / 2**30 if config.mem_layers else 0
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model does not fit ({reason}); with these mem_keys its table alone takes {need:,.1f} GiB") from None
+
+
 def start(options):
     """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -458,10 +471,13 @@ def start(options):
     else:
         if "preset" in options:
             raise ValueError("preset: a resumed run keeps its options; give --resume and --out_dir, and what you want to change")
-        path = Path(options.get("out_dir", "out/facts-memory")) / "ckpt.pt"
+        options["out_dir"] = options.get("out_dir", "out/facts-memory")
+        path = Path(options["out_dir"]) / "ckpt.pt"
         checkpoint = load_checkpoint(path)
+        if "optimizers" not in checkpoint:
+            raise ValueError(f"{path} has weights only, like a best.pt: it can be sampled from, but training cannot go on from it")
         saved = {**checkpoint["train_config"], **checkpoint["model_config"]}
-        fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"dataset", "seed"}
+        fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
         for name in fixed & set(options):
             if options[name] != saved[name]:
                 raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]} and must keep it")
@@ -471,26 +487,28 @@ def start(options):
     torch.manual_seed(config.seed)
 
     folder = dataset_folder(config.dataset)
-    vocab_size = Dataset(folder).vocab_size
     if config.resume:
         model = checkpoint["model"].to(device)
-        if model.config.vocab_size != vocab_size:
-            raise ValueError(f"{path} knows {model.config.vocab_size} tokens, the vocabulary of {folder} has {vocab_size}")
+        if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
+            raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
     else:
-        model = GPT(make_configs(options, vocab_size)[1]).to(device)
+        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1]).to(device)
     data = open_data(folder, model.config.block_size, config.seed)
     optimizers = make_optimizers(model, config)
     state = {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
 
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    for half_written in out_dir.glob("*.tmp"):  # by a run that was killed
+        half_written.unlink()
     log = out_dir / "log.jsonl"
     if config.resume:
         state = {name: checkpoint[name] for name in state}
         if state["iter"] >= config.max_iters:
             raise ValueError(f"the run in {out_dir} is complete at step {state['iter']}; to go on, give a larger max_iters")
         for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(saved_state)
+            groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
+            optimizer.load_state_dict(saved_state | {"param_groups": groups})
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
@@ -515,7 +533,7 @@ def main(argv):
         model, optimizers, data, config, device, state = start(options)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"train.py: {error}")
-    print(f"{describe(model)}; on {device}")
+    print(f"{describe(model)}; on {device}", flush=True)
     try:
         result = train(model, optimizers, data, config, device, state)
     except (FloatingPointError, OSError) as error:

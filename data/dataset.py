@@ -10,6 +10,7 @@ A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files, no meta.j
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ FORMAT_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 @contextlib.contextmanager
 def atomic_write(path):
     """Open a temporary file for writing bytes and rename it at the end: whoever finds `path` finds all of it, or the old one."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -57,6 +58,7 @@ def write_dataset(folder, train, val, encoding_file, vocab_size, separator, reca
     (folder / "meta.json").unlink(missing_ok=True)
     for name, ids in (("train.bin", train), ("val.bin", val)):
         write_file(folder / name, np.asarray(ids).astype(FORMAT_DTYPES[dtype]).tobytes())
+    (folder / "recall.jsonl").unlink(missing_ok=True)
     if recall is not None:
         write_file(folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall))
     meta = {"encoding": encoding_file, "dtype": dtype, "vocab_size": vocab_size, "separator": separator, **facts}
@@ -97,9 +99,20 @@ class Dataset:
         try:
             self.encoding_name, self.vocab_size = meta["encoding"], int(meta["vocab_size"])
             self.separator, self.dtype = int(meta["separator"]), FORMAT_DTYPES[meta["dtype"]]
+            if not (isinstance(self.encoding_name, str) and 0 <= self.separator < self.vocab_size):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{meta_path} must give encoding, vocab_size, separator and dtype (uint16 or uint32)") from None
-        self.meta = meta
+            raise ValueError(
+                f"{meta_path} must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator below it"
+            ) from None
+
+    def fingerprint(self):
+        """A hash of the sizes of both splits and of the first MiB of each: tells a folder that has been prepared anew."""
+        digest = hashlib.sha256()
+        for name in ("train.bin", "val.bin"):
+            with open(self.folder / name, "rb") as f:
+                digest.update(f.read(2**20) + str(os.fstat(f.fileno()).st_size).encode())
+        return digest.hexdigest()
 
     def tokens(self, split):
         """The split's token ids as a memory map. split: "train" or "val"."""

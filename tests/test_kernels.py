@@ -14,7 +14,7 @@ from kernels import lookup
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS = (1, 24, 64, 80, 96, 200)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this platform")
 
@@ -119,14 +119,15 @@ def test_nothing_to_look_up_gives_zeros(path, n, k):
     assert dvalues._nnz() == 0 and dweights.shape == (n, k)
 
 
-def test_rows_past_2_to_31_elements_are_addressed_right(path):
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_rows_past_2_to_31_elements_are_addressed_right(path, index_dtype):
     """Row 2^25 + 3 of width 96 begins at element 3.2e9. The table is 12.9 GB of address space, of which a few pages exist."""
     S, D = 2**25 + 8, 96
     values = torch.empty(S, D, device=DEVICE)  # never filled: the operating system gives no memory to untouched pages
     rows = torch.tensor([0, 2**31 // D, 2**31 // D + 1, 2**25 + 3, S - 1], device=DEVICE)
     values[rows] = torch.randn(len(rows), D, device=DEVICE)
     assert rows[2] * D > 2**31
-    indices, weights = rows[torch.tensor([[0, 3, 4], [1, 2, 3]])], torch.rand(2, 3, device=DEVICE)
+    indices, weights = rows[torch.tensor([[0, 3, 4], [1, 2, 3]])].to(index_dtype), torch.rand(2, 3, device=DEVICE)
     grad = torch.randn(2, D, device=DEVICE)
     y, dvalues, dweights = run(values, indices, weights, grad)
     small = torch.tensor([[0, 3, 4], [1, 2, 3]])

@@ -26,7 +26,7 @@ def scores(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
 def test_product_topk_equals_brute_force(N, K, dtype):
     s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
-    i, j = product_topk(s1, s2, K)
+    i, j = product_topk(s1, s2, K, candidate_pairs(K))
     every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
     best = every.flatten(1).topk(K).values
     assert i.shape == j.shape == (20, K)
@@ -37,7 +37,7 @@ def test_product_topk_equals_brute_force(N, K, dtype):
 
 
 def test_candidate_list_is_pruned_and_complete():
-    a, b = candidate_pairs(32, torch.device("cpu"))
+    a, b = candidate_pairs(32)
     assert len(a) == 119
     # A pair that is left out is beaten, or equalled, by at least K others: all those of lower ranks.
     listed = set(zip(a.tolist(), b.tolist(), strict=True))
@@ -74,7 +74,7 @@ def brute_force_layer(x, p, config):
                         query, key = q[half, h], p["keys"][half * H + h, number]
                         if config.mem_qk_norm:
                             query, key = rms(query, p["query_norm"]), rms(key, p["key_norm"])
-                        total = total + query @ key / math.sqrt(Q)
+                        total = total + query @ key / (math.sqrt(Q) if config.mem_qk_norm else 1)
                     score.append(total)
             score = torch.stack(score)
             best = score.detach().argsort(descending=True)[:K]
@@ -175,13 +175,26 @@ def test_usage_is_recorded_on_request_only():
     assert usage.mass.sum().item() == pytest.approx(2 * 2 * 16 * 3, rel=1e-4)  # a softmax a head
 
 
-def test_memory_layer_is_exact_under_autocast():
-    """bfloat16 may move scores, but selection and weights stay in float32: weights sum to 1, slots are in range."""
+def test_autocast_moves_few_slots_and_weights_little():
+    """bfloat16 rounds the scores, so near ties can change sides; sums of scores and softmax stay in float32."""
     torch.manual_seed(0)
-    layer = GPT(CONFIG).blocks[1].ffn
+    layer, x = GPT(replace(CONFIG, mem_keys=64)).blocks[1].ffn, torch.randn(500, 16)
     assert isinstance(layer, MemoryLayer)
+    exact_slots, exact_weights = layer.retrieve(x)
     with torch.autocast("cpu", torch.bfloat16):
-        slots, weights = layer.retrieve(torch.randn(20, 16))
+        slots, weights = layer.retrieve(x)
     assert weights.dtype == torch.float32 and slots.dtype == torch.int64
-    torch.testing.assert_close(weights.view(20, 3, 4).sum(-1), torch.ones(20, 3))
-    assert slots.min() >= 0 and slots.max() < 81
+    torch.testing.assert_close(weights.view(500, 3, 4).sum(-1), torch.ones(500, 3))
+    best, exact_best = slots.view(1500, 4)[:, 0], exact_slots.view(1500, 4)[:, 0]
+    assert (best == exact_best).float().mean() > 0.95
+    assert (weights - exact_weights).abs().max() < 0.03
+
+
+def test_scores_have_a_spread_of_about_one_with_and_without_norms():
+    for config in (CONFIG, PKM):
+        torch.manual_seed(0)
+        config = replace(config, n_embd=64, mem_key_dim=32, mem_keys=128, mem_value_dim=64)
+        layer = GPT(config).blocks[1].ffn
+        q = layer.query_norm(layer.query(torch.randn(100, 64)).view(100, 6, 16))
+        scores = torch.einsum("nhq,hkq->nhk", q, layer.key_norm(layer.keys)) / layer.scale
+        assert 0.8 < scores.std() < 1.25

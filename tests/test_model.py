@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig, pick
+from train import PRESETS, make_configs
 
 DENSE = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16)
 MEMORY = replace(DENSE, mem_layers=(0, 2), mem_keys=9, mem_heads=3, mem_topk=4, mem_key_dim=10, mem_value_dim=12)
@@ -157,6 +158,17 @@ def test_flops_equal_what_pytorch_counts_while_running(config):
     assert products == B * T * (sum(flops.values()) - lookup - attention)
 
 
+@pytest.mark.parametrize("family", ["facts", "shakespeare"])
+def test_presets_of_a_family_have_equal_flops_within_3_percent(family):
+    def flops(preset):
+        config = make_configs(PRESETS[preset], 1312)[1]
+        return sum(GPT(config).flops_per_token(config.block_size).values())
+
+    dense = flops(f"{family}-dense")
+    others = [flops(name) for name in PRESETS if name.startswith(family) and not name.endswith("dense")]
+    assert others and all(abs(other / dense - 1) < 0.03 for other in others)
+
+
 def test_memory_layers_are_centred_with_a_stride():
     def layers(n_layer, count):
         return GPTConfig(n_layer=n_layer, mem_count=count).mem_layers
@@ -229,6 +241,7 @@ def test_draws_follow_temperature_top_k_and_top_p():
     torch.testing.assert_close(draws(logits, top_k=2), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
     torch.testing.assert_close(draws(logits, top_k=99), p, rtol=0, atol=0.03)
     torch.testing.assert_close(draws(logits, top_p=0.65), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
+    assert draws(logits, temperature=1e-40)[1] == 1
     assert draws(logits, top_p=0.0)[1] == 1 and draws(logits, temperature=0)[1] == 1 and draws(logits, top_k=1)[1] == 1
 
 

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +151,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_loads(finished, tm
     half_written = 0
     for _ in range(3):
         process = subprocess.Popen([sys.executable, program])
-        temporary = Path(f"{path}.tmp")
+        temporary = Path(f"{path}.{process.pid}.tmp")
         wait_for(lambda path=path: path.exists(), process)
         wait_for(lambda temporary=temporary: temporary.exists() and temporary.stat().st_size > 1_000_000, process)
         process.kill()
@@ -176,10 +178,39 @@ def test_a_full_disk_keeps_the_checkpoint_before(facts, tmp_path):
 
 
 def test_a_diverging_loss_stops_with_a_message_and_keeps_what_was_there(facts, tmp_path):
-    done = train(facts, tmp_path, "--max_iters=40", "--learning_rate=1e30", "--log_interval=2", "--eval_interval=2")
+    assert train(facts, tmp_path, "--max_iters=4").returncode == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    diverge = "--max_iters=40", "--warmup_iters=0", "--learning_rate=1e30", "--log_interval=3", "--eval_interval=5"
+    done = run("train.py", "--resume", f"--out_dir={tmp_path}", *diverge)
     assert_refused(done, "training has diverged", "learning_rate (now 1e+30)")
-    if (tmp_path / "ckpt.pt").exists():
-        assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "ckpt.pt")["model"].parameters())
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "ckpt.pt")["model"].parameters())
+
+
+def test_resume_takes_new_rates_and_the_folder_it_is_given(facts, tmp_path):
+    """A copied run goes on where it now lies, with the options of the command line, in both optimisers."""
+    assert train(facts, tmp_path / "first", "--max_iters=4").returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    options = "--max_iters=6", "--mem_learning_rate=0.007", "--weight_decay=0.03", "--beta1=0.8"
+    done = run("train.py", "--resume", f"--out_dir={tmp_path / 'copy'}", *options)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()} == before
+    network, pool = torch.load(tmp_path / "copy" / "ckpt.pt", weights_only=True)["optimizers"]
+    assert [group["weight_decay"] for group in network["param_groups"]] == [0.03, 0.0]
+    assert pool["param_groups"][0]["lr"] == 0.007
+    assert network["param_groups"][0]["betas"][0] == pool["param_groups"][0]["betas"][0] == 0.8
+
+
+def test_resume_and_recall_refuse_data_that_have_been_prepared_anew(facts, tmp_path):
+    shutil.copytree(facts, tmp_path / "data")
+    assert train(tmp_path / "data", tmp_path / "out", "--max_iters=2").returncode == 0
+    assert run("data/facts/prepare.py", "--people=20", "--seed=5", "--out", tmp_path / "data").returncode == 0
+    for done in (
+        run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4"),
+        run("sample.py", f"--out_dir={tmp_path / 'out'}", "--recall"),
+    ):
+        assert_refused(done, str(tmp_path / "data"), "trained on")
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
@@ -235,10 +266,13 @@ def test_sample_goes_on_from_argument_file_and_standard_input(finished, tmp_path
 
 def test_sample_streams_what_it_generates(finished):
     command = [sys.executable, ROOT / "sample.py", f"--out_dir={finished}", "--max_new_tokens=100000", "--device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert len(process.stdout.read(300)) == 300 and process.poll() is None  # text arrives long before the end
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    head = subprocess.run(f"{shlex.join(map(str, command))} | head -c 100", shell=True, capture_output=True, timeout=60)
+    assert len(head.stdout) == 100 and b"Traceback" not in head.stderr and b"BrokenPipe" not in head.stderr
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -257,6 +291,9 @@ def test_sample_streams_what_it_generates(finished):
         (["--mem_topk=99"], ["mem_topk=99", "mem_keys=16"]),
         (["--mem_layers=2"], ["no block 2", "0 to 1"]),
         (["--batch_size=0"], ["batch_size=0"]),
+        (["--mem_keys=9999999"], ["does not fit", "mem_keys"]),
+        (["--seed=99999999999999999999"], ["seed=99999999999999999999"]),
+        (["--mem_learning_rate=0"], ["mem_learning_rate=0"]),
         (["--learning_rate=-1"], ["learning_rate=-1"]),
         (["--learning_rate=nan"], ["learning_rate=nan"]),
         (["--device=tpu9"], ["device=tpu9", "device=cpu"]),
@@ -296,6 +333,7 @@ def test_an_occupied_folder_is_not_overwritten_unasked(facts, tmp_path):
     [
         (["--n_embd=64"], ["n_embd=64", "n_embd=32"]),
         (["--seed=9"], ["seed=9", "seed=1"]),
+        (["--batch_size=8"], ["batch_size=8", "batch_size=4"]),
         (["--preset=facts-dense"], ["preset"]),
         ([], ["complete at step 40", "max_iters"]),
     ],
@@ -325,6 +363,7 @@ def wrong_checkpoints(good, folder):
     yield "another program's", {"state_dict": {}}, ["not a checkpoint of nanomem"]
     yield "wider", whole | {"model_config": whole["model_config"] | {"n_embd": 64}}, ["do not fit"]
     yield "from the future", whole | {"model_config": whole["model_config"] | {"n_wings": 2}}, ["do not fit", "n_wings"]
+    yield "weights only", {name: value for name, value in whole.items() if name != "optimizers"}, ["weights only"]
     yield "without weights", {name: value for name, value in whole.items() if name != "model"}, ["do not fit"]
 
 
@@ -334,11 +373,13 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
         path.parent.mkdir()
         path.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, path)
         before = path.read_bytes()
-        with pytest.raises(ValueError) as caught:
-            load_checkpoint(path)
-        assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
+        if name != "weights only":  # which is good enough to sample from
+            with pytest.raises(ValueError) as caught:
+                load_checkpoint(path)
+            assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
         if name in ("truncated", "code", "wider"):
             assert_refused(run("sample.py", f"--out_dir={path.parent}"), str(path), *words)
+        if name in ("truncated", "code", "weights only"):
             assert_refused(run("train.py", "--resume", f"--out_dir={path.parent}"), str(path), *words)
         assert path.read_bytes() == before
     assert not (tmp_path / "executed").exists()
