@@ -221,6 +221,20 @@ class GPT(nn.Module):
         new = [token.unsqueeze(1) for token in self.stream(idx, max_new_tokens, **options)]
         return torch.cat([idx, *new], dim=1)
 
+    def complete(self, prompts, lengths, batch_size=256):
+        """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add to each.
+        Returns the new tokens, list by list."""
+        device, new = self.embedding.weight.device, [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            batch = [i for i in order[:batch_size] if len(prompts[i]) == len(prompts[order[0]])]  # one length: no padding
+            order = order[len(batch) :]
+            idx = torch.tensor([prompts[i] for i in batch], device=device)
+            rows = self.generate(idx, max(lengths[i] for i in batch), temperature=0)[:, idx.size(1) :].tolist()
+            for i, row in zip(batch, rows, strict=True):
+                new[i] = row[: lengths[i]]
+        return new
+
     # --- counts and parameter groups ----------------------------------------------------------------------------------
 
     def parameter_groups(self):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, make_encoding
-from train import answer, choose_device, dataset_folder, load_checkpoint, precision
+from data.dataset import Dataset, find_folder, make_encoding
+from train import answer, choose_device, load_checkpoint, precision
 
 
 def parse(argv):
@@ -111,7 +111,7 @@ def main(argv):
         encoding = make_encoding(checkpoint["vocabulary"])
         questions = None
         if args.recall:
-            folder = dataset_folder(checkpoint["train_config"]["dataset"])
+            folder = find_folder(checkpoint["train_config"]["dataset"])
             questions = Dataset(folder).questions()
             if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
                 raise ValueError(f"--recall: {folder} does not hold the data that this checkpoint was trained on")

@@ -28,10 +28,8 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # Apple GPUs lack a f
 import torch
 from tqdm import tqdm
 
-from data.dataset import Batches, Dataset, atomic_write, write_file
+from data.dataset import Dataset, atomic_write, find_folder, open_dataset, write_file
 from model import GPT, GPTConfig, option
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,7 @@ def choose_device(name):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
     return device
@@ -239,21 +238,10 @@ def mean_loss(model, batches, config, device):
     return total / config.eval_iters
 
 
-def answer(model, questions, separator, batch_size=256):
-    """Greedy answers to closed-book questions (Dataset.questions): a list of token lists, each as long as its right answer."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]["prompt_ids"]))
-    answers = [None] * len(questions)
-    while order:
-        length = len(questions[order[0]]["prompt_ids"])
-        batch = [i for i in order[:batch_size] if len(questions[i]["prompt_ids"]) == length]  # one length: nothing to pad
-        order = order[len(batch) :]
-        prompts = torch.tensor([[separator, *questions[i]["prompt_ids"]] for i in batch], device=device)
-        longest = max(len(questions[i]["answer_ids"]) for i in batch)
-        new = model.generate(prompts, longest, temperature=0)[:, prompts.size(1) :].tolist()
-        for i, ids in zip(batch, new, strict=True):
-            answers[i] = ids[: len(questions[i]["answer_ids"])]
-    return answers
+def answer(model, questions, separator):
+    """What the model says to closed-book questions (Dataset.questions): lists of tokens, each as long as the right answer."""
+    prompts = [[separator, *question["prompt_ids"]] for question in questions]
+    return model.complete(prompts, [len(question["answer_ids"]) for question in questions])
 
 
 def evaluate(model, data, config, device):
@@ -265,35 +253,12 @@ def evaluate(model, data, config, device):
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
     if data["questions"]:
         got = answer(model, data["questions"], data["separator"])
-        right = sum(ids == q["answer_ids"] for ids, q in zip(got, data["questions"], strict=True))
+        right = sum(ids == question["answer_ids"] for ids, question in zip(got, data["questions"], strict=True))
         result["recall"] = right / len(data["questions"])
     if counts is not None:
         result |= {f"mem_{name}": value for name, value in counts.summary().items()}
     model.train()
     return result
-
-
-def open_data(folder, block_size, seed):
-    """The dataset, checked and ready: batches for training and evaluation, and the questions."""
-    dataset = Dataset(folder)
-    train, val = dataset.tokens("train"), dataset.tokens("val")
-    return {
-        "fingerprint": dataset.fingerprint(),
-        "train": Batches(train, block_size, seed),
-        "train_eval": Batches(train, block_size, 0),
-        "val_eval": Batches(val, block_size, 0),
-        "questions": dataset.questions(),
-        "vocabulary": dataset.vocabulary(),
-        "separator": dataset.separator,
-    }
-
-
-def dataset_folder(name):
-    """A folder in data/ or a path. The facts, which are the default, are made if they are not there."""
-    folder = ROOT / "data" / name if (ROOT / "data" / name).is_dir() else Path(name)
-    if folder == ROOT / "data" / "facts" and not (folder / "meta.json").exists():
-        subprocess.run([sys.executable, folder / "prepare.py"], check=True)
-    return folder
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # bf16, dense
@@ -486,14 +451,14 @@ def start(options):
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
 
-    folder = dataset_folder(config.dataset)
+    folder = find_folder(config.dataset)
     if config.resume:
         model = checkpoint["model"].to(device)
         if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
             raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
     else:
         model = build_model(make_configs(options, Dataset(folder).vocab_size)[1]).to(device)
-    data = open_data(folder, model.config.block_size, config.seed)
+    data = open_dataset(folder, model.config.block_size, config.seed)
     optimizers = make_optimizers(model, config)
     state = {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
 
@@ -533,6 +498,8 @@ def main(argv):
         model, optimizers, data, config, device, state = start(options)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # nothing has been trained yet
+        sys.exit(130)
     print(f"{describe(model)}; on {device}", flush=True)
     try:
         result = train(model, optimizers, data, config, device, state)

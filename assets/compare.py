@@ -18,6 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.dataset import find_folder
+
 OUT = ROOT / "out" / "compare"
 RESULTS = ROOT / "assets" / "results.json"
 SEEDS = (1, 2, 3)
@@ -28,7 +31,7 @@ GROUPS = {
     "main": {
         f"{preset} {rate:g}": (preset, {"learning_rate": rate}) for rate in RATES for preset in ("facts-memory", "facts-dense")
     },
-    # a dense model takes 1.5 times as many steps in the seconds of a memory model (the last table)
+    # a dense model takes 1.5 times as many steps in the seconds of a memory model: see speed()
     "same seconds": {"facts-dense, 2,700 steps": ("facts-dense", {"max_iters": 2700})},
     "slots": {f"N={N}": ("facts-memory", {"mem_keys": N}) for N in (16, 32, 64, 256)},
     "variants": {
@@ -66,6 +69,23 @@ def run(job):
     }
 
 
+def speed(repeats=5):
+    """Print training tokens/s of both models on one thread, taken in turns so that both meet the same disturbances."""
+    rates = {"facts-memory": [], "facts-dense": []}
+    for _ in range(repeats):
+        for preset, measured in rates.items():
+            folder = OUT / f"speed_{preset}"
+            options = ["--max_iters=100", "--eval_iters=1", f"--out_dir={folder}", "--overwrite", "--device=cpu"]
+            command = [sys.executable, ROOT / "train.py", f"--preset={preset}", *options]
+            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            measured.append(statistics.median(line["tokens_per_s"] for line in lines))
+    for preset, measured in rates.items():
+        print(f"{preset}: {statistics.median(measured):,.0f} tokens/s on one thread ({min(measured):,.0f} to {max(measured):,.0f})")
+    ratios = sorted(memory / dense for memory, dense in zip(*rates.values(), strict=True))
+    print(f"memory / dense: {ratios[repeats // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
 def table(results, group):
     """Mean over the seeds of each name, and each of them: lines of Markdown."""
     lines = ["| model | recall: mean (each seed) | validation loss |", "|---|---|---|"]
@@ -79,14 +99,18 @@ def table(results, group):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(GROUPS), action="append", help="one group of runs (default: all)")
+    parser.add_argument("--only", choices=[*GROUPS, "speed"], action="append", help="one group of runs (default: all)")
     args = parser.parse_args()
+    if "speed" in (args.only or ["speed"]):
+        speed()
     jobs = [
         (group, name, preset, options, seed)
-        for group in args.only or GROUPS
+        for group in GROUPS
+        if group in (args.only or GROUPS)
         for name, (preset, options) in GROUPS[group].items()
         for seed in SEEDS
     ]
+    find_folder("facts")  # made once, before two runs would make it at the same time
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         results = list(tqdm(pool.map(run, jobs), total=len(jobs), unit="run"))
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []

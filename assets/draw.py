@@ -179,7 +179,7 @@ def draw_results():
             means.setdefault(N, []).append(r["recall"])
     order = sorted(means)
     place = {N: (i + 0.5) / len(order) for i, N in enumerate(order)}
-    parts += axes(x0, y0, w, h, [(place[N], f"{N * N:,}") for N in order], "the same compute, more slots", "slots in the memory")
+    parts += axes(x0, y0, w, h, [(place[N], f"{N * N:,}") for N in order], "more slots, compute within 5%", "slots in the memory")
     for N in order:
         parts += [f'<circle cx="{x0 + w * place[N]}" cy="{y0 + h * (1 - r)}" r="4" fill="{ORANGE}"/>' for r in means[N]]
     parts += [line([(x0 + w * place[N], y0 + h * (1 - statistics.mean(means[N]))) for N in order], ORANGE, 2)]

@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,30 @@ def make_encoding(vocabulary):
             f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); on a machine with a network, "
             "run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER, then bring that folder here and set the same variable"
         ) from None
+
+
+def find_folder(name):
+    """A folder in data/, or a path. The facts, which are the default, are made if they are not there."""
+    data = Path(__file__).resolve().parent
+    folder = data / name if (data / name).is_dir() else Path(name)
+    if folder == data / "facts" and not (folder / "meta.json").exists():
+        subprocess.run([sys.executable, folder / "prepare.py"], check=True)
+    return folder
+
+
+def open_dataset(folder, block_size, seed):
+    """All that training needs of a folder, checked: batches, the questions if there are any, and what goes into a checkpoint."""
+    dataset = Dataset(folder)
+    train, val = dataset.tokens("train"), dataset.tokens("val")
+    return {
+        "train": Batches(train, block_size, seed),
+        "train_eval": Batches(train, block_size, 0),
+        "val_eval": Batches(val, block_size, 0),
+        "questions": dataset.questions(),
+        "vocabulary": dataset.vocabulary(),
+        "separator": dataset.separator,
+        "fingerprint": dataset.fingerprint(),
+    }
 
 
 class Batches:

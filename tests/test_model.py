@@ -226,6 +226,17 @@ def test_prompt_longer_than_the_block_is_cut_to_its_end():
         model(idx)
 
 
+def test_complete_equals_one_prompt_at_a_time():
+    model = make(MEMORY)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 7, 3, 1, 7, 3)]
+    lengths = [4, 2, 6, 5, 9, 1]
+    alone = [
+        model.generate(torch.tensor([prompt]), length, temperature=0)[0, len(prompt) :].tolist()
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    assert model.complete(prompts, lengths, batch_size=2) == model.complete(prompts, lengths) == alone
+
+
 def draws(logits, number=4000, **options):
     options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
     generator = torch.Generator().manual_seed(0)
