@@ -85,9 +85,9 @@ FACTS |= dict(mem_keys=128, mem_topk=16, mem_learning_rate=1e-2)
 SHAKESPEARE = dict(dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=2e-3)
 SHAKESPEARE |= dict(mem_keys=128, mem_topk=16, mem_learning_rate=3e-3)
 PRESETS = {
-    "facts-memory": FACTS | dict(mem_count=1, learning_rate=6e-3),
+    "facts-memory": FACTS | dict(mem_count=1, learning_rate=4e-3),
     "facts-dense": FACTS | dict(learning_rate=8e-3),
-    "facts-pkm": FACTS | dict(mem_count=1, mem_gate=False, mem_qk_norm=False, learning_rate=6e-3),
+    "facts-pkm": FACTS | dict(mem_count=1, mem_gate=False, mem_qk_norm=False, learning_rate=4e-3),
     "shakespeare-memory": SHAKESPEARE | dict(mem_count=1),
     "shakespeare-dense": SHAKESPEARE,
 }

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "compare"
 RESULTS = ROOT / "assets" / "results.json"
 SEEDS = (1, 2, 3)
