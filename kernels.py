@@ -277,7 +277,7 @@ def seconds(run, device, repeats=20):
 def benchmark(device):
     """Time each implementation, and set the bytes it must move against what a plain copy moves in the same time."""
     cuda = device.type == "cuda"
-    n, k, S, D, dtype = (16384, 128, 2**20, 1024, torch.bfloat16) if cuda else (1024, 64, 2**16, 64, torch.float32)
+    n, k, S, D, dtype = (16384, 128, 2**20, 1024, torch.bfloat16) if cuda else (1024, 64, 2**20, 64, torch.float32)
     values, indices, weights, grad = random_problem(n, k, S, D, dtype, device)
     rows, e = indices.unique().numel(), values.element_size()
     source = torch.empty(2**28 if cuda else 2**25, device=device)
