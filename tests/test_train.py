@@ -308,7 +308,9 @@ def test_a_wrong_option_is_named_and_nothing_is_written(facts, tmp_path, options
 
 def test_a_missing_or_broken_dataset_is_named(facts, tmp_path):
     assert_refused(train(tmp_path / "nowhere", tmp_path / "out"), "nowhere", "train.bin")
-    assert_refused(run("train.py", "--dataset=shakespeare", f"--out_dir={tmp_path / 'out'}"), "shakespeare", "prepare.py")
+    (tmp_path / "unprepared").mkdir()
+    (tmp_path / "unprepared" / "prepare.py").touch()
+    assert_refused(train(tmp_path / "unprepared", tmp_path / "out"), "train.bin", f"run: python {tmp_path / 'unprepared'}")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in facts.iterdir():
