@@ -378,7 +378,7 @@ def train(model, optimizers, data, config, device, state):
             if evaluating or stopped_by:
                 save("ckpt.pt")
             clock, since = time.perf_counter(), it  # evaluation and saving are not training time
-        if stopped_by:
+        if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
             print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
             print(f"Go on with: python train.py --resume --out_dir={out_dir}")
