@@ -15,6 +15,7 @@ R distinct rows touched, P = n * k pairs of bag and slot.
 """
 
 import argparse
+import os
 import sys
 import time
 import types
@@ -27,7 +28,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path does not need it
-    triton = tl = types.SimpleNamespace(jit=lambda function: function, constexpr=None)
+    triton = tl = types.SimpleNamespace(jit=lambda *function, **_: function[0] if function else triton.jit, constexpr=None)
 
 # PyTorch says once a process that compressed sparse rows are in beta; torch_backward uses them, for one product.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -40,12 +41,17 @@ def lookup_reference(values, indices, weights):
 
 
 def group_by_row(indices):
-    """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,), starts (R + 1,), all int64.
+    """Sort the P pairs by the row they read. indices (n, k), below 2^31 -> order (P,), rows (R,), starts (R + 1,), all int64.
 
     Pairs `order[starts[r] : starts[r + 1]]` (numbered along indices.flatten()) are those that read `rows[r]`. The sort is
     stable, so each row's pairs stay in the order of the bags: sums over them come out the same, bit for bit, every time.
     """
-    slots, order = indices.flatten().sort(stable=True)
+    if indices.device.type == "cpu":  # numpy sorts plain numbers far faster: those of slot and pair, side by side in one
+        packed = (indices.flatten().long() << 32) + torch.arange(indices.numel())
+        packed.numpy().sort()
+        slots, order = packed >> 32, packed & (2**32 - 1)
+    else:
+        slots, order = indices.flatten().int().sort(stable=True)  # a radix sort passes over 4 bytes in half the time of 8
     rows, counts = torch.unique_consecutive(slots, return_counts=True)
     return order, rows.long(), F.pad(counts.cumsum(0), (1, 0))
 
@@ -64,7 +70,8 @@ def torch_backward(values, indices, weights, grad):
     """grad (n, D) -> rows (R,), gradient of those rows of values (R, D), gradient of weights (n, k)."""
     (n, k), (order, rows, starts) = indices.shape, group_by_row(indices)
     bags, pair_weights = order // k, weights.flatten()[order].to(grad.dtype)  # (P,), (P,), grouped by row
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64) and indices.numel() > 0:
+    fast = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+    if fast and 0 < k <= len(values) and n > 0:  # sampled_addmm refuses more entries than its matrix has
         # dV = W^T dY: bag r collects the gradients of the tokens that read row r. The same operator, roles swapped.
         grad_rows = F.embedding_bag(bags, grad, starts[:-1], per_sample_weights=pair_weights, mode="sum")
         # dW = dY V^T where W is not zero: W has k entries in each row, so its row offsets are multiples of k.
@@ -82,16 +89,53 @@ def torch_backward(values, indices, weights, grad):
     return rows, grad_rows, grad_weights
 
 
+def random16(rows, D, seed):
+    """Sixteen random bits for each element of the rows: (R,) -> (R, D) int32, a hash of its place in the table and the seed.
+
+    The multipliers and shifts are those of "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018)."""
+    x = (rows.unsqueeze(1) * D + torch.arange(D, device=rows.device)).int() ^ seed  # int32 wraps around
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        x = (x ^ ((x >> shift) & (2 ** (32 - shift) - 1))) * factor  # >> keeps the sign: cut it off
+    return x & 0xFFFF
+
+
+def round_at_random(x, noise):
+    """float32 -> bfloat16: up with a probability equal to the distance from the number below, so that the mean stays x."""
+    rounded = ((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, x.bfloat16())
+
+
+def torch_adam(values, means, squares, last, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
+    """Step t of RowAdam, in place. grads (G, D): row rows[r] has gradients grads[order[starts[r] : starts[r + 1]]]."""
+    grad = F.embedding_bag(order, grads.float(), starts[:-1], mode="sum")  # (R, D), summed over layers and micro-steps
+    square = squares[rows] * beta2 ** (t - last[rows]) + (1 - beta2) * grad.square().mean(1)  # (R,)
+    squares[rows], last[rows] = square, t
+    factor = -lr / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + eps)  # (R,)
+    for row, g, f in zip(rows.split(1024), grad.split(1024), factor.split(1024), strict=True):  # parts that stay in the cache
+        mean = means.index_select(0, row).lerp_(g, 1 - beta1)
+        means.index_copy_(0, row, mean)
+        change = mean.mul_(f.unsqueeze(1))
+        if values.dtype == torch.bfloat16:
+            values.index_copy_(0, row, round_at_random(values[row].float() + change, random16(row, values.size(1), seed)))
+        else:
+            values.index_add_(0, row, change)
+
+
 # --- Triton -----------------------------------------------------------------------------------------------------------
 # Bytes that must move at width D with e bytes a value (slot numbers and weights, 12 bytes a pair, are small beside a row):
 #   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
-#   backward   R * D * e   rows read once, each by its one owner      +  R * D * e  written; dY is read from L2 if it fits
-# D is a compile-time constant: the compiler then knows how rows are aligned and loads 16 bytes at once where it may.
+#   backward   R * D * e   rows read once, each by its one owner      +  R * D * e  written
+#              n * D * e   dY, read from memory once if L2 holds it
+#   adam       R * D * e   the gradient  +  2 * R * D * e  values and  +  8 * R * D  means (float32), read and written
+# D and k are compile-time constants: the compiler then knows how rows are aligned, loads 16 bytes at once where it may, and
+# divides by k with a multiplication.
+
+PIECE = 128  # pairs of one row that one program walks at most: a very hot row is cut into pieces, or all would wait for it
 
 
 @triton.jit
 def forward_kernel(
-    values, indices, weights, out, k, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    values, indices, weights, out, k: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """One program computes BLOCK_D columns of one bag, BLOCK_K rows in flight at a time."""
     bag = tl.program_id(0).to(tl.int64)
@@ -110,21 +154,82 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    values, weights, grad, order, rows, starts, grad_rows, grad_weights, k, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """One program owns one touched row: it reads it once, and walks over the pairs that read it."""
-    r = tl.program_id(0).to(tl.int64)
+    values, weights, grad, order, rows, begins, ends, sums, grad_weights,
+    k: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns one touched row (or a piece of its pairs): it reads the row once and walks over the pairs that read it,
+    BLOCK_P of them in flight at a time. sums[g] = sum over the pairs of weight * dY; grad_weights[pair] = row . dY."""
+    g = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)  # (BLOCK_D,), the whole row
-    row = tl.load(rows + r).to(tl.int64)
+    row = tl.load(rows + g)
     value = tl.load(values + row * D + column, mask=column < D, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for p in range(tl.load(starts + r), tl.load(starts + r + 1)):
-        pair = tl.load(order + p).to(tl.int64)  # = bag * k + j
-        weight = tl.load(weights + pair).to(tl.float32)
-        dy = tl.load(grad + (pair // k) * D + column, mask=column < D, other=0.0).to(tl.float32)
-        total += weight * dy
-        tl.store(grad_weights + pair, tl.sum(value * dy, 0).to(grad_weights.dtype.element_ty))
-    tl.store(grad_rows + r * D + column, total.to(grad_rows.dtype.element_ty), mask=column < D)
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    end = tl.load(ends + g)
+    for start in range(tl.load(begins + g), end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
+        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)  # = bag * k + j
+        weight = tl.load(weights + pair, mask=p < end, other=0.0).to(tl.float32)
+        mask = (p < end)[:, None] & (column < D)[None, :]
+        bag = (pair // k).to(tl.int64)
+        dy = tl.load(grad + bag[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)  # (BLOCK_P, BLOCK_D)
+        total += weight[:, None] * dy
+        tl.store(grad_weights + pair, tl.sum(value[None, :] * dy, 1), mask=p < end)
+    tl.store(sums + g * D + column, tl.sum(total, 0).to(sums.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def combine_kernel(partial, firsts, rows, grad_rows, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program adds up BLOCK_D columns of the pieces of one hot row: grad_rows[rows[h]] = sum of partial[firsts[h]: ...]."""
+    h = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    end = tl.load(firsts + h + 1)
+    for start in range(tl.load(firsts + h), end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
+        mask = (p < end)[:, None] & (column < D)[None, :]
+        total += tl.load(partial + p[:, None] * D + column[None, :], mask=mask, other=0.0)
+    target = grad_rows + tl.load(rows + h) * D + column
+    tl.store(target, tl.sum(total, 0).to(grad_rows.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def random16_kernel(place, seed):
+    """As random16: (BLOCK_D,) places in the table -> (BLOCK_D,) int32."""
+    x = place.to(tl.uint32) ^ seed
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["t", "seed"])
+def adam_kernel(
+    values, means, squares, last, grads, order, rows, starts, t, rate, beta1, beta2, correction, eps, seed,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns one touched row: it adds up the row's gradients, and moves its moments and its value."""
+    r = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    row = tl.load(rows + r)
+    g = tl.zeros((BLOCK_D,), tl.float32)
+    for p in range(tl.load(starts + r), tl.load(starts + r + 1)):  # one for each layer and micro-step that read the row
+        g += tl.load(grads + tl.load(order + p) * D + column, mask=inside, other=0.0).to(tl.float32)
+    decay = tl.exp2(tl.log2(beta2) * (t - tl.load(last + row)).to(tl.float32))
+    square = tl.load(squares + row) * decay + (1 - beta2) * (tl.sum(g * g, 0) / D)
+    mean = tl.load(means + row * D + column, mask=inside, other=0.0)
+    mean += (1 - beta1) * (g - mean)
+    value = tl.load(values + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    value -= rate * mean / (tl.sqrt(square / correction) + eps)
+    tl.store(squares + row, square)
+    tl.store(last + row, t)
+    tl.store(means + row * D + column, mean, mask=inside)
+    if values.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True) + random16_kernel(row * D + column, seed)
+        rounded = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        finite = tl.abs(value) < float("inf")  # False of NaN, too
+        tl.store(values + row * D + column, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=inside)
+    else:
+        tl.store(values + row * D + column, value, mask=inside)
 
 
 def forward_tile(D):
@@ -134,9 +239,14 @@ def forward_tile(D):
 
 
 def backward_tile(D):
-    """(BLOCK_D, warps) of the backward kernel at width D: 8 columns a thread where 1 to 8 warps can give that."""
+    """(BLOCK_P, BLOCK_D, warps) of the backward kernel at width D: a whole row, and 4 of dY unless they are very wide."""
     block_d = triton.next_power_of_2(D)
-    return block_d, min(8, max(1, block_d // 256))
+    block_p = max(1, min(4, 4096 // block_d))
+    return block_p, block_d, min(32, max(1, block_p * block_d // 1024))
+
+
+def adam_warps(D):
+    return min(32, max(1, triton.next_power_of_2(D) // 256))  # 8 columns a thread
 
 
 def triton_forward(values, indices, weights):
@@ -155,14 +265,142 @@ def triton_backward(values, indices, weights, grad):
     k, D = indices.size(1), values.size(1)
     order, rows, starts = group_by_row(indices)
     grad_rows, grad_weights = values.new_empty(len(rows), D), torch.empty_like(weights, dtype=torch.float32)
-    if len(rows) > 0:
-        block_d, warps = backward_tile(D)
-        tensors = (values, weights, grad, order, rows, starts, grad_rows, grad_weights)
-        backward_kernel[(len(rows),)](*tensors, k, D, block_d, num_warps=warps)
+    if len(rows) == 0:
+        return rows, grad_rows, grad_weights
+    block_p, block_d, warps = backward_tile(D)
+
+    def run(rows, begins, ends, sums):
+        tensors = (values, weights, grad, order, rows, begins, ends, sums, grad_weights)
+        backward_kernel[(len(rows),)](*tensors, k, D, block_p, block_d, num_warps=warps)
+
+    begins, ends = starts[:-1], starts[1:]
+    pieces = (ends - begins + PIECE - 1) // PIECE  # (R,)
+    run(rows, begins, torch.where(pieces > 1, begins, ends), grad_rows)  # of a hot row, no pairs yet
+    hot = (pieces > 1).nonzero().flatten()  # numbers of rows
+    if len(hot) > 0:
+        firsts = F.pad(pieces[hot].cumsum(0), (1, 0))  # piece firsts[h] is the first of row hot[h]
+        owner = torch.repeat_interleave(pieces[hot])  # (G,) which of the hot rows a piece is of
+        row = hot[owner]
+        begin = begins[row] + (torch.arange(len(row), device=row.device) - firsts[owner]) * PIECE
+        partial = torch.empty(len(row), D, device=values.device)  # float32, of at most P / PIECE * 2 pieces
+        run(rows[row], begin, torch.minimum(begin + PIECE, ends[row]), partial)
+        block_d = min(128, triton.next_power_of_2(D))
+        combine_kernel[(len(hot), triton.cdiv(D, block_d))](partial, firsts, hot, grad_rows, D, 32, block_d, num_warps=4)
     return rows, grad_rows, grad_weights
 
 
+def triton_adam(values, means, squares, last, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
+    """As torch_adam. All tensors contiguous."""
+    if len(rows) > 0:
+        D, block_d = values.size(1), triton.next_power_of_2(values.size(1))
+        numbers = (t, lr / (1 - beta1**t), beta1, beta2, 1 - beta2**t, eps, seed)
+        tensors = (values, means, squares, last, grads, order, rows, starts)
+        adam_kernel[(len(rows),)](*tensors, *numbers, D, block_d, num_warps=adam_warps(D))
+
+
+# --- Triton: choosing the slots (memory.py says how and why) ----------------------------------------------------------
+# One program does for one head of one token what memory.select does: two top-k, the candidates, their top-k, the softmax. A
+# score and its column travel in one int64, the score's bits above the column's: then sorting one sorts both, and is exact.
+
+
+@triton.jit
+def pack(score, column):
+    """float32, int32 -> int64 that orders as the scores do (equal scores: by column)."""
+    bits = score.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats count down: now they count up
+    return (bits.to(tl.int64) << 32) | column
+
+
+@triton.jit
+def unpack(packed):
+    """-> float32, int32"""
+    bits = (packed >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), packed.to(tl.int32)
+
+
+@triton.jit
+def best_of_row(row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The BLOCK_K largest of N scores, largest first -> scores, columns (BLOCK_K,) each"""
+    column = tl.arange(0, BLOCK_N)
+    score = tl.load(row + column, mask=column < N, other=0.0).to(tl.float32)
+    packed = tl.where(column < N, pack(score, column), -(2**63))
+    return unpack(tl.topk(packed, BLOCK_K))
+
+
+@triton.jit
+def select_kernel(
+    scores, pairs, slots, weights, n, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    score1, column1 = best_of_row(scores + (h * n + t) * N, N, BLOCK_N, BLOCK_K)
+    score2, column2 = best_of_row(scores + ((H + h) * n + t) * N, N, BLOCK_N, BLOCK_K)
+    c = tl.arange(0, BLOCK_P)  # candidates
+    a, b = tl.load(pairs + c, mask=c < P, other=0).to(tl.int32), tl.load(pairs + P + c, mask=c < P, other=0).to(tl.int32)
+    total = tl.gather(score1, a, 0) + tl.gather(score2, b, 0)  # (BLOCK_P,)
+    score, c = unpack(tl.topk(tl.where(c < P, pack(total, c), -(2**63)), BLOCK_K))  # (BLOCK_K,)
+    rank = tl.arange(0, BLOCK_K)
+    a, b = tl.load(pairs + c, mask=rank < K, other=0).to(tl.int32), tl.load(pairs + P + c, mask=rank < K, other=0).to(tl.int32)
+    slot = tl.gather(column1, a, 0).to(tl.int64) * N + tl.gather(column2, b, 0)
+    p = tl.where(rank < K, tl.exp(score - tl.max(score, 0)), 0.0)
+    target = (t * H + h) * K + rank
+    tl.store(slots + target, slot, mask=rank < K)
+    tl.store(weights + target, p / tl.sum(p, 0), mask=rank < K)
+
+
+@triton.jit
+def select_backward_kernel(
+    grad, slots, weights, out, n, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Back through the softmax, then each column collects the sums that it is in, in the order of their rank: no atomics."""
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, rank, column = (t * H + h) * K, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    p = tl.load(weights + first + rank, mask=rank < K, other=0.0)
+    mean = tl.sum(p * tl.load(grad + first + rank, mask=rank < K, other=0.0), 0)
+    half1, half2 = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for r in range(K):
+        slot = tl.load(slots + first + r).to(tl.int32)
+        dscore = tl.load(weights + first + r) * (tl.load(grad + first + r) - mean)
+        half1 += tl.where(column == slot // N, dscore, 0.0)
+        half2 += tl.where(column == slot % N, dscore, 0.0)
+    tl.store(out + (h * n + t) * N + column, half1.to(out.dtype.element_ty), mask=column < N)
+    tl.store(out + ((H + h) * n + t) * N + column, half2.to(out.dtype.element_ty), mask=column < N)
+
+
+def select_tile(N, K):
+    """(BLOCK_N, BLOCK_K, warps) of the select kernels: 16 numbers a thread."""
+    block_n = max(2, triton.next_power_of_2(N))
+    return block_n, max(2, triton.next_power_of_2(K)), min(16, max(1, block_n // 512))
+
+
+def triton_select(scores, pairs, K):
+    """As memory.select: scores (2H, n, N), float32 or narrower -> slots (n, H*K) int64, weights (n, H*K) float32."""
+    (H, n, N), P = (scores.size(0) // 2, *scores.shape[1:]), pairs.size(1)
+    slots = torch.empty(n, H * K, dtype=torch.int64, device=scores.device)
+    weights = torch.empty(n, H * K, device=scores.device)
+    if n > 0:
+        block_n, block_k, warps = select_tile(N, K)
+        block_p = max(block_k, triton.next_power_of_2(P))
+        tensors = (scores.contiguous(), pairs.contiguous(), slots, weights)
+        with torch.cuda.device_of(scores):
+            select_kernel[(n, H)](*tensors, n, N, H, K, P, block_n, block_k, block_p, num_warps=warps)
+    return slots, weights
+
+
+def triton_select_backward(grad, slots, weights, K, N, dtype):
+    """As memory.select_backward: grad (n, H*K) float32 -> (2H, n, N) of dtype."""
+    n, H = len(grad), grad.size(1) // K
+    out = torch.empty(2 * H, n, N, dtype=dtype, device=grad.device)
+    if n > 0:
+        block_n, block_k, warps = select_tile(N, K)
+        with torch.cuda.device_of(grad):
+            select_backward_kernel[(n, H)](grad, slots, weights, out, n, N, H, K, block_n, block_k, num_warps=warps)
+    return out
+
+
 # --- what the model calls ---------------------------------------------------------------------------------------------
+DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check every slot number, which makes the CPU wait for the GPU
 
 
 def uses_triton(values):
@@ -192,18 +430,18 @@ class Lookup(torch.autograd.Function):
         return grad_values, None, grad_weights.to(weights.dtype)
 
 
-@torch.compiler.disable  # opaque to torch.compile: it does not trace sparse gradients
+@torch.compiler.disable  # a break in the graph at each lookup: torch.compile cannot trace the sum of sparse gradients
 def lookup(values, indices, weights):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
 
     values   (S, D) float32, bfloat16 or float16 (on a CPU also float64)
-    indices  (n, k) int32 or int64, each in [0, S): not checked on a GPU
+    indices  (n, k) int32 or int64, each in [0, S): on a GPU that is checked only with NANOMEM_DEBUG=1 in the environment
     weights  (n, k) floating point, best float32
     returns  (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor over the rows that
     `indices` touches, so its size does not depend on S. (Autograd forgets that it is coalesced when it puts it into .grad.)
-    The same inputs give the same bits every time. Raises ValueError for shapes, dtypes or devices that do not fit.
+    The same inputs give the same bits every time. Raises ValueError for shapes, dtypes, devices or sizes that do not fit.
     """
     if values.ndim != 2 or indices.ndim != 2 or indices.shape != weights.shape:
         shapes = f"{tuple(values.shape)}, {tuple(indices.shape)}, {tuple(weights.shape)}"
@@ -217,7 +455,59 @@ def lookup(values, indices, weights):
     if not values.device == indices.device == weights.device:
         devices = f"{values.device}, {indices.device}, {weights.device}"
         raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
+    if max(len(values), indices.numel()) >= 2**31:
+        raise ValueError(f"lookup numbers slots and pairs in 32 bits: {len(values):,} slots or {indices.numel():,} pairs are too many")
+    if DEBUG and indices.numel() > 0 and not 0 <= indices.min() <= indices.max() < len(values):
+        worst = f"{indices.min().item()} to {indices.max().item()}"
+        raise ValueError(f"lookup of slots {worst}: the table has slots 0 to {len(values) - 1}")
     return Lookup.apply(values.contiguous(), indices.contiguous(), weights.contiguous())
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for a table of which each step reads a few rows. Only those are touched, so a step costs what they cost.
+
+    For a row with gradient g (D,) at step t, which it last had at step t':
+
+        m = beta1 m + (1 - beta1) g                             stands still while the row sleeps
+        v = beta2^(t - t') v + (1 - beta2) mean(g^2)            one number for the row, of the steps it slept through, too
+        value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    At width 1, with every row read at every step, this is Adam (arXiv:1412.6980, algorithm 1). Why it differs from it is in the
+    README. params: tables (S, D), float32 or bfloat16, with sparse gradients, coalesced or not. State: m in float32, two
+    numbers a row. Into bfloat16 tables updates are rounded at random (seeded), or most of them would be lost: a number
+    of 8 bits moves by 0.4% or not at all. The same inputs give the same bits."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, seed=0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.ndim != 2 or p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"RowAdam is for tables (S, D) of float32 or bfloat16, not {tuple(p.shape)} of {p.dtype}")
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not p.grad.is_sparse:
+                    raise ValueError("RowAdam wants sparse gradients: those of lookup(), or of an embedding with sparse=True")
+                state = self.state[p]
+                if not state:
+                    state["step"], state["means"] = 0, torch.zeros_like(p, dtype=torch.float32)
+                    state["squares"] = torch.zeros(len(p), device=p.device)
+                    state["last"] = torch.zeros(len(p), dtype=torch.int32, device=p.device)
+                state["step"] = t = state["step"] + 1
+                seed = (group["seed"] + 0x9E3779B9 * t) % 2**31  # other noise at each step
+                tensors = (p, state["means"], state["squares"], state["last"], p.grad._values().contiguous())
+                with torch.cuda.device_of(p):
+                    run = triton_adam if uses_triton(p) else torch_adam
+                    run(*tensors, *group_by_row(p.grad._indices()), t, group["lr"], *group["betas"], group["eps"], seed)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # which casts what it loads to the dtype of the values: take it as it was
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, state in state_dict["state"].items():
+            self.state[params[i]] = {k: v.to(params[i].device) if torch.is_tensor(v) else v for k, v in state.items()}
 
 
 # --- python kernels.py ------------------------------------------------------------------------------------------------

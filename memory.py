@@ -27,27 +27,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import lookup
+from kernels import lookup, triton_select, triton_select_backward, uses_triton
 
 
 def topk_columns(scores, K):
-    """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact."""
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return topk_columns_numpy(scores, K)
-    return scores.topk(K, dim=-1).indices
+    """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact.
 
-
-@torch.compiler.disable  # it does not trace numpy
-def topk_columns_numpy(scores, K):
-    """numpy's vectorised partition and sort take a third of the time of torch.topk on one core (3.7 ms against 12 ms for 16 of
-    128 in 8,192 rows), but they move numbers, not pairs of number and column. So put the column into the number: a float32
-    widened to float64 has 29 zero bits at its low end, worth less than the smallest difference of two float32."""
+    On a CPU numpy's vectorised sort takes a fifth of the time of torch.topk (2.5 ms against 11 ms on one core for 16 of 128 in
+    8,192 rows), but it moves numbers, not pairs of number and column. So put the column into the number: a float32 widened to
+    float64 has 29 zero bits at its low end, worth less than the smallest difference of two float32."""
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return scores.topk(K, dim=-1).indices
     N = scores.size(-1)
-    bits = scores.double().view(torch.int64)
-    packed = (bits | torch.arange(N)).view(torch.float64).numpy()
-    packed.partition(N - K, axis=-1)
-    best = np.sort(packed[..., N - K :], axis=-1)
-    return (torch.from_numpy(best).view(torch.int64) & (2**29 - 1)).flip(-1)
+    packed = scores.numpy().astype(np.float64)  # a copy: it may be written to
+    packed.view(np.int64)[...] |= np.arange(N)
+    if N > 256:  # where a partition, which leaves the K largest at the end in any order, is cheaper than sorting them all
+        packed.partition(N - K, axis=-1)
+        packed = packed[..., N - K :]
+    packed.sort(axis=-1)
+    return torch.from_numpy(packed.view(np.int64)[..., : -K - 1 : -1] & (2**29 - 1))
 
 
 def candidate_pairs(K):
@@ -59,18 +57,70 @@ def candidate_pairs(K):
     return torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))]).T
 
 
-@torch.no_grad()
-def product_topk(s1, s2, K, pairs):
-    """The K best sums s1[i] + s2[j] of each row, best first. s1, s2 (..., N) -> i, j, both (..., K) int64.
+def product_topk(s, K, pairs):
+    """The K best sums s1[i] + s2[j] of each row, best first. s (2, ..., N): s1 and s2 -> i, j int64, sums, all (..., K).
 
     pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the cost of two top-k of N and one of about K log K
     (1907.05242, section 3.2).
     """
-    i, j = topk_columns(s1, K), topk_columns(s2, K)  # (..., K), best first
-    a, b = pairs
-    sums = s1.gather(-1, i).index_select(-1, a) + s2.gather(-1, j).index_select(-1, b)  # (..., P)
+    columns = topk_columns(s, K)  # (2, ..., K), best first
+    (a, b), (s1, s2), (i, j) = pairs, s.gather(-1, columns), columns
+    sums = s1.index_select(-1, a) + s2.index_select(-1, b)  # (..., P)
     best = topk_columns(sums, K)  # (..., K), each a number of a pair
-    return i.gather(-1, a[best]), j.gather(-1, b[best])
+    return i.gather(-1, a[best]), j.gather(-1, b[best]), sums.gather(-1, best)
+
+
+@torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is, numpy and Triton inside
+def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each head's K best slots and the softmax of their scores. Differentiable in scores; the same bits every time.
+
+    scores (2H, n, N), half 1 of all heads and then half 2; pairs: candidate_pairs(K)
+    -> slots (n, H*K) int64, weights (n, H*K) float32 (float64 of float64)
+    """
+    if uses_triton(scores):
+        return triton_select(scores, pairs, K)
+    s = widen(scores).unflatten(0, (2, scores.size(0) // 2))  # (2, H, n, N)
+    i, j, sums = product_topk(s, K, pairs)  # (H, n, K) each
+    slots = i * scores.size(-1) + j
+    return slots.transpose(0, 1).flatten(1), sums.softmax(-1).transpose(0, 1).flatten(1)
+
+
+@torch.library.custom_op("nanomem::select_backward", mutates_args=())
+def select_backward(
+    grad: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, K: int, N: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """grad (n, H*K), of the weights -> (2H, n, N) of dtype, of the scores."""
+    if uses_triton(grad):
+        return triton_select_backward(grad, slots, weights, K, N, dtype)
+    grad, p, slots = (t.unflatten(1, (-1, K)).transpose(0, 1) for t in (grad, weights, slots))  # (H, n, K)
+    grad = p * (grad - (p * grad).sum(-1, keepdim=True))  # back through softmax: of the sums
+    out = grad.new_zeros(2, *grad.shape[:2], N)
+    for half, columns in zip(out, (slots // N, slots % N), strict=True):
+        half.scatter_add_(-1, columns, grad)  # a sub-key can be in several of the K sums
+    return out.flatten(0, 1).to(dtype)
+
+
+@select.register_fake
+def _(scores, pairs, K):
+    slots = scores.new_empty(scores.size(1), scores.size(0) // 2 * K, dtype=torch.int64)
+    return slots, torch.empty_like(slots, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+@select_backward.register_fake
+def _(grad, slots, weights, K, N, dtype):
+    return grad.new_empty(2 * (grad.size(1) // K), grad.size(0), N, dtype=dtype)
+
+
+def save_for_select_backward(ctx, inputs, output):
+    (scores, _, ctx.K), (ctx.N, ctx.dtype) = inputs, (inputs[0].size(-1), inputs[0].dtype)
+    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(*output)
+
+
+select.register_autograd(
+    lambda ctx, _, grad: (select_backward(grad.contiguous(), *ctx.saved_tensors, ctx.K, ctx.N, ctx.dtype), None, None),
+    setup_context=save_for_select_backward,
+)
 
 
 class Usage:
@@ -102,9 +152,9 @@ class Usage:
 class ValuePool(nn.Module):
     """The table of S values of width D that all memory layers of a model read. The GPT owns it and hands it to them."""
 
-    def __init__(self, S, D):
+    def __init__(self, S, D, dtype=torch.float32):
         super().__init__()
-        self.values = nn.Parameter(torch.empty(S, D))
+        self.values = nn.Parameter(torch.empty(S, D, dtype=dtype))
         self.usage = None
 
     def forward(self, slots, weights):
@@ -157,9 +207,5 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K) float32: each head's K best slots and their softmax."""
         n, H, K, Q = len(x), self.H, self.K, self.Q
         q = self.query_norm(widen(self.query(x)).view(n, 2 * H, Q))
-        s = torch.bmm(q.transpose(0, 1), self.key_norm(self.keys).transpose(1, 2)) / self.scale  # (2H, n, N)
-        s1, s2 = widen(s).chunk(2)  # (H, n, N) each
-        i, j = product_topk(s1, s2, K, self.pairs)  # (H, n, K) each; a choice, without gradient
-        weights = torch.softmax(s1.gather(-1, i) + s2.gather(-1, j), dim=-1)  # the gradient of the keys comes through here
-        slots = i * self.N + j
-        return slots.transpose(0, 1).reshape(n, H * K), weights.transpose(0, 1).reshape(n, H * K)
+        keys = self.key_norm(self.keys) / self.scale  # (2H, N, Q)
+        return select(torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)), self.pairs, K)  # of scores (2H, n, N)

@@ -42,6 +42,7 @@ class GPTConfig:
     mem_topk: int = option(32, "slots K that each memory head reads")
     mem_key_dim: int = option(0, "width of a full key, two halves; 0: half of n_embd, at most 512")
     mem_value_dim: int = option(0, "width D of a value; 0: n_embd")
+    mem_dtype: str = option("float32", "float32 or bfloat16: of the values; bfloat16 halves their size and what a lookup moves")
     mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
     mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
 
@@ -73,6 +74,7 @@ class GPTConfig:
         object.__setattr__(self, "mem_count", len(self.mem_layers))
         for i in self.mem_layers:
             check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
+        check(self.mem_dtype in ("float32", "bfloat16"), f"mem_dtype={self.mem_dtype}: must be float32 or bfloat16")
         default("mem_key_dim", max(2, min(self.n_embd // 2, 512) // 2 * 2))
         default("mem_value_dim", self.n_embd)
         if self.mem_layers:
@@ -149,7 +151,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
-        self.pool = ValuePool(config.mem_keys**2, config.mem_value_dim) if config.mem_layers else None
+        self.pool = ValuePool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype)) if config.mem_layers else None
         half = config.n_embd // config.n_head // 2
         angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
         self.register_buffer("cos", angle.cos(), persistent=False)

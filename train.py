@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data.dataset import Dataset, atomic_write, find_folder, open_dataset, write_file
+from kernels import RowAdam
 from model import GPT, GPTConfig, option
 
 
@@ -46,10 +47,10 @@ class TrainConfig:
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "learning rate of the memory's values (SparseAdam)")
+    mem_learning_rate: float = option(3e-3, "learning rate of the memory's values (RowAdam)")
     weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
-    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and SparseAdam")
-    beta2: float = option(0.98, "decay of the mean of its square, AdamW and SparseAdam")
+    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam")
+    beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam")
     grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any")
     eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = option(20, "batches in an estimate of the loss")
@@ -211,7 +212,7 @@ def learning_rate(config, it):
 
 
 def make_optimizers(model, config):
-    """AdamW for the network; SparseAdam for the pool, which moves only the rows that a step has read."""
+    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read."""
     groups = model.parameter_groups()
     network = [
         {"params": groups["matrices"], "weight_decay": config.weight_decay},
@@ -220,7 +221,7 @@ def make_optimizers(model, config):
     betas = (config.beta1, config.beta2)
     optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas)]
     if groups["pool"]:
-        optimizers.append(torch.optim.SparseAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas))
+        optimizers.append(RowAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas, seed=config.seed))
     return optimizers
 
 
@@ -310,7 +311,7 @@ def train(model, optimizers, data, config, device, state):
 
     def save(name, with_optimizers=True):
         # The loss of this step was that before its update.
-        refuse_nan(sum(p.detach().abs().max().item() for p in model.parameters()), state["iter"], config, "largest weight")
+        refuse_nan(sum(p.detach().norm(math.inf).item() for p in model.parameters()), state["iter"], config, "largest weight")
         checkpoint = {
             "format": "nanomem-1",
             "model_config": dataclasses.asdict(model.config),

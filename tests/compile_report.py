@@ -1,5 +1,6 @@
-"""python tests/compile_report.py CAPABILITY WIDTH: compile both kernels for a GPU that need not be there (80 is an A100, 90 an
-H100 or H200) and print, for each, its name, bytes spilled, and how many loads from memory are of 16 bytes and of 2 or 4."""
+"""python tests/compile_report.py CAPABILITY WIDTH: compile the kernels for a GPU that need not be there (80 is an A100, 90 an
+H100 or H200) and print, for each: name, type of the values, registers a thread, bytes spilled, how many loads from memory are
+of 16 bytes, and how many of 2."""
 
 import re
 import subprocess
@@ -15,44 +16,65 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 
 
-def compile_kernel(kernel, capability, warps, pointers, constants):
-    """-> PTX. pointers: {name: type}; all begin at a multiple of 16 bytes, as PyTorch's tensors do."""
-    signature = pointers | {"k": "i32"} | dict.fromkeys(constants, "constexpr")
-    names = list(signature)
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+def compile_kernel(kernel, capability, warps, constants, **arguments):
+    """-> PTX. arguments: {name: type}; pointers begin at a multiple of 16 bytes, as PyTorch's tensors do."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
 
 
-def spilled_bytes(ptx, capability):
-    """What NVIDIA's assembler reports: bytes stored to and loaded from memory for want of registers."""
+def resources(ptx, capability):
+    """What NVIDIA's assembler reports: registers a thread; bytes stored to and loaded from memory for want of registers."""
     architecture = re.search(r"\.target (sm_\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", path, "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()))
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    return int(re.search(r"Used (\d+) registers", report).group(1)), sum(map(int, spilled))
+
+
+def compile_all(capability, D, e):
+    """(name, PTX) of each kernel for values of type e (bf16 or fp32), k = 128 pairs a bag, width D."""
+    value, pair = "*" + e, dict(order="*i64", rows="*i64")
+    block_k, block_d, warps = kernels.forward_tile(D)
+    constants = dict(k=128, D=D, BLOCK_K=block_k, BLOCK_D=block_d)
+    inputs = dict(values=value, indices="*i64", weights="*fp32", out=value)
+    yield "forward", compile_kernel(kernels.forward_kernel, capability, warps, constants, **inputs)
+
+    block_p, block_d, warps = kernels.backward_tile(D)
+    constants = dict(k=128, D=D, BLOCK_P=block_p, BLOCK_D=block_d)
+    inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", sums=value, grad_weights="*fp32")
+    yield "backward", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
+
+    constants = dict(D=D, BLOCK_P=32, BLOCK_D=min(128, triton.next_power_of_2(D)))
+    inputs = dict(partial="*fp32", firsts="*i64", rows="*i64", grad_rows=value)
+    yield "combine", compile_kernel(kernels.combine_kernel, capability, 4, constants, **inputs)
+
+    constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
+    inputs = dict(values=value, means="*fp32", squares="*fp32", last="*i32", grads=value, starts="*i64", t="i32", seed="i32")
+    inputs |= dict.fromkeys(("rate", "beta1", "beta2", "correction", "eps"), "fp32")
+    yield "adam", compile_kernel(kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair)
+
+    for N, K in ((128, 16), (1024, 32)):
+        block_n, block_k, warps = kernels.select_tile(N, K)
+        P = sum(K // (a + 1) for a in range(K))
+        constants = dict(N=N, H=4, K=K, P=P, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P))
+        inputs = dict(scores=value, pairs="*i64", slots="*i64", weights="*fp32", n="i32")
+        yield f"select-{N}", compile_kernel(kernels.select_kernel, capability, warps, constants, **inputs)
+        inputs = dict(grad="*fp32", slots="*i64", weights="*fp32", out=value, n="i32")
+        yield f"select-backward-{N}", compile_kernel(kernels.select_backward_kernel, capability, warps, constants, **inputs)
 
 
 def main(capability, D):
-    block_k, block_d, warps = kernels.forward_tile(D)
-    forward = compile_kernel(
-        kernels.forward_kernel,
-        capability,
-        warps,
-        {"values": "*bf16", "indices": "*i64", "weights": "*fp32", "out": "*bf16"},
-        {"D": D, "BLOCK_K": block_k, "BLOCK_D": block_d},
-    )
-    inputs = {"values": "*bf16", "weights": "*fp32", "grad": "*bf16", "order": "*i64", "rows": "*i64", "starts": "*i64"}
-    outputs = {"grad_rows": "*bf16", "grad_weights": "*fp32"}
-    block_d, warps = kernels.backward_tile(D)
-    constants = {"D": D, "BLOCK_D": block_d}
-    backward = compile_kernel(kernels.backward_kernel, capability, warps, inputs | outputs, constants)
-    for name, ptx in (("forward", forward), ("backward", backward)):
-        wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx))
-        narrow = len(re.findall(r"ld\.global[.\w:]*\.(?:v2\.)?b16\b", ptx)) + len(re.findall(r"ld\.global[.\w:]*\.v2\.b16", ptx))
-        print(name, spilled_bytes(ptx, capability), wide, narrow)
+    for e in ("bf16", "fp32"):
+        for name, ptx in compile_all(capability, D, e):
+            wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx))
+            narrow = len(re.findall(r"ld\.global[.\w:]*\.b16\b", ptx))
+            print(f"{name:24} {e}", *resources(ptx, capability), wide, narrow, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from kernels import lookup
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTHS = (1, 24, 64, 80, 96, 200)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this platform")
 
@@ -61,7 +61,7 @@ def assert_near(got, want, tolerance):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("D", WIDTHS)
 def test_lookup_and_gradients_equal_brute_force(path, D, dtype, index_dtype):
     inputs = list(problem(D=D, dtype=dtype, index_dtype=index_dtype))
@@ -85,6 +85,48 @@ def test_gradient_of_values_is_coalesced_and_holds_only_touched_rows(path):
     assert sparse.values().shape == (indices.unique().numel(), values.size(1))
 
 
+def test_rows_that_very_many_pairs_read_are_cut_into_pieces(path):
+    """Row 3 is read by about 700 pairs, row 7 by exactly PIECE and row 8 by one more; a whole bag reads one row."""
+    values, indices, weights, grad = problem(n=60, k=20, S=18, D=24)
+    indices[:] = torch.arange(1200, device=DEVICE).view(60, 20) % 6
+    indices.view(-1)[: 2 * kernels.PIECE + 1] = 7
+    indices.view(-1)[kernels.PIECE : 2 * kernels.PIECE + 1] = 8
+    indices.view(-1)[500:] = 3
+    counts = indices.flatten().bincount(minlength=18)
+    assert counts[7] == kernels.PIECE and counts[8] == kernels.PIECE + 1 and counts[3] >= 700
+    first = run(values, indices, weights, grad)
+    for got, want in zip(first, brute_force(values, indices, weights, grad), strict=True):
+        assert_near(got.to_dense(), want, 1e-5)
+    for a, b in zip(first, run(values, indices, weights, grad), strict=True):
+        assert torch.equal(a.to_dense(), b.to_dense())
+    one = torch.zeros_like(indices)  # all of them read one row
+    for got, want in zip(run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True):
+        assert_near(got.to_dense(), want, 1e-5)
+
+
+def test_nothing_of_the_tables_size_is_made_on_the_way_back():
+    """Bytes that PyTorch's allocator hands out in a backward pass, counted by its profiler: the same for 100 times the slots."""
+    allocated = []
+    for S in (2**12, 100 * 2**12):
+        values, indices, weights, grad = problem(S=4096, n=64, k=16, D=32)
+        values = torch.zeros(S, 32, device=DEVICE)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run(values, indices, weights, grad)
+        events = profile.key_averages()
+        name = "self_device_memory_usage" if DEVICE.type == "cuda" else "self_cpu_memory_usage"
+        allocated.append(sum(max(0, getattr(event, name)) for event in events))
+    assert 0 < allocated[1] < 1.01 * allocated[0]
+
+
+def test_slots_out_of_range_are_named_in_debug_mode(path, monkeypatch):
+    monkeypatch.setattr(kernels, "DEBUG", True)
+    values, weights = torch.zeros(4, 8, device=DEVICE), torch.ones(1, 2, device=DEVICE)
+    lookup(values, torch.tensor([[0, 3]], device=DEVICE), weights)
+    for slots in ([[0, 4]], [[-1, 2]]):
+        with pytest.raises(ValueError, match="the table has slots 0 to 3"):
+            lookup(values, torch.tensor(slots, device=DEVICE), weights)
+
+
 def test_same_bits_every_time(path):
     inputs = list(problem(n=64, k=32, S=40, D=96))
     first, second = run(*inputs), run(*inputs)
@@ -92,22 +134,123 @@ def test_same_bits_every_time(path):
         assert torch.equal(a.to_dense(), b.to_dense())
 
 
-def test_paths_agree_inside_a_step_of_a_sparse_optimiser(monkeypatch):
+# --- RowAdam ----------------------------------------------------------------------------------------------------------
+
+
+def sparse_gradient(table, seed, n=20, dtype=None):
+    """Not coalesced: some rows have several gradients, some none."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(table) - 3, (n,), generator=generator)  # the last three rows are never read
+    grads = torch.randn(n, table.size(1), generator=generator).to(table.dtype)
+    return torch.sparse_coo_tensor(rows[None], grads, table.shape, check_invariants=False).to(DEVICE)
+
+
+def test_row_adam_equals_its_formulas_in_float64(path):
+    """The page of formulas, a row at a time, in float64; rows sleep, and wake with several gradients."""
+    beta1, beta2, eps, lr, D = 0.8, 0.95, 1e-8, 0.05, 24
+    table = torch.nn.Parameter(torch.randn(30, D, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    start = table.detach().clone()
+    want, m, v, last = start.double(), torch.zeros(30, D, dtype=torch.float64, device=DEVICE), [0.0] * 30, [0] * 30
+    optimizer = kernels.RowAdam([table], lr=lr, betas=(beta1, beta2), eps=eps)
+    for t in range(1, 9):
+        table.grad = sparse_gradient(table, seed=t)
+        rows, grads = table.grad._indices()[0].tolist(), table.grad._values().double()
+        for r in set(rows):
+            g = sum(grads[i] for i, row in enumerate(rows) if row == r)
+            m[r] = beta1 * m[r] + (1 - beta1) * g
+            v[r] = v[r] * beta2 ** (t - last[r]) + (1 - beta2) * g.square().mean().item()
+            last[r] = t
+            want[r] -= lr * m[r] / (1 - beta1**t) / ((v[r] / (1 - beta2**t)) ** 0.5 + eps)
+        optimizer.step()
+    assert max(last[:27]) == 8 and min(last[:27]) < 8  # some rows have slept
+    assert_near(table.detach() - start, want - start.double(), 1e-5)
+    assert torch.equal(table[27:], start[27:])
+
+
+def test_row_adam_is_adam_at_width_1_when_no_row_sleeps(path):
+    tables = [torch.nn.Parameter(torch.ones(6, 1, device=DEVICE)) for _ in range(2)]
+    ours, adam = kernels.RowAdam(tables[:1], lr=0.1, betas=(0.9, 0.98)), torch.optim.Adam(tables[1:], lr=0.1, betas=(0.9, 0.98))
+    for t in range(10):
+        grad = torch.randn(6, 1, generator=torch.Generator().manual_seed(t)).to(DEVICE)
+        tables[0].grad, tables[1].grad = grad.to_sparse(1), grad
+        ours.step()
+        adam.step()
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=1e-6)
+
+
+def test_row_adam_rounds_at_random_without_bias(path):
+    """A change of a thousandth of a number of 8 bits is lost by rounding to nearest; over many draws it must arrive in the mean."""
+    table = torch.nn.Parameter(torch.ones(400, 64, device=DEVICE).bfloat16())
+    optimizer = kernels.RowAdam([table], lr=1e-3, betas=(0.0, 0.0))
+    table.grad = torch.ones(400, 64, device=DEVICE).bfloat16().to_sparse(1)
+    optimizer.step()  # beta = 0: each element moves by exactly lr
+    share = (table == 1).float().mean().item()  # the others went to the next number below, 2^-8 away
+    assert set(table.unique().tolist()) == {1.0, 1 - 2**-8}
+    error = (1 - 1e-3 * 2**8) - share
+    assert abs(error) < 4 * (share * (1 - share) / table.numel()) ** 0.5  # four standard deviations of a fair coin
+    columns = (table == 1).float().mean(0)
+    assert columns.std() < 2 * (share * (1 - share) / 400) ** 0.5  # neither rows nor columns share their draws
+    assert (table == 1).float().mean(1).std() < 2 * (share * (1 - share) / 64) ** 0.5
+
+
+def test_row_adam_noise_depends_on_seed_and_step_only(path):
+    def run(seed):
+        table = torch.nn.Parameter(torch.ones(40, 24, device=DEVICE).bfloat16())
+        optimizer = kernels.RowAdam([table], lr=1e-3, seed=seed)
+        for t in range(3):
+            table.grad = sparse_gradient(table, seed=t)
+            optimizer.step()
+        return table.detach()
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_row_adam_does_not_hide_numbers_that_are_not_finite(path):
+    table = torch.nn.Parameter(torch.ones(2, 24, device=DEVICE).bfloat16())
+    table.data.view(torch.int16)[0, 0] = 0x7FFF  # the NaN of NVIDIA's arithmetic; with bits added to it, it would turn to -0
+    table.data[1, 0] = float("inf")
+    table.grad = torch.ones(2, 24, device=DEVICE).bfloat16().to_sparse(1)
+    kernels.RowAdam([table]).step()
+    assert table[0, 0].isnan() and table[1, 0].isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_adam_on_both_paths_and_through_a_checkpoint(dtype, monkeypatch, tmp_path):
+    """Three steps, saved, loaded into a new optimiser, three more, on each path: the same numbers; moments stay float32."""
     tables = []
     for triton_path in (False, True):
         monkeypatch.setattr(kernels, "uses_triton", lambda values, chosen=triton_path: chosen)
-        values, indices, weights, grad = problem(D=24)
-        table = torch.nn.Parameter(values.clone())
-        optimizer = torch.optim.SparseAdam([table], lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            lookup(table, indices, weights).backward(grad)
+        table = torch.nn.Parameter(torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype))
+        optimizer = kernels.RowAdam([table], lr=0.01)
+        for t in range(6):
+            if t == 3:
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+                optimizer = kernels.RowAdam([table], lr=0.01)
+                optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+                state = optimizer.state[table]
+                assert state["means"].dtype == torch.float32 and state["last"].dtype == torch.int32 and state["step"] == 3
+            table.grad = sparse_gradient(table, seed=t)
             optimizer.step()
-        untouched = torch.ones(len(values), dtype=torch.bool)
-        untouched[indices.unique().cpu()] = False
-        assert torch.equal(table.detach().cpu()[untouched], values.cpu()[untouched])
         tables.append(table.detach())
-    torch.testing.assert_close(tables[0], tables[1], rtol=1e-4, atol=1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=1e-6)
+    else:  # the same noise: the sums before it differ in the last bit, which tips few roundings
+        assert (tables[0] == tables[1]).float().mean() > 0.99
+
+
+def test_row_adam_takes_the_gradient_of_lookup_and_refuses_others():
+    table = torch.nn.Parameter(torch.randn(50, 8, device=DEVICE))
+    optimizer, before = kernels.RowAdam([table], lr=0.1), table.detach().clone()
+    lookup(table, torch.tensor([[3, 3, 9]], device=DEVICE), torch.ones(1, 3, device=DEVICE)).sum().backward()
+    optimizer.step()
+    moved = (table != before).all(1).nonzero().flatten().tolist()
+    assert moved == [3, 9] and (table != before).any(1).sum() == 2
+    table.grad = torch.ones_like(table)
+    with pytest.raises(ValueError, match="sparse gradients"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        kernels.RowAdam([torch.nn.Parameter(torch.zeros(4, 4).half())])
 
 
 @pytest.mark.parametrize("n, k", [(0, 5), (3, 0)])
@@ -145,6 +288,7 @@ def test_rows_past_2_to_31_elements_are_addressed_right(path, index_dtype):
         (dict(indices=torch.zeros(2, 3)), "int32 or int64"),
         (dict(weights=torch.zeros(2, 3, dtype=torch.int64)), "floating-point"),
         (dict(values=torch.zeros(4, 8, device="meta")), "one device"),
+        (dict(values=torch.zeros(1).expand(2**31, 1)), "32 bits"),
     ],
 )
 def test_wrong_inputs_are_refused_with_a_reason(change, message):
@@ -153,17 +297,17 @@ def test_wrong_inputs_are_refused_with_a_reason(change, message):
         lookup(**inputs)
 
 
-@pytest.mark.parametrize("D", [96, 768, 1024])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability, D", [(80, 1024), (90, 768)])
 def test_kernels_compile_without_spills_and_load_16_bytes(capability, D):
     """A second process, because the interpreter is on in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tests" / "compile_report.py", str(capability), str(D)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    print(done.stdout)  # registers and loads of each kernel: pytest -rP shows them
     report = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in report] == ["forward", "backward"]
-    for name, spilled, wide, narrow in report:
-        assert spilled == "0", f"{name} spills {spilled} bytes"
-        if D == 768:
-            assert int(wide) > 0 and narrow == "0", f"{name} has {wide} loads of 16 bytes, and {narrow} of 2 or 4"
+    assert {"forward", "backward", "combine", "adam", "select-1024"} <= {line[0] for line in report}
+    for name, dtype, registers, spilled, wide, narrow in report:
+        assert int(registers) <= 168 and spilled == "0", f"{name} of {dtype} spills {spilled} bytes"
+        if "select" not in name:
+            assert int(wide) > 0 and narrow == "0", f"{name} of {dtype} has {wide} loads of 16 bytes, and {narrow} of 2"

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, topk_columns
+import memory
+from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select, topk_columns
 from model import GPT, GPTConfig
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = GPTConfig(
     vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4,
     mem_key_dim=10, mem_value_dim=12,
@@ -26,13 +28,13 @@ def scores(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
 def test_product_topk_equals_brute_force(N, K, dtype):
     s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
-    i, j = product_topk(s1, s2, K, candidate_pairs(K))
+    i, j, sums = product_topk(torch.stack((s1, s2)), K, candidate_pairs(K))
     every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
     best = every.flatten(1).topk(K).values
     assert i.shape == j.shape == (20, K)
     assert torch.equal(i * N + j, every.flatten(1).topk(K).indices)
     got = s1.double().gather(1, i) + s2.double().gather(1, j)
-    assert torch.equal(got, best)
+    assert torch.equal(got, best) and torch.equal(sums, s1.gather(1, i) + s2.gather(1, j))
     assert all(len(set(row)) == K for row in (i * N + j).tolist())  # never the same slot twice
 
 
@@ -45,13 +47,50 @@ def test_candidate_list_is_pruned_and_complete():
 
 
 def test_topk_columns_equals_torch_topk():
-    for shape, K in (((5, 7, 128), 16), ((3, 4), 4), ((2, 1), 1)):
+    for shape, K in (((5, 7, 128), 16), ((3, 4), 4), ((2, 1), 1), ((4, 1000), 32), ((4, 300), 300)):
         x = scores(*shape) * 10 ** scores(*shape[:-1], 1, seed=3)  # large and small numbers, both signs
         assert torch.equal(topk_columns(x, K), x.topk(K).indices)
     tied = torch.zeros(2, 9)
     assert all(len(set(row)) == 4 for row in topk_columns(tied, 4).tolist())
     special = torch.tensor([[0.0, -3e38, -1e-38, 1e-38, -1.0, 3e38]])
     assert topk_columns(special, 6).tolist() == [[5, 3, 0, 2, 4, 1]]
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+@pytest.mark.parametrize("n, H, N, K", [(7, 2, 24, 5), (3, 1, 128, 16), (2, 3, 33, 32), (2, 1, 7, 1), (1, 1, 1, 1), (0, 2, 8, 4)])
+def test_select_and_its_gradient_equal_brute_force(path, n, H, N, K, monkeypatch):
+    """Against the softmax of a top-k over all N * N sums in float64, which autograd differentiates."""
+    monkeypatch.setattr(memory, "uses_triton", lambda scores: path == "triton")
+    s = scores(2 * H, n, N).to(DEVICE).requires_grad_()
+    s1, s2 = s.double().chunk(2)
+    best, want_slots = (s1[..., :, None] + s2[..., None, :]).flatten(-2).topk(K)  # (H, n, K)
+    want = best.softmax(-1).transpose(0, 1).flatten(1)
+    grad = scores(n, H * K, seed=1).to(DEVICE)
+    (want_grad,) = torch.autograd.grad(want, s, grad.double(), retain_graph=True)
+    slots, weights = select(s, candidate_pairs(K).to(DEVICE), K)
+    (got_grad,) = torch.autograd.grad(weights, s, grad)
+    assert torch.equal(slots, want_slots.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(weights, want.float(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-4, atol=1e-6)
+    assert not slots.requires_grad
+
+
+def test_select_of_bfloat16_scores_is_the_same_on_both_paths(monkeypatch):
+    """Rounded scores are full of ties: the slots may differ, but neither the sums they have nor the gradient's sum."""
+    s, K = scores(4, 6, 40).bfloat16().to(DEVICE), 8
+    results = []
+    for triton_path in (False, True):
+        monkeypatch.setattr(memory, "uses_triton", lambda scores, chosen=triton_path: chosen)
+        leaf = s.clone().requires_grad_()
+        slots, weights = select(leaf, candidate_pairs(K).to(DEVICE), K)
+        assert weights.dtype == torch.float32 and all(len(set(row)) == K for row in slots.view(12, K).tolist())
+        i, j = (part.view(6, 2, K).transpose(0, 1) for part in (slots // 40, slots % 40))
+        sums = s[:2].float().gather(-1, i) + s[2:].float().gather(-1, j)
+        (grad,) = torch.autograd.grad(weights, leaf, torch.arange(2 * K, device=DEVICE).float().expand(6, 2 * K))
+        assert grad.dtype == torch.bfloat16
+        results.append((sums, weights))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def brute_force_layer(x, p, config):
