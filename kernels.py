@@ -16,6 +16,7 @@ R distinct rows touched, P = n * k pairs of bag and slot.
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 import types
@@ -105,16 +106,17 @@ def round_at_random(x, noise):
     return torch.where(x.isfinite(), rounded, x.bfloat16())
 
 
-def torch_adam(values, means, squares, last, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
+def torch_adam(values, means, squares, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
     """Step t of RowAdam, in place. grads (G, D): row rows[r] has gradients grads[order[starts[r] : starts[r + 1]]]."""
-    grad = F.embedding_bag(order, grads.float(), starts[:-1], mode="sum")  # (R, D), summed over layers and micro-steps
-    square = squares[rows] * beta2 ** (t - last[rows]) + (1 - beta2) * grad.square().mean(1)  # (R,)
-    squares[rows], last[rows] = square, t
-    factor = -lr / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + eps)  # (R,)
-    for row, g, f in zip(rows.split(1024), grad.split(1024), factor.split(1024), strict=True):  # parts that stay in the cache
+    grads, bounds = grads.float(), starts[[*range(0, len(rows), 1024), -1]].tolist()
+    for row, first, begin, end in zip(rows.split(1024), starts[:-1].split(1024), bounds, bounds[1:], strict=False):
+        # in parts that stay in the cache; first the sum over layers and micro-steps
+        g = F.embedding_bag(order[begin:end], grads, first - begin, mode="sum")
         mean = means.index_select(0, row).lerp_(g, 1 - beta1)
+        square = squares.index_select(0, row).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         means.index_copy_(0, row, mean)
-        change = mean.mul_(f.unsqueeze(1))
+        squares.index_copy_(0, row, square)
+        change = mean.mul_(-lr / (1 - beta1**t)).div_(square.div_(1 - beta2**t).sqrt_().add_(eps))
         if values.dtype == torch.bfloat16:
             values.index_copy_(0, row, round_at_random(values[row].float() + change, random16(row, values.size(1), seed)))
         else:
@@ -126,7 +128,7 @@ def torch_adam(values, means, squares, last, grads, order, rows, starts, t, lr, 
 #   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
 #   backward   R * D * e   rows read once, each by its one owner      +  R * D * e  written
 #              n * D * e   dY, read from memory once if L2 holds it
-#   adam       R * D * e   the gradient  +  2 * R * D * e  values and  +  8 * R * D  means (float32), read and written
+#   adam       R * D * e   the gradient  +  2 * R * D * e  values and  +  16 * R * D  moments (float32), read and written
 # D and k are compile-time constants: the compiler then knows how rows are aligned, loads 16 bytes at once where it may, and
 # divides by k with a multiplication.
 
@@ -201,35 +203,32 @@ def random16_kernel(place, seed):
     return ((x ^ (x >> 16)) & 0xFFFF).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["t", "seed"])
+@triton.jit(do_not_specialize=["seed"])
 def adam_kernel(
-    values, means, squares, last, grads, order, rows, starts, t, rate, beta1, beta2, correction, eps, seed,
+    values, means, squares, grads, order, rows, starts, rate, beta1, beta2, correction, eps, seed,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns one touched row: it adds up the row's gradients, and moves its moments and its value."""
     r = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
-    row = tl.load(rows + r)
+    place = tl.load(rows + r) * D + column  # in the table
     g = tl.zeros((BLOCK_D,), tl.float32)
     for p in range(tl.load(starts + r), tl.load(starts + r + 1)):  # one for each layer and micro-step that read the row
         g += tl.load(grads + tl.load(order + p) * D + column, mask=inside, other=0.0).to(tl.float32)
-    decay = tl.exp2(tl.log2(beta2) * (t - tl.load(last + row)).to(tl.float32))
-    square = tl.load(squares + row) * decay + (1 - beta2) * (tl.sum(g * g, 0) / D)
-    mean = tl.load(means + row * D + column, mask=inside, other=0.0)
-    mean += (1 - beta1) * (g - mean)
-    value = tl.load(values + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    mean = beta1 * tl.load(means + place, mask=inside, other=0.0) + (1 - beta1) * g
+    square = beta2 * tl.load(squares + place, mask=inside, other=0.0) + (1 - beta2) * g * g
+    value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
     value -= rate * mean / (tl.sqrt(square / correction) + eps)
-    tl.store(squares + row, square)
-    tl.store(last + row, t)
-    tl.store(means + row * D + column, mean, mask=inside)
+    tl.store(means + place, mean, mask=inside)
+    tl.store(squares + place, square, mask=inside)
     if values.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True) + random16_kernel(row * D + column, seed)
+        bits = value.to(tl.int32, bitcast=True) + random16_kernel(place, seed)
         rounded = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
         finite = tl.abs(value) < float("inf")  # False of NaN, too
-        tl.store(values + row * D + column, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=inside)
+        tl.store(values + place, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=inside)
     else:
-        tl.store(values + row * D + column, value, mask=inside)
+        tl.store(values + place, value, mask=inside)
 
 
 def forward_tile(D):
@@ -289,12 +288,12 @@ def triton_backward(values, indices, weights, grad):
     return rows, grad_rows, grad_weights
 
 
-def triton_adam(values, means, squares, last, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
+def triton_adam(values, means, squares, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
     """As torch_adam. All tensors contiguous."""
     if len(rows) > 0:
         D, block_d = values.size(1), triton.next_power_of_2(values.size(1))
-        numbers = (t, lr / (1 - beta1**t), beta1, beta2, 1 - beta2**t, eps, seed)
-        tensors = (values, means, squares, last, grads, order, rows, starts)
+        numbers = (lr / (1 - beta1**t), beta1, beta2, 1 - beta2**t, eps, seed)
+        tensors = (values, means, squares, grads, order, rows, starts)
         adam_kernel[(len(rows),)](*tensors, *numbers, D, block_d, num_warps=adam_warps(D))
 
 
@@ -456,7 +455,7 @@ def lookup(values, indices, weights):
         devices = f"{values.device}, {indices.device}, {weights.device}"
         raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
     if max(len(values), indices.numel()) >= 2**31:
-        raise ValueError(f"lookup numbers slots and pairs in 32 bits: {len(values):,} slots or {indices.numel():,} pairs are too many")
+        raise ValueError(f"lookup counts in 32 bits: {len(values):,} slots, or {indices.numel():,} pairs, are too many")
     if DEBUG and indices.numel() > 0 and not 0 <= indices.min() <= indices.max() < len(values):
         worst = f"{indices.min().item()} to {indices.max().item()}"
         raise ValueError(f"lookup of slots {worst}: the table has slots 0 to {len(values) - 1}")
@@ -466,16 +465,16 @@ def lookup(values, indices, weights):
 class RowAdam(torch.optim.Optimizer):
     """Adam for a table of which each step reads a few rows. Only those are touched, so a step costs what they cost.
 
-    For a row with gradient g (D,) at step t, which it last had at step t':
+    For a row that has a gradient g at step t (arXiv:1412.6980, algorithm 1):
 
-        m = beta1 m + (1 - beta1) g                             stands still while the row sleeps
-        v = beta2^(t - t') v + (1 - beta2) mean(g^2)            one number for the row, of the steps it slept through, too
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
         value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    At width 1, with every row read at every step, this is Adam (arXiv:1412.6980, algorithm 1). Why it differs from it is in the
-    README. params: tables (S, D), float32 or bfloat16, with sparse gradients, coalesced or not. State: m in float32, two
-    numbers a row. Into bfloat16 tables updates are rounded at random (seeded), or most of them would be lost: a number
-    of 8 bits moves by 0.4% or not at all. The same inputs give the same bits."""
+    The moments of the others stand still ("lazy" Adam, as in torch.optim.SparseAdam; other choices are compared in the README).
+    params: tables (S, D), float32 or bfloat16, with sparse gradients, coalesced or not: a row's gradients are summed on the way.
+    State: m and v in float32. Into bfloat16 tables updates are rounded at random (seeded), or most of them would be lost: a
+    number of 8 bits moves by 0.4% or not at all. The same inputs give the same bits."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, seed=0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))
@@ -493,12 +492,11 @@ class RowAdam(torch.optim.Optimizer):
                     raise ValueError("RowAdam wants sparse gradients: those of lookup(), or of an embedding with sparse=True")
                 state = self.state[p]
                 if not state:
-                    state["step"], state["means"] = 0, torch.zeros_like(p, dtype=torch.float32)
-                    state["squares"] = torch.zeros(len(p), device=p.device)
-                    state["last"] = torch.zeros(len(p), dtype=torch.int32, device=p.device)
+                    state["step"] = 0
+                    state["means"], state["squares"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
                 state["step"] = t = state["step"] + 1
                 seed = (group["seed"] + 0x9E3779B9 * t) % 2**31  # other noise at each step
-                tensors = (p, state["means"], state["squares"], state["last"], p.grad._values().contiguous())
+                tensors = (p, state["means"], state["squares"], p.grad._values().contiguous())
                 with torch.cuda.device_of(p):
                     run = triton_adam if uses_triton(p) else torch_adam
                     run(*tensors, *group_by_row(p.grad._indices()), t, group["lr"], *group["betas"], group["eps"], seed)
@@ -513,11 +511,15 @@ class RowAdam(torch.optim.Optimizer):
 # --- python kernels.py ------------------------------------------------------------------------------------------------
 
 
-def random_problem(n, k, S, D, dtype, device, seed=0):
-    """values, indices, weights, and a gradient (n, D) that arrives from above."""
+def random_problem(n, k, S, D, dtype, device, slots="uniform", seed=0):
+    """values, indices, weights, and a gradient (n, D) that arrives from above.
+
+    slots: which are read. "uniform"; "zipf": the r-th most read slot has a share of 1 / r; "equal": all pairs read one."""
     generator = torch.Generator(device).manual_seed(seed)
     values = torch.randn(S, D, generator=generator, device=device).to(dtype)
-    indices = torch.randint(S, (n, k), generator=generator, device=device)
+    u = torch.rand(n, k, generator=generator, device=device, dtype=torch.float64)
+    rank = {"uniform": u * S, "zipf": S**u - 1, "equal": 0 * u}[slots].long()
+    indices = rank * 0x9E3779B1 % S  # an odd factor: where S is a power of two, the much read slots are strewn over the table
     weights = torch.randn(n, k, generator=generator, device=device).softmax(-1)
     return values, indices, weights, torch.randn(n, D, generator=generator, device=device).to(dtype)
 
@@ -531,29 +533,71 @@ def brute_force(values, indices, weights, grad):
     return W @ values, W.T @ grad, (grad @ values.T).gather(1, indices.long())
 
 
-def check(forward, backward, device):
-    """Print the errors of forward and backward against brute_force at awkward shapes. Returns whether all are small."""
+def brute_force_adam(values, rows, grads, t, lr, beta1, beta2):
+    """Step t of RowAdam with zero moments before it, in float64, over the whole table."""
+    grad = torch.zeros_like(values, dtype=torch.float64).index_add_(0, rows, grads.double())
+    square = (1 - beta2) * grad.square()
+    return values.double() - lr * (1 - beta1) * grad / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + 1e-8)
+
+
+def brute_force_select(scores, K):
+    """Weights (n, H*K) and gradient of scores under that of weights 0, 1, 2, ...: a top-k over all N * N sums in float64."""
+    scores = scores.detach().double().requires_grad_()
+    s1, s2 = scores.chunk(2)
+    best = (s1.unsqueeze(-1) + s2.unsqueeze(-2)).flatten(-2).topk(K).values  # (H, n, K)
+    weights = best.softmax(-1).transpose(0, 1).flatten(1)
+    return weights, *torch.autograd.grad(weights, scores, torch.arange(weights.size(1)).to(weights).expand_as(weights))
+
+
+def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 1024)):
+    """Print the errors of forward, backward and adam against float64 at awkward shapes. Returns whether all are small, and
+    whether a second run gives the same bits."""
     passed = True
-    print(f"{'width':>6} {'dtype':9} {'y':>9} {'dvalues':>9} {'dweights':>9}   relative error against float64")
+    columns = ("y", "dvalues", "dweights", "adam")
+    print(f"{'width':>6} {'dtype':9}" + "".join(f"{name:>10}" for name in columns) + "   relative error against float64")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        for D in (1, 24, 64, 80, 96, 200, 768, 1024):
+        for D in widths:
             values, indices, weights, grad = random_problem(37, 13, 101, D, dtype, device)
             indices[0], indices[1, :5] = 7, 50  # slots that come more than once in a bag
-            rows, grad_rows, grad_weights = backward(values, indices, weights, grad)
+            indices[20:] = 3  # 221 pairs of one row: more than a piece
+            first, second = (backward(values, indices, weights, grad) for _ in range(2))
+            rows, grad_rows, grad_weights = first
             dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
-            got = [t.cpu() for t in (forward(values, indices, weights), dvalues, grad_weights)]
-            want = brute_force(values, indices, weights, grad)
-            errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-            passed &= max(errors) < tolerance
+            moved, rates = values.float().clone(), (5, 0.1, 0.9, 0.98)
+            twice = torch.cat((rows, rows.flip(0))), torch.cat((grad_rows, grad_rows))  # two gradients a row
+            adam(moved, torch.zeros_like(moved), torch.zeros_like(moved), twice[1], *group_by_row(twice[0]), *rates, 1e-8, 0)
+            got = [forward(values, indices, weights), dvalues, grad_weights, moved - values.float()]
+            want = [*brute_force(values, indices, weights, grad), None]
+            want[3] = brute_force_adam(values, *twice, *rates).cpu() - values.cpu().double()
+            errors = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+            same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            passed &= max(errors) < tolerance and same
             verdict = "ok" if max(errors) < tolerance else f"FAILED: more than {tolerance:g}"
-            print(f"{D:6} {str(dtype)[6:]:9} " + " ".join(f"{error:9.1e}" for error in errors) + f"   {verdict}")
+            verdict += "" if same else ", FAILED: a second run differs"
+            print(f"{D:6} {str(dtype)[6:]:9}" + "".join(f"{error:10.1e}" for error in errors) + f"   {verdict}")
     return passed
 
 
-def seconds(run, device, repeats=20):
+def check_select(device):
+    """The same for triton_select and its gradient."""
+    passed = True
+    for n, H, N, K in ((5, 2, 24, 5), (3, 4, 128, 16), (2, 1, 500, 32)):
+        scores = torch.randn(2 * H, n, N, generator=torch.Generator(device).manual_seed(0), device=device)
+        pairs = torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))], device=device).T
+        slots, weights = triton_select(scores, pairs, K)
+        grad = torch.arange(H * K, device=device).float().expand(n, -1).contiguous()
+        got = (weights, triton_select_backward(grad, slots, weights, K, N, torch.float32))
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, brute_force_select(scores, K), strict=True)]
+        passed &= max(errors) < 1e-5
+        verdict = "ok" if max(errors) < 1e-5 else "FAILED: more than 1e-05"
+        print(f"select {K:2} of {N:4}: weights {errors[0]:.1e}, dscores {errors[1]:.1e}   {verdict}")
+    return passed
+
+
+def seconds(run, device, repeats=9):
     """Median time of run() in seconds, after a warm-up."""
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(repeats + 2):
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -561,45 +605,96 @@ def seconds(run, device, repeats=20):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return sorted(times[3:])[repeats // 2]
+    return sorted(times[2:])[repeats // 2]
+
+
+def embedding_bag(values, indices, weights, sparse=False):
+    """PyTorch's own operator for this. Its gradient has the table's size, or is sparse and not yet summed over the pairs."""
+    return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum", sparse=sparse)
+
+
+def embedding_bag_sparse(values, indices, weights):
+    return embedding_bag(values, indices, weights, sparse=True)
+
+
+def measure(n, k, S, D, dtype, device, slots, copy):
+    """One row of the benchmark's table. copy: bytes a second that a plain copy moves."""
+    values, indices, weights, grad = random_problem(n, k, S, D, dtype, device, slots)
+    values.requires_grad_()
+    weights.requires_grad_()
+    optimizer, (forward, backward) = RowAdam([values]), (torch_forward, torch_backward)
+    if uses_triton(values):
+        forward, backward = triton_forward, triton_backward
+
+    def train(run):  # forward and backward
+        values.grad = weights.grad = None
+        run(values, indices, weights).backward(grad)
+
+    def times(run):  # of forward alone, of both
+        with torch.no_grad():
+            alone = seconds(lambda: run(values, indices, weights), device)
+        return alone, seconds(lambda: train(run), device)
+
+    train(lookup)
+    R, e = values.grad._nnz(), values.element_size()
+    with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
+        parts = [
+            ((n * k * D + n * D) * e, seconds(lambda: forward(values, indices, weights), device)),
+            ((2 * R * D + n * D) * e, seconds(lambda: backward(values, indices, weights, grad), device)),
+            ((3 * e + 16) * R * D, seconds(optimizer.step, device)),
+        ]
+        sort = seconds(lambda: group_by_row(indices), device)
+    del optimizer  # and its moments
+    line = f"{slots:8}{S:10,}{D:5}{R / S:5.0%} |"
+    line += "".join(f"{moved / t / 1e9:9,.1f}{moved / t / copy:5.0%}" for moved, t in parts) + f"{sort / parts[1][1]:6.0%} |"
+    own = times(lookup)
+    for run in (lookup_reference, embedding_bag, embedding_bag_sparse):
+        try:
+            cell = " / ".join(f"{other / ours:.1f}" for other, ours in zip(times(run), own, strict=True))
+        except torch.OutOfMemoryError:
+            cell = "does not fit"
+        line += f"{cell:>15}"
+    if device.type == "cuda":
+        values.grad = weights.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(lookup)
+        line += f"{(torch.cuda.max_memory_allocated() - before) / (R * D * e):8.2f}"
+    print(line, flush=True)
+
+
+def copy_speed(elements, dtype, device):
+    """Bytes a second that a plain copy reads and writes: what no lookup can beat, unless a cache helps it."""
+    source = torch.empty(elements, dtype=dtype, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * elements * source.element_size() / seconds(lambda: target.copy_(source), device)
 
 
 def benchmark(device):
-    """Time each implementation, and set the bytes it must move against what a plain copy moves in the same time."""
-    cuda = device.type == "cuda"
-    n, k, S, D, dtype = (16384, 128, 2**20, 1024, torch.bfloat16) if cuda else (1024, 64, 2**20, 64, torch.float32)
-    values, indices, weights, grad = random_problem(n, k, S, D, dtype, device)
-    rows, e = indices.unique().numel(), values.element_size()
-    source = torch.empty(2**28 if cuda else 2**25, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source), device) / 1e9
-    print(f"\nn={n:,} tokens, k={k} slots each, S={S:,} slots of width D={D}, {str(dtype)[6:]}; a copy moves {copy:,.0f} GB/s")
-    forward_bytes, backward_bytes = (n * k * D + n * D) * e, (2 * rows * D + n * D) * e
-    runs = [
-        ("forward, definition", forward_bytes, lambda: lookup_reference(values, indices, weights)),
-        ("forward, PyTorch", forward_bytes, lambda: torch_forward(values, indices, weights)),
-        ("backward, PyTorch", backward_bytes, lambda: torch_backward(values, indices, weights, grad)),
-    ]
-    if cuda:
-        runs += [
-            ("forward, Triton", forward_bytes, lambda: triton_forward(values, indices, weights)),
-            ("backward, Triton", backward_bytes, lambda: triton_backward(values, indices, weights, grad)),
-        ]
-    runs.append(("of backward, the sort", 0, lambda: group_by_row(indices)))
-    for name, moved, run in runs:
-        try:
-            t = seconds(run, device, 20 if cuda else 10)
-        except torch.OutOfMemoryError:
-            print(f"  {name:22}   does not fit")
-            continue
-        speed = f"{moved / t / 1e9:9,.1f} GB/s = {moved / t / 1e9 / copy:5.1%} of a copy" if moved else ""
-        print(f"  {name:22} {t * 1e3:9.3f} ms {speed}")
+    """Set the bytes that each part must move against what a plain copy moves in the same time, and the times of PyTorch's ways
+    to do the same against those of lookup()."""
+    if device.type == "cuda":
+        n, k, S, D, dtype, elements = 16384, 128, 2**20, 1024, torch.bfloat16, 2**29
+        others = [("zipf", s, D) for s in (2**16, 2**18, 2**22)] + [("zipf", S, d) for d in (256, 512, 2048)]
+    else:
+        n, k, S, D, dtype, elements = 1024, 64, 2**16, 64, torch.float32, 2**25
+        others = [("zipf", s, D) for s in (2**14, 2**18, 2**20)] + [("zipf", S, 256)]
+    copy = copy_speed(elements, dtype, device)
+    print(f"\n{n:,} tokens read {k} slots each, {str(dtype)[6:]}; a copy moves {copy / 1e9:,.0f} GB/s.")
+    print(f"\n{'':28} |{'GB/s and share of that copy':^48} | times as long as lookup: forward alone / with backward")
+    print(f"{'slots':8}{'S':>10}{'D':>5}  R/S |{'forward':>14}{'backward':>14}{'RowAdam':>14}  sort |", end="")
+    print(f"{'definition':>15}{'embedding_bag':>15}{'its sparse':>15}" + (f"{'memory':>8}" if device.type == "cuda" else ""))
+    for slots, S, D in [(slots, S, D) for slots in ("uniform", "zipf", "equal")] + others:
+        measure(n, k, S, D, dtype, device, slots, copy)
+    print("\nR/S: share of the slots that are read. sort: its share of backward. its sparse: embedding_bag(sparse=True).")
+    if device.type == "cuda":
+        print("memory: peak of what lookup allocates forward and backward, in sizes of the rows that are read.")
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Check the lookup against float64, then time it. Without a GPU the Triton kernels are checked only if "
-        "TRITON_INTERPRET=1 is set, which runs them, slowly, on the CPU."
+        description="Check the lookup against float64, then time it. Without a GPU the Triton kernels are checked in Triton's "
+        "interpreter, and the PyTorch path is timed."
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     try:
@@ -607,14 +702,21 @@ def main():
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"kernels.py: this --device cannot be used here ({str(error).splitlines()[0]}); try --device=cpu")
-    interpreted = device.type == "cpu" and hasattr(triton, "knobs") and triton.knobs.runtime.interpret
-    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
-    passed = check(torch_forward, torch_backward, device)
-    if device.type == "cuda" or interpreted:
-        print(f"\nTriton {triton.__version__}" + (", interpreted" if interpreted else ""))
-        passed &= check(triton_forward, triton_backward, device)
+    cuda, interpreted = device.type == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
+    if cuda or not interpreted:
+        print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if cuda else device}")
+        passed = check(torch_forward, torch_backward, torch_adam, device)
     else:
-        print("\nTriton: not checked (no GPU; set TRITON_INTERPRET=1 to run the kernels on the CPU)")
+        passed = True
+    if not hasattr(triton, "cdiv"):
+        print("\nTriton: not installed, and not there for every system; its kernels are not checked")
+    elif cuda or interpreted:
+        print(f"\nTriton {triton.__version__}" + ("" if cuda else ", interpreted on the CPU"), flush=True)
+        widths = {} if cuda else {"widths": (1, 24, 96)}  # the interpreter takes its time; the tests have the other widths
+        passed &= check(triton_forward, triton_backward, triton_adam, device, **widths)
+        passed &= check_select(device)
+    else:  # the interpreter has to be asked for before Triton is imported: in another process
+        passed &= subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode == 0
     if not interpreted:
         benchmark(device)
     sys.exit(0 if passed else 1)

@@ -38,14 +38,20 @@ def topk_columns(scores, K):
     float64 has 29 zero bits at its low end, worth less than the smallest difference of two float32."""
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.topk(K, dim=-1).indices
-    N = scores.size(-1)
-    packed = scores.numpy().astype(np.float64)  # a copy: it may be written to
-    packed.view(np.int64)[...] |= np.arange(N)
-    if N > 256:  # where a partition, which leaves the K largest at the end in any order, is cheaper than sorting them all
-        packed.partition(N - K, axis=-1)
-        packed = packed[..., N - K :]
-    packed.sort(axis=-1)
-    return torch.from_numpy(packed.view(np.int64)[..., : -K - 1 : -1] & (2**29 - 1))
+    N, step = scores.size(-1), 512
+    rows = scores.reshape(-1, N).numpy()
+    best, buffer = np.empty((len(rows), K), np.int64), np.empty((min(step, len(rows)), N))
+    for start in range(0, len(rows), step):  # in parts that stay in the cache
+        part = rows[start : start + step]
+        packed = buffer[: len(part)]
+        packed[...] = part
+        packed.view(np.int64)[...] |= np.arange(N)
+        if N > 256:  # where a partition, which leaves the K largest at the end in any order, is cheaper than sorting them all
+            packed.partition(N - K, axis=-1)
+            packed = packed[:, N - K :]
+        packed.sort(axis=-1)
+        best[start : start + step] = packed.view(np.int64)[:, : -K - 1 : -1] & (2**29 - 1)
+    return torch.from_numpy(best).view(*scores.shape[:-1], K)
 
 
 def candidate_pairs(K):
@@ -112,7 +118,8 @@ def _(grad, slots, weights, K, N, dtype):
 
 
 def save_for_select_backward(ctx, inputs, output):
-    (scores, _, ctx.K), (ctx.N, ctx.dtype) = inputs, (inputs[0].size(-1), inputs[0].dtype)
+    scores, _, ctx.K = inputs
+    ctx.N, ctx.dtype = scores.size(-1), scores.dtype
     ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(*output)
 
@@ -193,6 +200,7 @@ class MemoryLayer(nn.Module):
         # keys begin with length 1: without norms, scores have that spread already.
         self.scale = math.sqrt(self.Q) if config.mem_qk_norm else 1.0
         self.register_buffer("pairs", candidate_pairs(self.K), persistent=False)
+        self.kept = None, None  # by scaled_keys
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
         self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
 
@@ -207,5 +215,14 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K) float32: each head's K best slots and their softmax."""
         n, H, K, Q = len(x), self.H, self.K, self.Q
         q = self.query_norm(widen(self.query(x)).view(n, 2 * H, Q))
-        keys = self.key_norm(self.keys) / self.scale  # (2H, N, Q)
-        return select(torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)), self.pairs, K)  # of scores (2H, n, N)
+        return select(torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2)), self.pairs, K)  # of scores (2H, n, N)
+
+    def scaled_keys(self):
+        """The sub-keys as queries meet them, (2H, N, Q). They are the same for every token: without gradients they are kept
+        until a parameter changes, or generating one token would cost a pass over all keys."""
+        if torch.is_grad_enabled():
+            return self.key_norm(self.keys) / self.scale
+        state = [(p.data_ptr(), p._version) for p in (self.keys, *self.key_norm.parameters())]
+        if self.kept[0] != state:
+            self.kept = state, self.key_norm(self.keys) / self.scale
+        return self.kept[1]

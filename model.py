@@ -151,7 +151,8 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
-        self.pool = ValuePool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype)) if config.mem_layers else None
+        S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)
+        self.pool = ValuePool(S, config.mem_value_dim, dtype) if config.mem_layers else None
         half = config.n_embd // config.n_head // 2
         angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
