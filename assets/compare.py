@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from assets.optimizers import VARIANTS
 from data.dataset import find_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,9 @@ GROUPS = {
         "without gate and output matrix": ("facts-memory", {"mem_gate": False}),
         "plain PKM: without any of these": ("facts-pkm", {}),
     },
+    "pool optimisers": {name: ("facts-memory", {"variant": name}) for name in VARIANTS},
 }
+MORE_SEEDS = {"dense": (4, 5, 6), "lazy": (4, 5, 6)}  # where three were too few to tell
 
 
 def run(job):
@@ -50,7 +53,8 @@ def run(job):
     log = folder / "log.jsonl"
     arguments = [f"--preset={preset}", f"--seed={seed}", *(f"--{key}={value}" for key, value in options.items())]
     if not (folder / "done").exists():
-        command = [sys.executable, ROOT / "train.py", *arguments, f"--out_dir={folder}", "--overwrite", "--device=cpu"]
+        script = ROOT / ("assets/optimizers.py" if "variant" in options else "train.py")
+        command = [sys.executable, script, *arguments, f"--out_dir={folder}", "--overwrite", "--device=cpu"]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
@@ -61,7 +65,7 @@ def run(job):
         "group": group,
         "name": name,
         "seed": seed,
-        "command": "python train.py " + " ".join(arguments),
+        "command": f"python {'assets/optimizers' if 'variant' in options else 'train'}.py " + " ".join(arguments),
         "recall": evaluations[-1]["recall"],
         "val_loss": evaluations[-1]["val_loss"],
         "used": evaluations[-1].get("mem_used"),
@@ -108,13 +112,15 @@ def main():
         for group in GROUPS
         if group in (args.only or GROUPS)
         for name, (preset, options) in GROUPS[group].items()
-        for seed in SEEDS
+        for seed in SEEDS + (MORE_SEEDS.get(name, ()) if group == "pool optimisers" else ())
     ]
     find_folder("facts")  # made once, before two runs would make it at the same time
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         results = list(tqdm(pool.map(run, jobs), total=len(jobs), unit="run"))
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    results = [r for r in old if r["group"] in set(GROUPS) - {r["group"] for r in results}] + results
+    done = {(r["group"], r["name"], r["seed"]) for r in results}
+    results = [r for r in old if r["group"] in GROUPS and (r["group"], r["name"], r["seed"]) not in done] + results
+    results.sort(key=lambda r: list(GROUPS).index(r["group"]))  # stable
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
     for group in GROUPS:
         print(f"\n{group}", *table(results, group), sep="\n")
