@@ -502,6 +502,8 @@ class RowAdam(torch.optim.Optimizer):
                     run(*tensors, *group_by_row(p.grad._indices()), t, group["lr"], *group["betas"], group["eps"], seed)
 
     def load_state_dict(self, state_dict):
+        if any(set(state) != {"step", "means", "squares"} for state in state_dict["state"].values()):
+            raise ValueError("this is the state of another optimiser than RowAdam")
         super().load_state_dict(state_dict)  # which casts what it loads to the dtype of the values: take it as it was
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in state_dict["state"].items():

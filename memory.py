@@ -200,7 +200,7 @@ class MemoryLayer(nn.Module):
         # keys begin with length 1: without norms, scores have that spread already.
         self.scale = math.sqrt(self.Q) if config.mem_qk_norm else 1.0
         self.register_buffer("pairs", candidate_pairs(self.K), persistent=False)
-        self.kept = None, None  # by scaled_keys
+        self.kept = None  # what scaled_keys returns, while GPT.stream generates
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
         self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
 
@@ -218,11 +218,7 @@ class MemoryLayer(nn.Module):
         return select(torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2)), self.pairs, K)  # of scores (2H, n, N)
 
     def scaled_keys(self):
-        """The sub-keys as queries meet them, (2H, N, Q). They are the same for every token: without gradients they are kept
-        until a parameter changes, or generating one token would cost a pass over all keys."""
-        if torch.is_grad_enabled():
-            return self.key_norm(self.keys) / self.scale
-        state = [(p.data_ptr(), p._version) for p in (self.keys, *self.key_norm.parameters())]
-        if self.kept[0] != state:
-            self.kept = state, self.key_norm(self.keys) / self.scale
-        return self.kept[1]
+        """The sub-keys as queries meet them: (2H, N, Q). GPT.stream keeps them, or each token would cost a pass over all keys."""
+        if self.kept is not None and not torch.is_grad_enabled():
+            return self.kept
+        return self.key_norm(self.keys) / self.scale

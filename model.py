@@ -210,14 +210,21 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(idx.device.type) if autocast else self.embedding.weight.dtype
         cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=idx.device, dtype=dtype)
         window, start = idx[:, -block:], 0
-        for _ in range(max_new_tokens):
-            if start + window.size(1) > block:
-                window, start = idx[:, -max(1, block // 2) :], 0
-            x = self.hidden(window, cache, start)[:, -1]  # (B, C)
-            start += window.size(1)
-            window = pick(F.linear(x, self.embedding.weight).float(), temperature, top_k, top_p, generator)  # (B, 1)
-            idx = torch.cat((idx[:, -block:], window), dim=1)
-            yield window[:, 0]
+        memories = [b.ffn for b in self.blocks if isinstance(b.ffn, MemoryLayer)]
+        try:
+            for memory in memories:
+                memory.kept = memory.scaled_keys()
+            for _ in range(max_new_tokens):
+                if start + window.size(1) > block:
+                    window, start = idx[:, -max(1, block // 2) :], 0
+                x = self.hidden(window, cache, start)[:, -1]  # (B, C)
+                start += window.size(1)
+                window = pick(F.linear(x, self.embedding.weight).float(), temperature, top_k, top_p, generator)  # (B, 1)
+                idx = torch.cat((idx[:, -block:], window), dim=1)
+                yield window[:, 0]
+        finally:
+            for memory in memories:
+                memory.kept = None
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""

@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, SwiGLU
 
 class PlainPool(ValuePool):
     def forward(self, slots, weights):  # its gradient has the size of the table
-        return F.embedding_bag(slots, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum")
+        return bag(self.values, slots, weights)
 
 
 class PlainLayer(MemoryLayer):
@@ -87,53 +87,70 @@ def layer_step(config, kind, x, grad, context):
 def layer_times(config, device, tokens, context, repeats):
     x, grad = (torch.randn(1, tokens, config.n_embd, device=device) for _ in range(2))
     t = in_turns({kind: layer_step(config, kind, x, grad, context) for kind in ("memory", "plain", "swiglu")}, device, repeats)
+    t = {kind: 1e3 * seconds for kind, seconds in t.items()}
     print(f"\nTraining step of one layer (forward, backward, optimiser), {tokens:,} tokens of width {config.n_embd:,}:")
-    print(f"  Memory+, {config.mem_keys**2:,} slots          {t['memory'] * 1e3:9.2f} ms")
-    print(f"  the same, straightforward       {t['plain'] * 1e3:9.2f} ms = {t['plain'] / t['memory']:.2f} times as long")
-    print(f"  SwiGLU of width {config.n_ffn:,}            {t['swiglu'] * 1e3:9.2f} ms; Memory+ takes {t['memory'] / t['swiglu']:.2f} times as long")
+    print(f"  Memory+, {config.mem_keys**2:9,} slots       {t['memory']:9.2f} ms")
+    print(f"  the same, straightforward       {t['plain']:9.2f} ms, {t['plain'] / t['memory']:.2f} times as long as Memory+")
+    ratio = t["memory"] / t["swiglu"]
+    print(f"  SwiGLU of width {config.n_ffn:6}          {t['swiglu']:9.2f} ms; Memory+ takes {ratio:.2f} times as long")
+
+
+def lookup_run(S, n, k, D, dtype, device, run, optimize):
+    """lookup or its like, forward and backward, with RowAdam or without; the same reads of a table of any size S."""
+    _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
+    slots = torch.randperm(S, device=device)[slots]  # the pattern is that of 2^14 slots, strewn over the table
+    values, weights = nn.Parameter(torch.randn(S, D, device=device).to(dtype)), weights.requires_grad_()
+    optimizer = RowAdam([values])
+
+    def step():
+        run(values, slots, weights).backward(grad)
+        if optimize:
+            optimizer.step()
+        values.grad = weights.grad = None
+
+    return step
+
+
+def bag(values, slots, weights):
+    return F.embedding_bag(slots, values, per_sample_weights=weights.to(values.dtype), mode="sum")
 
 
 def lookup_times(config, device, tokens, repeats):
-    """lookup and RowAdam on the same slots of tables of two sizes; and lookup against embedding_bag on the smaller one."""
-    n, k, D, dtype = tokens, config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype)
-    runs = {}
-    for S in (2**14, 2**20):
-        _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
-        values = nn.Parameter(torch.randn(S, D, device=device).to(dtype))
-        places = torch.randperm(S, device=device)[: 2**14]  # the same pattern of reads, strewn over the table
-        slots, weights, optimizer = places[slots], weights.requires_grad_(), RowAdam([values])
+    """lookup against embedding_bag, and a whole step of a table of two sizes."""
+    shape = tokens, config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype), device
+    kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, bag, False), "14": (2**14, lookup, True), "20": (2**20, lookup, True)}
+    t = in_turns({name: lookup_run(S, *shape, run, optimize) for name, (S, run, optimize) in kinds.items()}, device, repeats)
+    t = {name: 1e3 * seconds for name, seconds in t.items()}
+    print(f"\nThe lookup, {shape[0]:,} tokens read {shape[1]} slots each of width {shape[2]:,} (Zipf):")
+    print(f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {t['bag'] / t['lookup']:.2f} times as long")
+    print(f"  and RowAdam, table of 2^14 rows {t['14']:9.2f} ms")
+    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {t['20'] / t['14']:.2f} times as long")
 
-        def step(values=values, slots=slots, weights=weights, optimizer=optimizer):
-            lookup(values, slots, weights).backward(grad)
-            optimizer.step()
-            values.grad = weights.grad = None
 
-        runs[S] = step
-        if S == 2**14:
+class StrewnPool(ValuePool):
+    """A table of 2^20 rows, of which those are read that a smaller one would read: what does its size alone cost?"""
 
-            def both(run, values=values, slots=slots, weights=weights):
-                run(values, slots, weights).backward(grad)
-                values.grad = weights.grad = None
+    def __init__(self, S, D, dtype):
+        super().__init__(2**20, D, dtype)
+        nn.init.normal_(self.values, std=0.02)
+        self.places = torch.randperm(2**20)[:S]
 
-            runs["lookup"] = lambda both=both: both(lookup)
-            runs["bag"] = lambda both=both: both(
-                lambda v, s, w: F.embedding_bag(s, v, per_sample_weights=w.to(v.dtype), mode="sum")
-            )
-    touched, t = slots.unique().numel(), in_turns(runs, device, repeats)
-    print(f"\nlookup, {n:,} tokens read {k} slots each of width {D:,}, {touched:,} different ones (Zipf):")
-    print(f"  forward and backward, 2^14 slots{t['lookup'] * 1e3:9.2f} ms; F.embedding_bag {t['bag'] / t['lookup']:.2f} times as long")
-    print(f"  with RowAdam, 2^14 slots        {t[2**14] * 1e3:9.2f} ms")
-    print(f"  the same of 2^20 slots          {t[2**20] * 1e3:9.2f} ms = {t[2**20] / t[2**14]:.2f} times as long")
+    def forward(self, slots, weights):
+        return super().forward(self.places[slots], weights)
 
 
 def model_times(memory, dense, device, tokens, context, repeats, compiled):
     """Training throughput and generation of two models."""
-    runs, B = {}, max(1, tokens // memory.block_size)
-    options = train.TrainConfig()
-    for name, config in (("memory", memory), ("dense", dense)):
-        for form in ("eager", "compiled") if compiled else ("eager",):
+    B, options = max(1, tokens // memory.block_size), train.TrainConfig()
+    training, generating = {}, {}
+    for name, config in (("memory", memory), ("dense", dense), ("strewn", memory)):
+        for form in ("eager", "compiled") if compiled and name != "strewn" else ("eager",):
             torch.manual_seed(0)
-            model = GPT(config).to(device)
+            model = GPT(config)
+            if name == "strewn":
+                model.pool = StrewnPool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype))
+                model.pool.places = model.pool.places.to(device)
+            model = model.to(device)
             optimizers = train.make_optimizers(model, options)
             idx = torch.randint(config.vocab_size, (B, config.block_size), device=device)
             run_model = torch.compile(model) if form == "compiled" else model
@@ -146,17 +163,20 @@ def model_times(memory, dense, device, tokens, context, repeats, compiled):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
-            runs[name, form] = step
-            if form == "eager":
-                runs[name, "generate"] = lambda model=model, idx=idx: model.eval().generate(idx[:1, :8], 64, temperature=0)
-    training = in_turns({key: run for key, run in runs.items() if key[1] != "generate"}, device, repeats)
-    generating = in_turns({key: run for key, run in runs.items() if key[1] == "generate"}, device, max(5, repeats // 4))
-    print(f"\nThe model ({memory.n_layer} blocks of width {memory.n_embd}, memory in block {memory.mem_layers}), tokens a second:")
+            training[name, form] = step
+        if name != "strewn":
+            generating[name, "eager"] = lambda model=model, idx=idx: model.eval().generate(idx[:1, :8], 64, temperature=0)
+    training = in_turns(training, device, repeats)
+    generating = in_turns(generating, device, max(5, repeats // 4))
+    print(f"\nThe model ({memory.n_layer} blocks of width {memory.n_embd}, one with memory), tokens a second:")
     for what, t, count in (("training", training, B * memory.block_size), ("generating, batch 1", generating, 64)):
-        for form in dict.fromkeys(key[1] for key in t):
-            a, b = count / t["memory", form], count / t["dense", form]
-            label = what + (", torch.compile" if form == "compiled" else "")
-            print(f"  {label:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
+        for form in ("eager", "compiled"):
+            if ("memory", form) in t:
+                a, b = count / t["memory", form], count / t["dense", form]
+                label = what + (", torch.compile" if form == "compiled" else "")
+                print(f"  {label:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
+    growth = training["strewn", "eager"] / training["memory", "eager"]
+    print(f"  a training step that reads the same slots of a table of 2^20 rows takes {growth:.2f} times as long")
 
 
 def main():

@@ -229,6 +229,24 @@ def test_autocast_moves_few_slots_and_weights_little():
     assert (weights - exact_weights).abs().max() < 0.03
 
 
+def test_keys_that_generation_keeps_are_gone_when_it_ends():
+    """A changed key must be seen by the next call, also if the one before was left in the middle, and always by training."""
+    torch.manual_seed(0)
+    model, idx = GPT(CONFIG), torch.randint(50, (1, 5))
+    layer = model.blocks[1].ffn
+    stream = model.stream(idx, 9)
+    next(stream)
+    assert torch.equal(layer.kept, layer.scaled_keys())
+    layer.keys.data.mul_(-1.0)
+    assert torch.equal(layer.kept, -layer.scaled_keys())  # with gradients: computed afresh
+    layer.retrieve(torch.randn(3, 16))[1].square().sum().backward()
+    assert layer.keys.grad.norm() > 0
+    stream.close()
+    assert layer.kept is None
+    once, again = model.generate(idx, 9, temperature=0), model.generate(idx, 9, temperature=0)
+    assert torch.equal(once, again) and layer.kept is None
+
+
 def test_scores_have_a_spread_of_about_one_with_and_without_norms():
     for config in (CONFIG, PKM):
         torch.manual_seed(0)

@@ -121,6 +121,29 @@ def test_resume_after_a_kill_is_bitwise_identical(facts, finished, tmp_path):
     assert_same_checkpoint(finished, tmp_path)
 
 
+def test_resume_with_values_in_bfloat16_is_bitwise_identical(facts, tmp_path):
+    """Rounded at random, from the seed and the step: the noise, too, must go on where it stopped. Moments stay float32."""
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    steps = ("--mem_dtype=bfloat16", "--max_iters=24", "--eval_interval=8", "--log_interval=4")
+    assert train(facts, whole, *steps).returncode == 0
+    process = start_training(facts, halved, *steps)
+    wait_for((halved / "ckpt.pt").exists, process)
+    process.kill()
+    process.communicate()
+    assert run("train.py", "--resume", f"--out_dir={halved}").returncode == 0
+    assert_same_checkpoint(whole, halved)
+    checkpoint = load_checkpoint(halved / "ckpt.pt")
+    assert checkpoint["model"].pool.values.dtype == torch.bfloat16
+    assert checkpoint["optimizers"][1]["state"][0]["means"].dtype == torch.float32
+
+
+def test_resume_refuses_the_state_of_another_optimiser(finished, tmp_path):
+    checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
+    checkpoint["optimizers"][1]["state"][0] = {"step": 3, "exp_avg": torch.zeros(3)}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert_refused(run("train.py", "--resume", f"--out_dir={tmp_path}", "--max_iters=80"), "another optimiser")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_cleanly_and_resume_goes_on_from_there(facts, finished, tmp_path, number):
     process = start_training(facts, tmp_path, *STEPS)
@@ -227,11 +250,12 @@ def test_log_and_summary_say_what_happened(facts, finished):
     assert best["best_val_loss"] == min(line["val_loss"] for line in evaluations)
 
 
-def test_a_small_model_learns_facts_and_sample_asks_for_them(facts, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_small_model_learns_facts_and_sample_asks_for_them(facts, tmp_path, dtype):
     """20 people in 300 steps. The table that sample.py prints must agree with what training logged."""
     done = train(
         facts, tmp_path, "--n_embd=64", "--max_iters=300", "--batch_size=16", "--learning_rate=8e-3", "--mem_learning_rate=1e-2",
-        "--eval_interval=300", "--dropout=0",
+        "--eval_interval=300", "--dropout=0", f"--mem_dtype={dtype}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     recall = log_of(tmp_path)[-1]["recall"]
