@@ -8,7 +8,8 @@ W (n x S) holds k weights a row and zeros elsewhere. Its two gradients are then
     dW = dY V^T        wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
 Read in this order: `lookup_reference` (the definition), `torch_forward` and `torch_backward` (the same, fast on a CPU),
-the Triton kernels (the same on a GPU), `lookup` (what the model calls). `python kernels.py` checks and times them.
+the Triton kernels (the same on a GPU), `lookup` (what the model calls), `RowAdam` (the optimiser of the rows that were read).
+The kernels that choose the slots belong to memory.py. `python kernels.py` checks and times all of it; nothing else is below it.
 
 Letters: n bags (tokens), k slots read a bag (heads times top-k), S slots in the table, D width of a value,
 R distinct rows touched, P = n * k pairs of bag and slot.
@@ -106,21 +107,21 @@ def round_at_random(x, noise):
     return torch.where(x.isfinite(), rounded, x.bfloat16())
 
 
-def torch_adam(values, means, squares, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
-    """Step t of RowAdam, in place. grads (G, D): row rows[r] has gradients grads[order[starts[r] : starts[r + 1]]]."""
-    grads, bounds = grads.float(), starts[[*range(0, len(rows), 1024), -1]].tolist()
-    for row, first, begin, end in zip(rows.split(1024), starts[:-1].split(1024), bounds, bounds[1:], strict=False):
+def torch_adam(values, means, squares, grads, order, rows, starts, rate, beta1, beta2, eps, seed):
+    """A step of RowAdam, in place; rate and eps hold the corrections of the bias. grads (G, D): row rows[r] has gradients
+    grads[order[starts[r] : starts[r + 1]]]."""
+    grads, bounds = grads.float(), starts[[*range(0, len(rows), 2048), -1]].tolist()
+    for row, first, begin, end in zip(rows.split(2048), starts[:-1].split(2048), bounds, bounds[1:], strict=False):
         # in parts that stay in the cache; first the sum over layers and micro-steps
         g = F.embedding_bag(order[begin:end], grads, first - begin, mode="sum")
         mean = means.index_select(0, row).lerp_(g, 1 - beta1)
         square = squares.index_select(0, row).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         means.index_copy_(0, row, mean)
         squares.index_copy_(0, row, square)
-        change = mean.mul_(-lr / (1 - beta1**t)).div_(square.div_(1 - beta2**t).sqrt_().add_(eps))
+        value = values.index_select(0, row).float().addcdiv_(mean, square.sqrt_().add_(eps), value=-rate)
         if values.dtype == torch.bfloat16:
-            values.index_copy_(0, row, round_at_random(values[row].float() + change, random16(row, values.size(1), seed)))
-        else:
-            values.index_add_(0, row, change)
+            value = round_at_random(value, random16(row, values.size(1), seed))
+        values.index_copy_(0, row, value)
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def random16_kernel(place, seed):
 
 @triton.jit(do_not_specialize=["seed"])
 def adam_kernel(
-    values, means, squares, grads, order, rows, starts, rate, beta1, beta2, correction, eps, seed,
+    values, means, squares, grads, order, rows, starts, rate, beta1, beta2, eps, seed,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns one touched row: it adds up the row's gradients, and moves its moments and its value."""
@@ -219,7 +220,7 @@ def adam_kernel(
     mean = beta1 * tl.load(means + place, mask=inside, other=0.0) + (1 - beta1) * g
     square = beta2 * tl.load(squares + place, mask=inside, other=0.0) + (1 - beta2) * g * g
     value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
-    value -= rate * mean / (tl.sqrt(square / correction) + eps)
+    value -= rate * mean / (tl.sqrt(square) + eps)
     tl.store(means + place, mean, mask=inside)
     tl.store(squares + place, square, mask=inside)
     if values.dtype.element_ty == tl.bfloat16:
@@ -288,13 +289,12 @@ def triton_backward(values, indices, weights, grad):
     return rows, grad_rows, grad_weights
 
 
-def triton_adam(values, means, squares, grads, order, rows, starts, t, lr, beta1, beta2, eps, seed):
+def triton_adam(values, means, squares, grads, order, rows, starts, rate, beta1, beta2, eps, seed):
     """As torch_adam. All tensors contiguous."""
     if len(rows) > 0:
         D, block_d = values.size(1), triton.next_power_of_2(values.size(1))
-        numbers = (lr / (1 - beta1**t), beta1, beta2, 1 - beta2**t, eps, seed)
         tensors = (values, means, squares, grads, order, rows, starts)
-        adam_kernel[(len(rows),)](*tensors, *numbers, D, block_d, num_warps=adam_warps(D))
+        adam_kernel[(len(rows),)](*tensors, rate, beta1, beta2, eps, seed, D, block_d, num_warps=adam_warps(D))
 
 
 # --- Triton: choosing the slots (memory.py says how and why) ----------------------------------------------------------
@@ -497,9 +497,11 @@ class RowAdam(torch.optim.Optimizer):
                 state["step"] = t = state["step"] + 1
                 seed = (group["seed"] + 0x9E3779B9 * t) % 2**31  # other noise at each step
                 tensors = (p, state["means"], state["squares"], p.grad._values().contiguous())
+                (beta1, beta2), correction = group["betas"], (1 - group["betas"][1] ** t) ** 0.5
+                rate, eps = group["lr"] * correction / (1 - beta1**t), group["eps"] * correction
                 with torch.cuda.device_of(p):
                     run = triton_adam if uses_triton(p) else torch_adam
-                    run(*tensors, *group_by_row(p.grad._indices()), t, group["lr"], *group["betas"], group["eps"], seed)
+                    run(*tensors, *group_by_row(p.grad._indices()), rate, beta1, beta2, eps, seed)
 
     def load_state_dict(self, state_dict):
         if any(set(state) != {"step", "means", "squares"} for state in state_dict["state"].values()):
@@ -535,11 +537,10 @@ def brute_force(values, indices, weights, grad):
     return W @ values, W.T @ grad, (grad @ values.T).gather(1, indices.long())
 
 
-def brute_force_adam(values, rows, grads, t, lr, beta1, beta2):
-    """Step t of RowAdam with zero moments before it, in float64, over the whole table."""
+def brute_force_adam(values, rows, grads, rate, beta1, beta2, eps):
+    """A step of RowAdam with zero moments before it, in float64, over the whole table."""
     grad = torch.zeros_like(values, dtype=torch.float64).index_add_(0, rows, grads.double())
-    square = (1 - beta2) * grad.square()
-    return values.double() - lr * (1 - beta1) * grad / (1 - beta1**t) / ((square / (1 - beta2**t)).sqrt() + 1e-8)
+    return values.double() - rate * (1 - beta1) * grad / (((1 - beta2) * grad.square()).sqrt() + eps)
 
 
 def brute_force_select(scores, K):
@@ -565,9 +566,9 @@ def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 
             first, second = (backward(values, indices, weights, grad) for _ in range(2))
             rows, grad_rows, grad_weights = first
             dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
-            moved, rates = values.float().clone(), (5, 0.1, 0.9, 0.98)
+            moved, rates = values.float().clone(), (0.1, 0.9, 0.98, 1e-8)
             twice = torch.cat((rows, rows.flip(0))), torch.cat((grad_rows, grad_rows))  # two gradients a row
-            adam(moved, torch.zeros_like(moved), torch.zeros_like(moved), twice[1], *group_by_row(twice[0]), *rates, 1e-8, 0)
+            adam(moved, torch.zeros_like(moved), torch.zeros_like(moved), twice[1], *group_by_row(twice[0]), *rates, 0)
             got = [forward(values, indices, weights), dvalues, grad_weights, moved - values.float()]
             want = [*brute_force(values, indices, weights, grad), None]
             want[3] = brute_force_adam(values, *twice, *rates).cpu() - values.cpu().double()

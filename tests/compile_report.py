@@ -56,7 +56,7 @@ def compile_all(capability, D, e):
 
     constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
     inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, starts="*i64", seed="i32")
-    inputs |= dict.fromkeys(("rate", "beta1", "beta2", "correction", "eps"), "fp32")
+    inputs |= dict.fromkeys(("rate", "beta1", "beta2", "eps"), "fp32")
     yield "adam", compile_kernel(kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair)
 
     for N, K in ((128, 16), (1024, 32)):
