@@ -112,8 +112,9 @@ def torch_adam(values, means, squares, grads, order, rows, starts, rate, beta1, 
     grads[order[starts[r] : starts[r + 1]]]."""
     grads, bounds = grads.float(), starts[[*range(0, len(rows), 2048), -1]].tolist()
     for row, first, begin, end in zip(rows.split(2048), starts[:-1].split(2048), bounds, bounds[1:], strict=False):
-        # in parts that stay in the cache; first the sum over layers and micro-steps
-        g = F.embedding_bag(order[begin:end], grads, first - begin, mode="sum")
+        # in parts that stay in the cache; first the sum over layers and micro-steps, if there is more than one
+        one = end - begin == len(row)
+        g = grads[order[begin:end]] if one else F.embedding_bag(order[begin:end], grads, first - begin, mode="sum")
         mean = means.index_select(0, row).lerp_(g, 1 - beta1)
         square = squares.index_select(0, row).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         means.index_copy_(0, row, mean)

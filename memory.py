@@ -71,7 +71,7 @@ def product_topk(s, K, pairs):
     """
     columns = topk_columns(s, K)  # (2, ..., K), best first
     (a, b), (s1, s2), (i, j) = pairs, s.gather(-1, columns), columns
-    sums = s1.index_select(-1, a) + s2.index_select(-1, b)  # (..., P)
+    sums = torch.cat([s1[..., r : r + 1] + s2[..., : K // (r + 1)] for r in range(K)], dim=-1)  # (..., P), one a pair
     best = topk_columns(sums, K)  # (..., K), each a number of a pair
     return i.gather(-1, a[best]), j.gather(-1, b[best]), sums.gather(-1, best)
 
@@ -101,7 +101,8 @@ def select_backward(
     grad, p, slots = (t.unflatten(1, (-1, K)).transpose(0, 1) for t in (grad, weights, slots))  # (H, n, K)
     grad = p * (grad - (p * grad).sum(-1, keepdim=True))  # back through softmax: of the sums
     out = grad.new_zeros(2, *grad.shape[:2], N)
-    for half, columns in zip(out, (slots // N, slots % N), strict=True):
+    i = slots // N
+    for half, columns in zip(out, (i, slots - i * N), strict=True):
         half.scatter_add_(-1, columns, grad)  # a sub-key can be in several of the K sums
     return out.flatten(0, 1).to(dtype)
 
