@@ -400,7 +400,7 @@ def triton_select_backward(grad, slots, weights, K, N, dtype):
 
 
 # --- what the model calls ---------------------------------------------------------------------------------------------
-DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check every slot number, which makes the CPU wait for the GPU
+DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check slot numbers on a GPU, too, for which the CPU has to wait for it
 
 
 def uses_triton(values):
@@ -457,9 +457,10 @@ def lookup(values, indices, weights):
         raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
     if max(len(values), indices.numel()) >= 2**31:
         raise ValueError(f"lookup counts in 32 bits: {len(values):,} slots, or {indices.numel():,} pairs, are too many")
-    if DEBUG and indices.numel() > 0 and not 0 <= indices.min() <= indices.max() < len(values):
-        worst = f"{indices.min().item()} to {indices.max().item()}"
-        raise ValueError(f"lookup of slots {worst}: the table has slots 0 to {len(values) - 1}")
+    if (DEBUG or not values.is_cuda) and indices.numel() > 0:
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= len(values):
+            raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
     return Lookup.apply(values.contiguous(), indices.contiguous(), weights.contiguous())
 
 

@@ -60,7 +60,7 @@ def candidate_pairs(K):
     (a, b) is beaten by all (a', b') with a' <= a and b' <= b, which are (a + 1)(b + 1) - 1 pairs. So it needs
     (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32.
     """
-    return torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))]).T
+    return torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))]).T.contiguous()
 
 
 def product_topk(s, K, pairs):
