@@ -599,18 +599,20 @@ def check_select(device):
     return passed
 
 
+def timed(run, device):
+    """Seconds that run() takes, with what it leaves to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def seconds(run, device, repeats=9):
-    """Median time of run() in seconds, after a warm-up."""
-    times = []
-    for _ in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[2:])[repeats // 2]
+    """Median time of run(), after a warm-up."""
+    return sorted([timed(run, device) for _ in range(repeats + 2)][2:])[repeats // 2]
 
 
 def embedding_bag(values, indices, weights, sparse=False):
@@ -721,6 +723,7 @@ def main():
         passed &= check(triton_forward, triton_backward, triton_adam, device, **widths)
         passed &= check_select(device)
     else:  # the interpreter has to be asked for before Triton is imported: in another process
+        sys.stdout.flush()
         passed &= subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode == 0
     if not interpreted:
         benchmark(device)

@@ -426,7 +426,8 @@ def build_model(config):
     try:
         return GPT(config)
     except RuntimeError as error:
-        need = config.mem_keys**2 * config.mem_value_dim * 4 / 2**30 if config.mem_layers else 0
+        size = {"float32": 4, "bfloat16": 2}[config.mem_dtype]
+        need = config.mem_keys**2 * config.mem_value_dim * size / 2**30 if config.mem_layers else 0
         reason = str(error).splitlines()[0]
         raise ValueError(f"the model does not fit ({reason}); with these mem_keys its table alone takes {need:,.1f} GiB") from None
 

@@ -10,7 +10,6 @@ On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, widt
 import argparse
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from kernels import RowAdam, lookup, random_problem
+from kernels import RowAdam, lookup, random_problem, timed
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
 
@@ -48,14 +47,9 @@ def in_turns(runs, device, repeats):
     times = {name: [] for name in runs}
     for i in range(repeats + 3):
         for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= 3:
-                times[name].append(time.perf_counter() - began)
+            t = timed(run, device)
+            if i >= 3:  # after a warm-up
+                times[name].append(t)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
