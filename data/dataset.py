@@ -63,7 +63,12 @@ def write_dataset(folder, train, val, encoding_file, vocab_size, separator, reca
     (folder / "recall.jsonl").unlink(missing_ok=True)
     if recall is not None:
         write_file(folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall))
-    meta = {"encoding": encoding_file, "dtype": dtype, "vocab_size": vocab_size, "separator": separator, **facts}
+    write_meta(folder, encoding_file, dtype, vocab_size, separator, **facts)
+
+
+def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
+    """facts: what else is to be known of the dataset."""
+    meta = {"encoding": encoding, "dtype": dtype, "vocab_size": vocab_size, "separator": separator, **facts}
     write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 

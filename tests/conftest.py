@@ -1,10 +1,27 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before Triton is imported."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 os.environ["NANOMEM_DEBUG"] = "1"  # slots out of range are errors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(2)  # the same sums in the same order, on any machine
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """For tests that need GPT-2's vocabulary, which is no part of the repository and may be out of reach."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps it")
+
+
+@pytest.fixture(scope="session")
+def wikitext():
+    """The files of wikitext-2's validation and test part."""
+    if "WIKITEXT_DIR" not in os.environ:
+        pytest.skip("needs real text: set WIKITEXT_DIR to a folder with wikitext2-valid.txt and wikitext2-test.txt")
+    return [Path(os.environ["WIKITEXT_DIR"]) / f"wikitext2-{part}.txt" for part in ("valid", "test")]

@@ -1,0 +1,106 @@
+"""How fast is data/openwebtext/prepare.py? Packs a text as OpenWebText is packed, and times the program on it.
+
+    python assets/corpus.py TEXT [TEXT ...]      text files; English ones, 1 MB or more
+
+Against tiktoken alone on the same documents in as many processes, which neither decompresses nor writes anything.
+"""
+
+import argparse
+import concurrent.futures
+import io
+import lzma
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import tiktoken
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tar(files):
+    """{name: bytes} -> a tar archive, as bytes"""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def pack(documents, number, per_member, repeats=1):
+    """Documents (bytes) -> urlsf_subset{number}.tar as bytes: a tar of xz-compressed tars of one file a document."""
+    parts = []
+    for first in range(0, len(documents), per_member):
+        part = enumerate(documents[first : first + per_member], first)
+        parts.append(lzma.compress(tar({f"{i:07}-{len(d):x}.txt": d for i, d in part})))
+    return tar({f"openwebtext/urlsf_subset{number:02}-{i}_data.xz": part for i, part in enumerate(parts * repeats, 1)})
+
+
+def cut(text, size=5000):
+    """Into documents of about `size` characters, which is the mean of OpenWebText, at the ends of lines."""
+    documents = [""]
+    for line in text.splitlines(keepends=True):
+        if len(documents[-1]) > size:
+            documents.append("")
+        documents[-1] += line
+    return [d.encode() for d in documents]
+
+
+def encode_all(documents):
+    """tiktoken alone."""
+    encode = tiktoken.get_encoding("gpt2").encode_ordinary
+    encode("ready")
+    began = time.perf_counter()
+    for document in documents:
+        encode(document)
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, nargs="+")
+    parser.add_argument("--megabytes", type=int, default=1900, help="repeat the text to this size; as one archive: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="each, in turns (default: %(default)s)")
+    args = parser.parse_args()
+    documents = cut("".join(path.read_text(encoding="utf-8") for path in args.text))
+    documents = [b"%d\n" % i + d for i in range(20) for d in documents]  # no two the same: some must be for validation
+    repeats, workers = -(-args.megabytes * 10**6 // sum(map(len, documents))), args.workers
+    size = repeats * sum(map(len, documents)) / 1e6
+    texts = [d.decode() for d in documents] * repeats
+    alone, whole = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        archive = pack(documents, 0, 389, repeats)  # as many documents a member as in the original
+        (Path(folder) / "urlsf_subset00.tar").write_bytes(archive)
+        began = time.perf_counter()
+        with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+            for name in members.getnames():
+                lzma.decompress(members.extractfile(name).read())
+        decompression = time.perf_counter() - began
+        for i in range(args.repeats):
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+                alone.append(max(pool.map(encode_all, [texts[w::workers] for w in range(workers)])))
+            command = [sys.executable, ROOT / "data/openwebtext/prepare.py", "--subsets=0", f"--source={folder}"]
+            command += [f"--workers={workers}", f"--out={folder}/{i}"]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+            whole.append(float(re.search(r"text in ([\d.]+) s", printed).group(1)))
+    a, b = statistics.median(alone), statistics.median(whole)
+    print(f"{size:.0f} MB of text in {len(texts):,} documents ({len(archive) / 1e6:.0f} MB packed), {workers} processes")
+    print(f"  tiktoken alone   {a:6.2f} s, {size / a:5.1f} MB/s")
+    print(f"  prepare.py       {b:6.2f} s, {size / b:5.1f} MB/s: {a / b:.2f} of that, start of the processes included")
+    share = f"{decompression / b:.0%} of one core while prepare.py runs"
+    print(f"  decompression    {decompression:6.2f} s, {size / decompression:5.1f} MB/s: {share}")
+
+
+if __name__ == "__main__":
+    main()
