@@ -9,6 +9,7 @@ Options are the fields of TrainConfig below and of GPTConfig in model.py. Read f
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,12 +89,22 @@ FACTS = dict(dataset="facts", n_layer=4, n_head=4, n_embd=64, block_size=128, ma
 FACTS |= dict(mem_keys=128, mem_topk=16, mem_learning_rate=1e-2)
 SHAKESPEARE = dict(dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, learning_rate=2e-3)
 SHAKESPEARE |= dict(mem_keys=128, mem_topk=16, mem_learning_rate=3e-3)
+GPT2 = dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32, beta2=0.95, min_lr=6e-5)
+GPT2 |= dict(gradient_accumulation_steps=15, max_iters=18000, warmup_iters=700)  # 18,000 * 491,520 tokens: OpenWebText once
+GPT2 |= dict(eval_interval=1000, eval_iters=50, mem_keys=1024, mem_dtype="bfloat16", mem_learning_rate=1e-3)
+SMALL = GPT2 | dict(n_layer=8, n_head=8, n_embd=512, block_size=512, mem_keys=512, gradient_accumulation_steps=8)
+SMALL |= dict(max_iters=8000, warmup_iters=400, eval_interval=500, learning_rate=1e-3, min_lr=1e-4)  # 1.05e9 tokens
+SMOKE = SHAKESPEARE | dict(dataset="openwebtext", batch_size=8, max_iters=300, eval_interval=100)  # does everything work?
 PRESETS = {
     "facts-memory": FACTS | dict(mem_count=1, learning_rate=4e-3),
     "facts-dense": FACTS | dict(learning_rate=8e-3),
     "facts-pkm": FACTS | dict(mem_count=1, mem_gate=False, mem_qk_norm=False, learning_rate=4e-3),
     "shakespeare-memory": SHAKESPEARE | dict(mem_count=1),
     "shakespeare-dense": SHAKESPEARE,
+    "gpt2": GPT2,
+    "gpt2-memory": GPT2 | dict(mem_count=3),
+    "gpt2-small-memory": SMALL | dict(mem_count=2),
+    "gpt2-smoke": SMOKE | dict(mem_count=1),
 }
 
 
@@ -231,8 +243,27 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def to_device(arrays, device):
-    return [torch.from_numpy(a).to(device) for a in arrays]
+def inputs_and_targets(windows, device):
+    """windows (B, T + 1), a CPU tensor -> two tensors (B, T) on the device."""
+    windows = windows.to(device, non_blocking=True)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def prefetch(batches, numbers, device):
+    """Yield batches(n) for each n of numbers as a CPU tensor. While the device computes with one, a thread prepares the next."""
+
+    def prepare(n):
+        windows = torch.from_numpy(batches(n))
+        return windows.pin_memory() if device.type == "cuda" else windows  # for a copy that nobody waits for
+
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None, initargs=(device,)) as thread:
+        waiting = collections.deque()
+        for n in numbers:
+            waiting.append(thread.submit(prepare, n))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @torch.no_grad()
@@ -240,8 +271,8 @@ def mean_loss(model, batches, config, device):
     """Mean loss over eval_iters batches, the same ones every time."""
     total = 0.0
     for i in range(config.eval_iters):
-        x, y = to_device(batches(range(i * config.batch_size, (i + 1) * config.batch_size)), device)
-        total += model(x, y)[1].item()
+        windows = torch.from_numpy(batches(range(i * config.batch_size, (i + 1) * config.batch_size)))
+        total += model(*inputs_and_targets(windows, device))[1].item()
     return total / config.eval_iters
 
 
@@ -280,6 +311,13 @@ def peak_flops(device):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def bound_gradient(pool):
+    """Add up the gradients of each row of the table once there are more of them than rows: the micro-steps of a large batch read
+    nearly all rows, each step anew."""
+    if pool is not None and pool.values.grad._nnz() > len(pool.values):
+        pool.values.grad = pool.values.grad.coalesce()
+
+
 class Stop:
     """Turns the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once."""
 
@@ -310,8 +348,7 @@ def train(model, optimizers, data, config, device, state):
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda" and os.name == "posix")
     run_model = torch.compile(model) if compiled else model
     network = [p for group in optimizers[0].param_groups for p in group["params"]]
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    tokens_per_step = per_step * model.config.block_size
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
     flops_per_step = 3 * sum(model.flops_per_token(model.config.block_size).values()) * tokens_per_step
     peak, result = peak_flops(device), None
 
@@ -331,8 +368,11 @@ def train(model, optimizers, data, config, device, state):
             checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(out_dir / name, checkpoint)
 
+    first, end = (n * config.gradient_accumulation_steps for n in (state["iter"], config.max_iters))  # micro-steps of the run
+    numbers = (range(n * config.batch_size, (n + 1) * config.batch_size) for n in range(first, end))
+    loader = prefetch(data["train"], numbers, device)
     bar = tqdm(total=config.max_iters, initial=state["iter"], unit="step", desc=out_dir.name, dynamic_ncols=True)
-    shown, clock, since = {}, time.perf_counter(), state["iter"]
+    shown, clock, since, waited = {}, time.perf_counter(), state["iter"], 0.0
     while state["iter"] < config.max_iters:
         it = state["iter"]
         lr = learning_rate(config, it)
@@ -340,12 +380,15 @@ def train(model, optimizers, data, config, device, state):
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro in range(config.gradient_accumulation_steps):
-            first = it * per_step + micro * config.batch_size
-            x, y = to_device(data["train"](range(first, first + config.batch_size)), device)
+            asked = time.perf_counter()
+            windows = next(loader)
+            waited += time.perf_counter() - asked
             with context:
-                micro_loss = run_model(x, y)[1] / config.gradient_accumulation_steps
+                micro_loss = run_model(*inputs_and_targets(windows, device))[1] / config.gradient_accumulation_steps
             micro_loss.backward()
             loss += micro_loss.detach()
+            if micro + 1 < config.gradient_accumulation_steps:
+                bound_gradient(model.pool)
         if config.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(network, config.grad_clip)
         for optimizer in optimizers:
@@ -361,6 +404,7 @@ def train(model, optimizers, data, config, device, state):
             now = time.perf_counter()
             state["seconds"] += now - clock
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": (it - since) * tokens_per_step / (now - clock)}
+            line["data_wait"] = waited / (now - clock)  # share of the time
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
             if device.type == "cuda":
                 line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -384,7 +428,7 @@ def train(model, optimizers, data, config, device, state):
                 save("best.pt", with_optimizers=False)
             if evaluating or stopped_by:
                 save("ckpt.pt")
-            clock, since = time.perf_counter(), it  # evaluation and saving are not training time
+            clock, since, waited = time.perf_counter(), it, 0.0  # evaluation and saving are not training time
         if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
             print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
@@ -511,7 +555,7 @@ def main(argv):
     print(f"{describe(model)}; on {device}", flush=True)
     try:
         result = train(model, optimizers, data, config, device, state)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"train.py: {error}")
     summarize(model, result, config, state, data["questions"])
 

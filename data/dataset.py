@@ -83,6 +83,11 @@ def load_json(path):
         raise ValueError(f"{path} is damaged ({error}); run the folder's prepare.py again") from None
 
 
+def check_ids(path, ids, vocab_size):
+    if ids.max() >= vocab_size:
+        raise ValueError(f"{path} has token id {ids.max()}, but the vocabulary ends at {vocab_size - 1}; prepare it again")
+
+
 class Dataset:
     """One folder, opened. Raises FileNotFoundError or ValueError with the way out for what is missing or wrong."""
 
@@ -128,10 +133,7 @@ class Dataset:
         if size == 0 or size % self.dtype.itemsize:
             raise ValueError(f"{path} has {size} bytes, not a whole number of {self.dtype.name} ids: truncated? Prepare it again")
         ids = np.memmap(path, dtype=self.dtype, mode="r")
-        for start in range(0, len(ids), 2**24):  # in pieces: the file may be larger than memory
-            largest = int(ids[start : start + 2**24].max())
-            if largest >= self.vocab_size:
-                raise ValueError(f"{path} has token id {largest}, but the vocabulary ends at {self.vocab_size - 1}")
+        check_ids(path, ids[: 2**24], self.vocab_size)  # the file may be larger than memory: the rest as it is read
         return ids
 
     def vocabulary(self):
@@ -195,9 +197,9 @@ def open_dataset(folder, block_size, seed):
     dataset = Dataset(folder)
     train, val = dataset.tokens("train"), dataset.tokens("val")
     return {
-        "train": Batches(train, block_size, seed),
-        "train_eval": Batches(train, block_size, 0),
-        "val_eval": Batches(val, block_size, 0),
+        "train": Batches(train, block_size, seed, dataset.vocab_size),
+        "train_eval": Batches(train, block_size, 0, dataset.vocab_size),
+        "val_eval": Batches(val, block_size, 0, dataset.vocab_size),
         "questions": dataset.questions(),
         "vocabulary": dataset.vocabulary(),
         "separator": dataset.separator,
@@ -211,10 +213,12 @@ class Batches:
     What step t gets depends on the seed and on t alone: it can be computed in any process, at any time.
     """
 
-    def __init__(self, ids, block_size, seed):
+    def __init__(self, ids, block_size, seed, vocab_size):
+        self.path = getattr(ids, "filename", "the data")
         if len(ids) < 2 * block_size + 1:
-            raise ValueError(f"{len(ids)} tokens are too few for block_size={block_size}: {2 * block_size + 1} are needed")
-        self.ids, self.block_size, self.seed = ids, block_size, seed
+            message = f"{self.path}: {len(ids)} tokens are too few for block_size={block_size}: {2 * block_size + 1} are needed"
+            raise ValueError(message)
+        self.ids, self.block_size, self.seed, self.vocab_size = np.asarray(ids), block_size, seed, vocab_size
         self.epoch = None
 
     def start(self, number):
@@ -227,7 +231,8 @@ class Batches:
         return int(self.order[position]) * self.block_size + self.shift
 
     def __call__(self, numbers):
-        """numbers: window numbers -> inputs and targets, two int64 arrays (len(numbers), block_size)."""
+        """numbers: window numbers -> int64 array (len(numbers), block_size + 1): inputs, and targets one further on."""
         starts = [self.start(number) for number in numbers]
-        windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts]).astype(np.int64)
-        return windows[:, :-1], windows[:, 1:]
+        windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
+        check_ids(self.path, windows, self.vocab_size)
+        return windows.astype(np.int64)

@@ -6,13 +6,16 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.dataset import Batches, Dataset, atomic_write, make_encoding
 from data.facts.prepare import ATTRIBUTES, BITS
+from train import prefetch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,9 +136,23 @@ def test_own_text_becomes_bytes_and_comes_back(tmp_path):
     assert encoding.encode_ordinary(text) == list(text.encode()) and dataset.questions() is None
 
 
-def test_a_text_that_cannot_be_had_is_reported(tmp_path):
-    done = prepare("shakespeare", "--file", tmp_path / "nothing.txt", "--out", tmp_path / "mine")
-    assert done.returncode == 1 and "nothing.txt" in done.stderr and "Traceback" not in done.stderr
+def test_own_text_in_gpt2_tokens_with_a_text_to_validate_on(tmp_path, gpt2):
+    first, second = "Ein Text, ñ.<|endoftext|>Noch einer.\n" * 9, "To validate on, a little longer."
+    (tmp_path / "a.txt").write_text(first)
+    (tmp_path / "b.txt").write_text(second)
+    files = ("--file", tmp_path / "a.txt", "--val_file", tmp_path / "b.txt")
+    assert prepare("shakespeare", *files, "--encoding=gpt2", "--out", tmp_path).returncode == 0
+    assert texts(tmp_path, "val") == [second]
+    assert texts(tmp_path, "train") == [part for part in first.split("<|endoftext|>")]
+
+
+def test_a_text_that_cannot_be_used_is_reported(tmp_path, gpt2):
+    (tmp_path / "latin.txt").write_bytes("Ähnlich wie UTF-8, aber nicht ganz".encode("latin-1"))
+    for file, words in (("nothing.txt", "--file"), ("latin.txt", "utf-8")):
+        done = prepare("shakespeare", "--file", tmp_path / file, "--encoding=gpt2", "--out", tmp_path / "mine")
+        assert done.returncode == 1 and file in done.stderr and words in done.stderr and "Traceback" not in done.stderr
+    done = prepare("shakespeare", "--file", tmp_path / "latin.txt", "--val_file=nowhere", "--out", tmp_path / "mine")
+    assert done.returncode == 1 and "--val_file=nowhere" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "mine").exists()
 
 
@@ -208,28 +225,65 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_an_epoch_shows_each_token_once():
     ids, T = np.arange(1000, dtype=np.uint16), 16
-    batches = Batches(ids, T, seed=3)
+    batches = Batches(ids, T, 3, 1000)
     windows = (1000 - T - 1) // T
     for epoch in range(3):
-        x, y = batches(range(epoch * windows, (epoch + 1) * windows))
-        assert np.array_equal(x + 1, y) and x.dtype == np.int64
-        seen = np.sort(x.flatten())
+        got = batches(range(epoch * windows, (epoch + 1) * windows))
+        assert got.shape == (windows, T + 1) and (np.diff(got) == 1).all() and got.dtype == np.int64
+        seen = np.sort(got[:, :-1].flatten())
         assert np.array_equal(seen, np.arange(seen[0], seen[0] + windows * T)) and seen[0] < T  # each once, without a gap
 
 
 def test_batches_depend_on_seed_and_number_only():
     ids = np.arange(5000, dtype=np.uint16)
-    a, b = Batches(ids, 16, seed=3), Batches(ids, 16, seed=3)
+    a, b = Batches(ids, 16, 3, 5000), Batches(ids, 16, 3, 5000)
     b(range(900, 905))  # asked for something else before, from another epoch
     for numbers in ([0, 1], [700, 2], [309, 310, 311]):
-        assert np.array_equal(a(numbers)[0], b(numbers)[0])
-    one_by_one = np.concatenate([Batches(ids, 16, seed=3)([n])[0] for n in range(8)])
-    assert np.array_equal(one_by_one, a(range(8))[0])
-    assert not np.array_equal(a(range(8))[0], Batches(ids, 16, seed=4)(range(8))[0])
-    first_epoch, second_epoch = a(range(311))[0], a(range(311, 622))[0]
+        assert np.array_equal(a(numbers), b(numbers))
+    one_by_one = np.concatenate([Batches(ids, 16, 3, 5000)([n]) for n in range(8)])
+    assert np.array_equal(one_by_one, a(range(8)))
+    assert not np.array_equal(a(range(8)), Batches(ids, 16, 4, 5000)(range(8)))
+    first_epoch, second_epoch = a(range(311)), a(range(311, 622))
     assert not np.array_equal(first_epoch, second_epoch)
+
+
+def test_a_token_id_past_the_vocabulary_is_found_wherever_it_is(tmp_path):
+    ids = np.zeros(2**24 + 400, dtype="<u2")
+    ids[-100:] = 50257  # behind what is looked at when the folder is opened
+    tokens = Dataset(folder_of(tmp_path, ids)).tokens("train")
+    batches = Batches(tokens, 64, 0, 50257)
+    last = next(n for n in range(2**24 // 64) if batches.start(n) > len(ids) - 200)
+    with pytest.raises(ValueError, match=r"train.bin has token id 50257, but the vocabulary ends at 50256"):
+        batches([last])
+    batches([last + 1])
+
+
+def test_prefetching_changes_neither_batches_nor_their_order_nor_errors():
+    ids = np.arange(5000, dtype=np.uint16)
+    numbers = [range(i, i + 4) for i in range(0, 600, 4)]
+    got = [windows.numpy() for windows in prefetch(Batches(ids, 16, 3, 5000), numbers, torch.device("cpu"))]
+    batches = Batches(ids, 16, 3, 5000)
+    assert len(got) == len(numbers) and all(np.array_equal(a, batches(n)) for a, n in zip(got, numbers, strict=True))
+    with pytest.raises(ValueError, match="token id"):
+        list(prefetch(Batches(ids, 16, 3, 4900), numbers, torch.device("cpu")))
+
+
+def test_a_batch_is_prepared_while_the_one_before_is_used():
+    used, prepared = threading.Event(), threading.Event()
+
+    def batches(number):
+        if number == 1:
+            assert not used.is_set()
+            prepared.set()
+        return np.zeros((1, 2))
+
+    loader = prefetch(batches, range(3), torch.device("cpu"))
+    next(loader)
+    assert prepared.wait(10)  # nobody has asked for it yet
+    used.set()
+    assert len(list(loader)) == 2
 
 
 def test_too_few_tokens_are_refused():
     with pytest.raises(ValueError, match="32 tokens are too few for block_size=16: 33 are needed"):
-        Batches(np.zeros(32, dtype=np.uint16), 16, seed=0)
+        Batches(np.zeros(32, dtype=np.uint16), 16, 0, 10)

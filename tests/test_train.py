@@ -85,7 +85,7 @@ def assert_same_checkpoint(a, b):
     for path, value in one.items():
         assert torch.equal(value, two[path]) if torch.is_tensor(value) else value == two[path], path
     for first, second in zip(log_of(a), log_of(b), strict=True):
-        assert first | {"tokens_per_s": 0} == second | {"tokens_per_s": 0}
+        assert first | {"tokens_per_s": 0, "data_wait": 0} == second | {"tokens_per_s": 0, "data_wait": 0}
 
 
 def wait_for(condition, process, seconds=120):
@@ -135,6 +135,43 @@ def test_resume_with_values_in_bfloat16_is_bitwise_identical(facts, tmp_path):
     checkpoint = load_checkpoint(halved / "ckpt.pt")
     assert checkpoint["model"].pool.values.dtype == torch.bfloat16
     assert checkpoint["optimizers"][1]["state"][0]["means"].dtype == torch.float32
+
+
+def test_micro_steps_add_up_to_the_step_of_a_larger_batch(facts, tmp_path):
+    """The same windows, the same mean: only rounding may differ. Eight micro-steps read more rows than the table has."""
+    for size in (8, 1):
+        options = (f"--batch_size={size}", f"--gradient_accumulation_steps={8 // size}", "--max_iters=12", "--log_interval=1")
+        done = train(facts, tmp_path / str(size), *options, "--mem_layers=0,1", "--mem_keys=8")
+        assert done.returncode == 0, done.stderr
+    for one, other in zip(log_of(tmp_path / "8"), log_of(tmp_path / "1"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    one, other = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"].state_dict() for name in ("8", "1"))
+    for name, weights in one.items():
+        assert (weights - other[name]).norm() < 1e-3 * weights.norm(), name
+
+
+def test_a_folder_of_nanogpt_trains_unchanged_and_its_pickle_is_not_read(tmp_path):
+    ids = torch.randint(50257, (3000,), generator=torch.Generator().manual_seed(0)).numpy().astype("<u2")
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+    done = train(tmp_path, tmp_path / "out", "--max_iters=3")
+    assert done.returncode == 0, done.stderr
+    checkpoint = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert checkpoint["vocabulary"] == "gpt2" and checkpoint["model"].config.vocab_size == 50257
+    (tmp_path / "meta.pkl").write_bytes(b"anything")
+    assert_refused(train(tmp_path, tmp_path / "other", "--max_iters=3"), "meta.pkl", "pickle")
+
+
+def test_the_smoke_preset_trains_on_real_text_and_writes_some(gpt2, wikitext, tmp_path):
+    files = ("--file", wikitext[0], "--val_file", wikitext[1])
+    assert run("data/shakespeare/prepare.py", *files, "--encoding=gpt2", "--out", tmp_path).returncode == 0
+    options = ("--preset=gpt2-smoke", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=40", "--eval_iters=4")
+    done = run("train.py", *options, "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    last = log_of(tmp_path / "out")[-1]
+    assert last["val_loss"] < 8.5 < log_of(tmp_path / "out")[0]["loss"]  # it begins at log 50,257 = 10.8
+    done = run("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=1", "--max_new_tokens=20", "--start= The game")
+    assert done.returncode == 0 and done.stdout.startswith(" The game") and len(done.stdout.split()) > 5, done.stderr
 
 
 def test_resume_refuses_the_state_of_another_optimiser(finished, tmp_path):

@@ -2,8 +2,8 @@
 
     python data/shakespeare/prepare.py                                          download tinyshakespeare (1.1 MB)
     python data/shakespeare/prepare.py --file mine.txt --out data/mine          your own text; train with --dataset=mine
-
-The last tenth of the text is kept for validation.
+    ... --encoding gpt2                                                         tokens of GPT-2; <|endoftext|> ends a document
+    ... --val_file other.txt                                                    validate on that, not on the last tenth
 """
 
 import argparse
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import save_vocabulary, write_dataset
+from data.dataset import make_encoding, save_vocabulary, write_dataset
 
 # The checksum below says whether what arrives is the text everyone else compares on.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+END_OF_TEXT = 50256  # in GPT-2's vocabulary
 
 
 def download():
@@ -35,23 +36,46 @@ def download():
     return text
 
 
+def read(option, path):
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot read --{option}={path} ({error.strerror})")
+    if len(text) < 20:
+        sys.exit(f"prepare.py: --{option}={path} has {len(text)} bytes, too few to train on")
+    return text
+
+
+def tokenize(text, encoding, path):
+    """bytes -> token ids; encoding: "bytes" or "gpt2"; path: where the text is from."""
+    if encoding == "bytes":
+        return np.frombuffer(text, dtype=np.uint8)
+    try:
+        ids = make_encoding(encoding).encode(text.decode(), allowed_special="all")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        sys.exit(f"prepare.py: cannot tokenize {path}: {error}")
+    return np.array([END_OF_TEXT, *ids], dtype=np.uint16)  # a document begins after a separator
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, help="a text file to use in place of tinyshakespeare")
+    parser.add_argument("--val_file", type=Path, help="a text file to validate on (default: the last tenth of the other)")
+    parser.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
     args = parser.parse_args()
-    try:
-        text = args.file.read_bytes() if args.file else download()
-    except OSError as error:
-        sys.exit(f"prepare.py: cannot read --file={args.file} ({error.strerror})")
-    if len(text) < 20:
-        sys.exit(f"prepare.py: --file={args.file} has {len(text)} bytes, too few to split")
-    ids = np.frombuffer(text, dtype=np.uint8)
-    split = len(ids) * 9 // 10
+    train = tokenize(read("file", args.file) if args.file else download(), args.encoding, args.file)
+    if args.val_file:
+        val = tokenize(read("val_file", args.val_file), args.encoding, args.val_file)
+    else:
+        train, val = np.split(train, [len(train) * 9 // 10])
     args.out.mkdir(parents=True, exist_ok=True)
-    save_vocabulary(args.out / "vocab.json", "bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
-    write_dataset(args.out, ids[:split], ids[split:], "vocab.json", vocab_size=256, separator=ord("\n"))
-    print(f"{args.out}: {split:,} training tokens and {len(ids) - split:,} validation tokens, one a byte")
+    if args.encoding == "gpt2":
+        write_dataset(args.out, train, val, "gpt2", vocab_size=50257, separator=END_OF_TEXT)
+    else:
+        save_vocabulary(args.out / "vocab.json", "bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
+        write_dataset(args.out, train, val, "vocab.json", vocab_size=256, separator=ord("\n"))
+    print(f"{args.out}: {len(train):,} training tokens and {len(val):,} validation tokens ({args.encoding})")
 
 
 if __name__ == "__main__":
