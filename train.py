@@ -175,7 +175,7 @@ def load_checkpoint(path, device="cpu"):
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # sampling leaves the moments on the disk
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a checkpoint, or holds more than tensors and plain values: it was not loaded") from None
     except Exception as error:  # torch raises many kinds for a damaged file
