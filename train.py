@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import typing
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,8 @@ def load_checkpoint(path, device="cpu"):
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # sampling leaves the moments on the disk
+        mmap = zipfile.is_zipfile(path)  # as torch.save writes: read what is used, so that sampling leaves out the moments
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a checkpoint, or holds more than tensors and plain values: it was not loaded") from None
     except Exception as error:  # torch raises many kinds for a damaged file
