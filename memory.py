@@ -19,11 +19,13 @@ D value width, Q width of half a query (a full key is 2Q wide), n = B * T tokens
 Read in this order: product_topk, MemoryLayer.forward, ValuePool.
 """
 
+import collections
 import contextlib
 import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -157,19 +159,83 @@ class Usage:
         return {"used": used, "kl": kl(self.reads), "kl_weighted": kl(self.mass), "top1": top.item()}
 
 
-class ValuePool(nn.Module):
-    """The table of S values of width D that all memory layers of a model read. The GPT owns it and hands it to them."""
+class Exchange(torch.autograd.Function):
+    """x (M, ...) -> (M, ...): block j goes to rank j of the pool's group, block i of the result has come from rank i. So the
+    gradient of a block goes back to where the block came from: by the same exchange."""
 
-    def __init__(self, S, D, dtype=torch.float32):
+    @staticmethod
+    def forward(ctx, x, pool):
+        ctx.pool, out = pool, torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=pool.group)
+        pool.sent["lookup"] += x[1:].numel() * x.element_size()  # one block stays here
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, ctx.pool), None
+
+
+class ValuePool(nn.Module):
+    """The table of S values of width D that all memory layers of a model read. The GPT owns it and hands it to them.
+
+    With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has all S rows, but
+    D/M of their columns. Then all ranks of the group must call it together, with equally many tokens each."""
+
+    def __init__(self, S, D, dtype=torch.float32, group=None):
         super().__init__()
-        self.values = nn.Parameter(torch.empty(S, D, dtype=dtype))
+        self.group, self.M = group, group.size() if group else 1
+        i = group.rank() if group else 0
+        self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # of the whole table: those that are here
+        self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
         self.usage = None
+        self.sent = collections.Counter()  # bytes that this process has sent: {"lookup": ..., "gradient": ...}
+
+    @torch.no_grad()
+    def initialize(self, std):
+        """The same first values however the table is sharded."""
+        for rows in self.values.split(4096):  # a multiple of 16: the random numbers are those of a table drawn in one piece
+            rows.copy_(torch.empty(len(rows), self.D, device=rows.device).normal_(std=std)[:, self.columns])
 
     def forward(self, slots, weights):
         """slots (n, H*K), weights (n, H*K) -> (n, D)"""
         if self.usage is not None:
             self.usage.add(slots, weights)
-        return lookup(self.values, slots, weights)
+        return lookup(self.values, slots, weights) if self.group is None else self.sharded_lookup(slots, weights)
+
+    @torch.compiler.disable
+    def sharded_lookup(self, slots, weights):
+        """Each rank tells all what its tokens read, looks up its columns for all of them, and gets the others' for its own.
+
+        A rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward, and (M - 1) n (e D / M + 4 k) backward, for k = H*K slots a
+        token and e bytes a number: nothing depends on S. Gradients of the columns are complete without further exchange."""
+        n, k = slots.shape
+        slots = Exchange.apply(slots.int().expand(self.M, n, k), self)  # (M, n, k): of each rank's tokens
+        weights = Exchange.apply(weights.expand(self.M, n, k), self)  # whose gradient sums over the ranks, by that of expand
+        y = lookup(self.values, slots.flatten(0, 1), weights.flatten(0, 1))  # (M*n, D/M)
+        return Exchange.apply(y.view(self.M, n, -1), self).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+
+    @torch.no_grad()
+    def combine_gradient(self, replicas, world):
+        """Average the gradient over `world` ranks. replicas: the group of those that hold the same columns.
+
+        Only rows that some rank has read are exchanged: their numbers (8 bytes each, padded to the longest list), and then the
+        sum of the gradients of those in any list. All replicas get the same bits."""
+        grad = self.values.grad.coalesce()
+        rows, grads, count = grad.indices()[0], grad.values(), replicas.size()
+        if count > 1:
+            longest = torch.tensor(len(rows), device=rows.device)
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=replicas)
+            lists = [rows.new_empty(longest.item()) for _ in range(count)]
+            dist.all_gather(lists, F.pad(rows, (0, len(lists[0]) - len(rows)), value=rows[-1].item()), group=replicas)
+            union = torch.cat(lists).unique()  # sorted
+            total = grads.new_zeros(len(union), grads.size(1))
+            total[torch.searchsorted(union, rows)] = grads
+            dist.all_reduce(total, group=replicas)
+            self.sent["gradient"] += (count - 1) * lists[0].numel() * 8 + ring_bytes(total, count)
+            rows, grads = union, total
+        self.values.grad = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), grads / world, self.values.shape, is_coalesced=True, check_invariants=False
+        )
 
     @contextlib.contextmanager
     def record_usage(self):
@@ -179,6 +245,11 @@ class ValuePool(nn.Module):
             yield self.usage
         finally:
             self.usage = None
+
+
+def ring_bytes(x, count):
+    """What each of `count` ranks sends when they sum x by the ring algorithm: twice all but one of its `count` parts."""
+    return 2 * (count - 1) * x.numel() * x.element_size() // count
 
 
 def widen(x):

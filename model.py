@@ -145,14 +145,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, group=None):
+        """group: torch.distributed processes that share the table, each with a part of its columns; None: it is here as a whole."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)
-        self.pool = ValuePool(S, config.mem_value_dim, dtype) if config.mem_layers else None
+        self.pool = ValuePool(S, config.mem_value_dim, dtype, group) if config.mem_layers else None
         half = config.n_embd // config.n_head // 2
         angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -175,7 +176,7 @@ class GPT(nn.Module):
             elif isinstance(module, MemoryLayer):
                 nn.init.normal_(module.keys, std=module.Q**-0.5)
             elif isinstance(module, ValuePool):
-                nn.init.normal_(module.values, std=0.02)
+                module.initialize(std=0.02)
 
     def hidden(self, idx, cache=None, start=0):
         """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), ready for the output matrix."""
@@ -259,8 +260,8 @@ class GPT(nn.Module):
 
     def parameter_counts(self):
         """{"dense": ..., "pool": ...}: numbers in the network, and in the table beside it."""
-        pool = 0 if self.pool is None else self.pool.values.numel()
-        return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool}
+        pool, M = (0, 1) if self.pool is None else (self.pool.values.numel(), self.pool.M)
+        return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool * M}
 
     def flops_per_token(self, T):
         """{"attention": ..., "ffn": ..., "memory": ..., "head": ...}: forward FLOPs a token in a sequence of T, by part.

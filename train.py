@@ -4,6 +4,7 @@
     python train.py --preset=facts-dense            the same compute without a memory, to compare
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
     python train.py --resume --out_dir=out/small    go on where that run stopped, to the same numbers
+    torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
 Options are the fields of TrainConfig below and of GPTConfig in model.py. Read from the bottom: main, train, evaluate.
 """
@@ -13,7 +14,9 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
+import io
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,10 +35,14 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # Apple GPUs lack a few sparse operators: those run on the CPU
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.dataset import Dataset, atomic_write, find_folder, open_dataset, write_file
 from kernels import RowAdam
+from memory import ring_bytes
 from model import GPT, GPTConfig, option
 
 
@@ -47,7 +55,7 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
     batch_size: int = option(8, "sequences in a micro-step")
-    gradient_accumulation_steps: int = option(1, "micro-steps in a step")
+    gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together")
     max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them")
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
@@ -64,9 +72,13 @@ class TrainConfig:
     device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
     dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU that has it")
     compile: str = option("auto", "true, false; auto: torch.compile on a GPU")
+    memory_parallel: int = option(1, "processes that share one table, each with a part of its columns; the others have copies")
+    backend: str = option("auto", "nccl, gloo; auto: nccl on GPUs. How the processes that torchrun starts talk")
+    timeout: int = option(600, "seconds that a process waits for another one before it gives up")
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval"):
+        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval")
+        for name in (*counts, "memory_parallel", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters"):
@@ -79,7 +91,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        for name, choices in (("dtype", ("auto", "float32", "bfloat16")), ("compile", ("auto", "true", "false"))):
+        choices_of = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false")}
+        for name, choices in (choices_of | {"backend": ("auto", "nccl", "gloo")}).items():
             object.__setattr__(self, name, getattr(self, name).lower())  # nanoGPT's True and False will do
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
@@ -158,20 +171,46 @@ def make_configs(options, vocab_size=None):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, checkpoint):
-    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves the checkpoint that was there."""
-    try:
-        with atomic_write(path) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as error:
-        kept = "The one before is untouched: go on with --resume" if Path(path).exists() else "There was none before: start again"
-        raise OSError(f"could not write the checkpoint {path} ({error}). {kept} when there is room on the disk") from None
+FORMAT = "nanomem-1"
 
 
-def load_checkpoint(path, device="cpu"):
-    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
+def save_checkpoint(path, checkpoint, ranks):
+    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves the checkpoint that was there.
 
-    Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, or something else."""
+    The table of memory_parallel=M goes into M files beside `path`, which names them and is written last: then they count."""
+
+    first = Path(path)
+
+    def write(path, contents):
+        try:
+            with atomic_write(path) as f:
+                torch.save(contents, f)
+        except (OSError, RuntimeError) as error:
+            kept = "There was none before: start again"
+            if first.exists():
+                kept = "The one before is untouched: go on with --resume"
+            return f"could not write the checkpoint {path} ({error}). {kept} when there is room on the disk"
+
+    path, error = first, None
+    if ranks.M > 1:
+        names = [f"{path.stem}-{checkpoint['iter']}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
+        part = {"format": FORMAT, "values": checkpoint["model"].pop("pool.values")}
+        if "optimizers" in checkpoint:
+            state = checkpoint["optimizers"][1]["state"].get(0, {})
+            part |= {name: state.pop(name) for name in ("means", "squares") if name in state}
+        checkpoint = {**checkpoint, "pool_parts": names}
+        if ranks.rank < ranks.M:
+            error = write(path.with_name(names[ranks.rank]), part)
+        ranks.raise_any(error and OSError(error))
+    if ranks.rank == 0:
+        error = write(path, checkpoint)
+    ranks.raise_any(error and OSError(error))
+    if ranks.M > 1 and ranks.rank == 0:
+        for old in set(path.parent.glob(f"{path.stem}-*of*.pt")) - {path.with_name(name) for name in names}:
+            old.unlink()
+
+
+def read_checkpoint(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one")
@@ -183,11 +222,34 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "nanomem-1":
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of nanomem")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu", group=None):
+    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
+
+    However many processes have written it, with a group each of its processes gets the columns of the table that are its own.
+    Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, or something else."""
+    checkpoint = read_checkpoint(path)
+    parts = [read_checkpoint(Path(path).with_name(name)) for name in checkpoint.get("pool_parts", [])]
+
+    def my_columns(tensors):
+        """Of a table that lies before us in pieces of equal width."""
+        width, mine = tensors[0].size(1), model.pool.columns
+        pieces = [t[:, max(0, mine.start - i * width) : max(0, mine.stop - i * width)] for i, t in enumerate(tensors)]
+        return torch.cat(pieces, dim=1)
+
     try:
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
+        model, weights = GPT(GPTConfig(**checkpoint["model_config"]), group), checkpoint["model"]
+        if model.pool is not None:
+            weights["pool.values"] = my_columns([part["values"] for part in parts] or [weights["pool.values"]])
+            if "optimizers" in checkpoint:
+                for state in checkpoint["optimizers"][1]["state"].values():
+                    for name in {"means", "squares"} & (set(state) | set(*parts[:1])):
+                        state[name] = my_columns([part[name] for part in parts] or [state[name]])
+        model.load_state_dict(weights)
         TrainConfig(**checkpoint["train_config"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the configuration beside them ({str(error)[:300]})") from None
@@ -197,10 +259,12 @@ def load_checkpoint(path, device="cpu"):
 # --- the parts of a run -----------------------------------------------------------------------------------------------
 
 
-def choose_device(name):
-    """A torch.device. Raises ValueError for one that this machine does not have."""
+def choose_device(name, number=None):
+    """A torch.device; number: which of several GPUs. Raises ValueError for one that this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and number is not None:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -313,6 +377,126 @@ def peak_flops(device):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+class Ranks:
+    """This process among those that torchrun has started: rank, of `world`. Alone it has nobody to wait for.
+
+    With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on: `group` is that of this rank.
+    `replicas` are the ranks that hold the same columns as this one."""
+
+    def __init__(self):
+        """Reads what torchrun says. Raises ValueError if that is not enough to find the others."""
+        self.rank, self.local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.world, self.on = int(os.environ.get("WORLD_SIZE", 1)), "RANK" in os.environ
+        self.M, self.group, self.replicas, self.control = 1, None, None, None
+        self.sent = collections.Counter()  # bytes
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if self.on and missing:
+            raise ValueError(f"RANK is set, but {', '.join(missing)} not: start several processes with torchrun")
+
+    def meet(self, device, backend, timeout):
+        if not self.on:
+            return
+        backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(backend, backend)
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")  # for small things on the CPU
+        except (RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            raise ValueError(f"backend={backend}: the {self.world} processes do not find each other ({reason})") from None
+
+    def share(self, M):
+        """Form groups of M ranks that share a table."""
+        if self.world % M:
+            raise ValueError(f"memory_parallel={M} does not divide the {self.world} processes that torchrun has started")
+        if not self.on:
+            return
+        self.M = M
+        for first in range(0, self.world, M):  # every rank has to make every group, in the same order
+            members = range(first, first + M)
+            group = dist.new_group(list(members))
+            self.group = group if M > 1 and self.rank in members else self.group
+        for i in range(M):
+            members = range(i, self.world, M)
+            group = dist.new_group(list(members))
+            self.replicas = group if self.rank in members else self.replicas
+
+    def gather(self, value):
+        """The value of every rank, a list. value: plain values"""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def any(self, number):
+        """The largest of the numbers that ranks have, or None."""
+        if self.world == 1:
+            return number
+        largest = torch.tensor(number or 0)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return largest.item() or None
+
+    def raise_any(self, error):
+        """error: this rank's, or None. If any rank has one, all raise it: nobody is left waiting."""
+        if error and self.world == 1:
+            raise error
+        errors = self.gather(error and (type(error).__name__, str(error)))
+        failed = [rank for rank, error in enumerate(errors) if error]
+        if failed:
+            kind, text = errors[failed[0]]
+            where = f"rank {', '.join(map(str, failed))}: " if 0 < len(failed) < self.world else ""
+            raise {"ValueError": ValueError}.get(kind, OSError)(where + text)
+
+    def total(self, numbers):
+        """The sum over all ranks of each of some numbers (float64)."""
+        if self.world == 1:
+            return numbers
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.control)
+        return numbers.tolist()
+
+    def same(self, what, value):
+        """Raises ValueError if the ranks do not agree on value. what: its name"""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(f"{what} is {values[0]} on rank 0 and {other} on rank {rank}: all must have the same")
+
+    def check_in_step(self, model):
+        """Every rank takes the same updates, so all have the same weights, bit for bit, and replicas the same columns."""
+        if self.world == 1:
+            return
+        sums = [p.detach().double().abs().sum().item() for name, p in model.named_parameters() if name != "pool.values"]
+        table = 0.0 if model.pool is None else model.pool.values.detach().sum(dtype=torch.float64).item()
+        everyone = self.gather((sum(sums), table))
+        for rank, (network, table) in enumerate(everyone):
+            if network != everyone[0][0] or table != everyone[rank % self.M][1]:
+                raise ValueError(f"rank {rank} is out of step: its weights are not those of rank {rank % self.M}. Is a GPU faulty?")
+
+
+def data_parallel(model, run_model, ranks):
+    """DistributedDataParallel for the network; the table has its own way (ValuePool.combine_gradient)."""
+    if model.pool is not None:
+        model.pool.values.requires_grad_(False)  # DDP takes the parameters that have a gradient
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for the last option, 2.9 has not
+        # All begin with the same weights, and buffers are constants: there is nothing to send around.
+        parallel = DistributedDataParallel(run_model, init_sync=False, broadcast_buffers=False)
+    if model.pool is not None:
+        model.pool.values.requires_grad_(True)
+
+    def reduce(_, bucket):
+        ranks.sent["network"] += ring_bytes(bucket.buffer(), ranks.world)
+        return allreduce_hook(None, bucket)
+
+    parallel.register_comm_hook(None, reduce)
+    return parallel
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def bound_gradient(pool):
     """Add up the gradients of each row of the table once there are more of them than rows: the micro-steps of a large batch read
     nearly all rows, each step anew."""
@@ -342,38 +526,44 @@ def refuse_nan(number, it, config, what="loss"):
         )
 
 
-def train(model, optimizers, data, config, device, state):
+def train(model, optimizers, data, config, device, state, ranks):
     """The loop. state: {"iter", "best_val_loss", "seconds"}, updated in place. Returns the last evaluation. Exits with 128 and
     the number of the signal if one stops the run, after saving."""
-    out_dir, stop = Path(config.out_dir), Stop()
+    out_dir, stop, first_rank = Path(config.out_dir), Stop(), ranks.rank == 0
     context = precision(config.dtype, device)
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda" and os.name == "posix")
     run_model = torch.compile(model) if compiled else model
+    if ranks.on:
+        run_model = data_parallel(model, run_model, ranks)
     network = [p for group in optimizers[0].param_groups for p in group["params"]]
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
     flops_per_step = 3 * sum(model.flops_per_token(model.config.block_size).values()) * tokens_per_step
-    peak, result = peak_flops(device), None
+    peak, result, pool = peak_flops(device), None, model.pool
+    micro_steps = config.gradient_accumulation_steps // ranks.world  # of this rank
 
     def save(name, with_optimizers=True):
         # The loss of this step was that before its update.
-        refuse_nan(sum(p.detach().norm(math.inf).item() for p in model.parameters()), state["iter"], config, "largest weight")
+        largest = sum(p.detach().norm(math.inf).item() for p in model.parameters())
+        refuse_nan(ranks.total([largest])[0], state["iter"], config, "largest weight")
         checkpoint = {
-            "format": "nanomem-1",
+            "format": FORMAT,
             "model_config": dataclasses.asdict(model.config),
             "train_config": dataclasses.asdict(config),
             "model": model.state_dict(),
             **{name: data[name] for name in ("vocabulary", "separator", "fingerprint")},
-            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None},
+            "random": ranks.gather((torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None)),
             **state,
         }
         if with_optimizers:
             checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(out_dir / name, checkpoint)
+        save_checkpoint(out_dir / name, checkpoint, ranks)
 
-    first, end = (n * config.gradient_accumulation_steps for n in (state["iter"], config.max_iters))  # micro-steps of the run
-    numbers = (range(n * config.batch_size, (n + 1) * config.batch_size) for n in range(first, end))
+    # Micro-step n of the run is taken by rank n modulo world: what a step learns from does not depend on how many ranks there are.
+    first, end = (n * config.gradient_accumulation_steps for n in (state["iter"], config.max_iters))
+    numbers = (range(n * config.batch_size, (n + 1) * config.batch_size) for n in range(first + ranks.rank, end, ranks.world))
     loader = prefetch(data["train"], numbers, device)
-    bar = tqdm(total=config.max_iters, initial=state["iter"], unit="step", desc=out_dir.name, dynamic_ncols=True)
+    options = dict(unit="step", desc=out_dir.name, dynamic_ncols=True, disable=not first_rank)
+    bar = tqdm(total=config.max_iters, initial=state["iter"], **options)
     shown, clock, since, waited = {}, time.perf_counter(), state["iter"], 0.0
     while state["iter"] < config.max_iters:
         it = state["iter"]
@@ -381,16 +571,20 @@ def train(model, optimizers, data, config, device, state):
         for group in optimizers[0].param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for micro in range(config.gradient_accumulation_steps):
+        for micro in range(micro_steps):
+            last = micro + 1 == micro_steps
             asked = time.perf_counter()
             windows = next(loader)
             waited += time.perf_counter() - asked
-            with context:
-                micro_loss = run_model(*inputs_and_targets(windows, device))[1] / config.gradient_accumulation_steps
-            micro_loss.backward()
+            with run_model.no_sync() if ranks.on and not last else contextlib.nullcontext():  # DDP combines in the last one
+                with context:
+                    micro_loss = run_model(*inputs_and_targets(windows, device))[1] / micro_steps
+                micro_loss.backward()
             loss += micro_loss.detach()
-            if micro + 1 < config.gradient_accumulation_steps:
-                bound_gradient(model.pool)
+            if pool is not None and not last:
+                bound_gradient(pool)
+        if pool is not None and ranks.on:
+            pool.combine_gradient(ranks.replicas, ranks.world)
         if config.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(network, config.grad_clip)
         for optimizer in optimizers:
@@ -399,9 +593,10 @@ def train(model, optimizers, data, config, device, state):
         state["iter"] = it = it + 1
         bar.update()
 
-        evaluating, stopped_by = it % config.eval_interval == 0 or it == config.max_iters, stop.signal
+        evaluating = it % config.eval_interval == 0 or it == config.max_iters
+        stopped_by = ranks.any(stop.signal)
         if it % config.log_interval == 0 or evaluating or stopped_by:
-            loss = loss.item()  # waits for the GPU
+            loss = ranks.total([loss.item()])[0] / ranks.world  # waits for the GPU
             refuse_nan(loss, it, config)
             now = time.perf_counter()
             state["seconds"] += now - clock
@@ -411,10 +606,14 @@ def train(model, optimizers, data, config, device, state):
             if device.type == "cuda":
                 line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
                 shown["GPU"] = f"{line['gpu_gib']:.1f} GiB"
+            if ranks.on:
+                sent = ranks.sent + (pool.sent if pool is not None else collections.Counter())
+                line |= {f"sent_{name}": count / (it - since) for name, count in sent.items()}  # bytes a step
             if peak:
-                line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak
+                line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak / ranks.world
                 shown["mfu"] = f"{line['mfu']:.1%}"
             if evaluating:
+                ranks.check_in_step(model)
                 with context:
                     result = evaluate(model, data, config, device)
                 refuse_nan(result["val_loss"], it, config)
@@ -422,8 +621,9 @@ def train(model, optimizers, data, config, device, state):
                 shown["val"] = f"{result['val_loss']:.3f}"
                 shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
                 shown |= {"mem": f"{result['mem_used']:.0%} used"} if "mem_used" in result else {}
-            with open(out_dir / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            if first_rank:
+                with open(out_dir / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
             bar.set_postfix(shown)
             if evaluating and result["val_loss"] < state["best_val_loss"]:
                 state["best_val_loss"] = result["val_loss"]
@@ -431,10 +631,13 @@ def train(model, optimizers, data, config, device, state):
             if evaluating or stopped_by:
                 save("ckpt.pt")
             clock, since, waited = time.perf_counter(), it, 0.0  # evaluation and saving are not training time
+            for counter in (ranks.sent, *((pool.sent,) if pool is not None else ())):
+                counter.clear()
         if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
-            print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
-            print(f"Go on with: python train.py --resume --out_dir={out_dir}")
+            if first_rank:
+                print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
+                print(f"Go on with: python train.py --resume --out_dir={out_dir}", flush=True)
             sys.exit(128 + stopped_by)
     bar.close()
     return result
@@ -467,99 +670,167 @@ def summarize(model, result, config, state, questions):
         print("  python train.py --preset=facts-dense      # the same compute without a memory")
 
 
-def build_model(config):
+def build_model(config, group):
     """A GPT. Raises ValueError if this machine cannot hold it."""
     try:
-        return GPT(config)
+        return GPT(config, group)
     except RuntimeError as error:
         size = {"float32": 4, "bfloat16": 2}[config.mem_dtype]
         need = config.mem_keys**2 * config.mem_value_dim * size / 2**30 if config.mem_layers else 0
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the model does not fit ({reason}); with these mem_keys its table alone takes {need:,.1f} GiB") from None
+        raise ValueError(
+            f"the model does not fit ({first_line(error)}); with these mem_keys its table alone takes {need:,.1f} GiB"
+        ) from None
 
 
-def start(options):
-    """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("train.py runs in one process for now: start it with python, not with torchrun")
+def complete_options(options):
+    """Options of the command line -> all options: over a preset, or over those of the run that is resumed."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not options.get("resume"):  # torchrun --max-restarts
+        folder = Path(options.get("out_dir") or f"out/{options.get('preset', next(iter(PRESETS)))}")
+        if (folder / "ckpt.pt").exists():
+            options = {**options, "resume": True, "overwrite": False, "out_dir": str(folder)}
+            options.pop("preset", None)
+        else:  # it ended before its first checkpoint
+            options = {**options, "overwrite": True}
     if not options.get("resume"):
-        name = options.pop("preset", next(iter(PRESETS)))
+        name = options.get("preset", next(iter(PRESETS)))
         if name not in PRESETS:
             raise ValueError(f"preset={name}: there is {', '.join(PRESETS)}")
-        options = {"out_dir": f"out/{name}"} | PRESETS[name] | options
-    else:
-        if "preset" in options:
-            raise ValueError("preset: a resumed run keeps its options; give --resume and --out_dir, and what you want to change")
-        options["out_dir"] = options.get("out_dir", "out/facts-memory")
-        path = Path(options["out_dir"]) / "ckpt.pt"
-        checkpoint = load_checkpoint(path)
-        if "optimizers" not in checkpoint:
-            raise ValueError(f"{path} has weights only, like a best.pt: it can be sampled from, but training cannot go on from it")
-        saved = {**checkpoint["train_config"], **checkpoint["model_config"]}
-        fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
-        for name in fixed & set(options):
-            if options[name] != saved[name]:
-                raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]} and must keep it")
-        options = saved | options
-    config, _ = make_configs(options)
-    device = choose_device(config.device)
-    torch.manual_seed(config.seed)
+        return {key: value for key, value in ({"out_dir": f"out/{name}"} | PRESETS[name] | options).items() if key != "preset"}
+    if "preset" in options:
+        raise ValueError("preset: a resumed run keeps its options; give --resume and --out_dir, and what you want to change")
+    options = {"out_dir": "out/facts-memory"} | options
+    path = Path(options["out_dir"]) / "ckpt.pt"
+    checkpoint = read_checkpoint(path)
+    if "optimizers" not in checkpoint:
+        raise ValueError(f"{path} has weights only, like a best.pt: it can be sampled from, but training cannot go on from it")
+    saved = {**checkpoint.get("train_config", {}), **checkpoint.get("model_config", {})}
+    fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
+    for name in fixed & set(options):
+        if name in saved and options[name] != saved[name]:
+            raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]} and must keep it")
+    return saved | options
 
-    folder = find_folder(config.dataset)
+
+def prepare(config, options, device, ranks):
+    """All that train() needs but the state of a run before. Raises ValueError or OSError for what is wrong with it."""
+    folder, path = find_folder(config.dataset), Path(config.out_dir) / "ckpt.pt"
+    torch.manual_seed(config.seed)
+    checkpoint = None
     if config.resume:
+        checkpoint = load_checkpoint(path, group=ranks.group)
         model = checkpoint["model"].to(device)
         if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
             raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
+        if checkpoint["iter"] >= config.max_iters:
+            done = checkpoint["iter"]
+            raise ValueError(f"the run in {path.parent} is complete at step {done}; to go on, give a larger max_iters")
     else:
-        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1]).to(device)
-    data = open_dataset(folder, model.config.block_size, config.seed)
-    optimizers = make_optimizers(model, config)
-    state = {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
+        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1], ranks.group).to(device)
+        old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (path.parent / name).exists()]
+        if old and not config.overwrite:
+            raise ValueError(
+                f"{path.parent} holds a run already ({', '.join(old)}): go on with it (--resume), replace it (--overwrite), "
+                "or give another --out_dir"
+            )
+    return model, make_optimizers(model, config), open_dataset(folder, model.config.block_size, config.seed), checkpoint
 
-    out_dir = Path(config.out_dir)
+
+def claim(out_dir, resumed_at):
+    """Make the folder ready for this run. resumed_at: the step that it goes on from, or None."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for half_written in out_dir.glob("*.tmp"):  # by a run that was killed
         half_written.unlink()
     log = out_dir / "log.jsonl"
-    if config.resume:
+    if resumed_at is None:
+        for old in [*out_dir.glob("ckpt*.pt"), *out_dir.glob("best*.pt"), log]:
+            old.unlink(missing_ok=True)
+    elif log.exists():
+        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]  # a kill can cut the last short
+        write_file(log, "".join(line for line in whole if json.loads(line)["iter"] <= resumed_at))
+
+
+def start(options, ranks):
+    """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
+    options = complete_options(options)
+    config, model_config = make_configs(options)
+    device = choose_device(config.device, ranks.local if ranks.on else None)
+    ranks.meet(device, config.backend, config.timeout)
+    for name, value in sorted(options.items()):
+        ranks.same(f"{name}=", value)
+    if config.gradient_accumulation_steps % ranks.world:
+        raise ValueError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}, the micro-steps of all processes together, must be "
+            f"divisible by the {ranks.world} that torchrun has started"
+        )
+    M = config.memory_parallel if model_config.mem_layers else 1
+    if model_config.mem_value_dim % M:
+        raise ValueError(f"memory_parallel={M} does not divide the width of a value, {model_config.mem_value_dim}")
+    ranks.share(M)
+
+    prepared, error = None, None
+    for turn in (True, False):  # first one process on each machine: it may have to make the data
+        if (ranks.local == 0) == turn:
+            try:
+                prepared = prepare(config, options, device, ranks)
+            except (ValueError, OSError, subprocess.CalledProcessError) as caught:
+                error = caught
+        ranks.raise_any(error)
+    model, optimizers, data, checkpoint = prepared
+    out_dir, state = Path(config.out_dir), {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
+    if ranks.rank == 0:
+        try:
+            claim(out_dir, checkpoint and checkpoint["iter"])
+        except OSError as caught:
+            error = caught
+    ranks.raise_any(error)
+    if ranks.rank > 0:
+        torch.manual_seed(config.seed + ranks.rank * 0x9E3779B9)  # dropout of its own
+    if checkpoint:
         state = {name: checkpoint[name] for name in state}
-        if state["iter"] >= config.max_iters:
-            raise ValueError(f"the run in {out_dir} is complete at step {state['iter']}; to go on, give a larger max_iters")
         for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
             optimizer.load_state_dict(saved_state | {"param_groups": groups})
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one short
-        write_file(log, "".join(line for line in whole if json.loads(line)["iter"] <= state["iter"]))
-    else:
-        old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
-        if old and not config.overwrite:
-            raise ValueError(
-                f"{out_dir} holds a run already ({', '.join(old)}): go on with it (--resume), replace it (--overwrite), "
-                "or give another --out_dir"
-            )
-        for name in old:
-            (out_dir / name).unlink()
-    return model, optimizers, data, config, device, state
+        if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
+            cpu, cuda = checkpoint["random"][ranks.rank]
+            torch.set_rng_state(cpu)
+            if device.type == "cuda" and cuda is not None:
+                torch.cuda.set_rng_state(cuda)
+    return model, optimizers, data, config, device, state, ranks
 
 
 def main(argv):
-    options = parse_options(argv)
+    first_rank = os.environ.get("RANK", "0") == "0"  # which speaks for all
+    with contextlib.nullcontext() if first_rank else contextlib.redirect_stderr(io.StringIO()):
+        options = parse_options(argv)
     try:
-        model, optimizers, data, config, device, state = start(options)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"train.py: {error}")
+        ranks = Ranks()
+        model, optimizers, data, config, device, state, ranks = start(options, ranks)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}" if first_rank else 1)
     except KeyboardInterrupt:  # nothing has been trained yet
         sys.exit(130)
-    print(f"{describe(model)}; on {device}", flush=True)
+    if first_rank:
+        together = f", {ranks.world} processes" if ranks.on else ""
+        together += f" in groups of {ranks.M} that share the table" if ranks.M > 1 else ""
+        print(f"{describe(model)}; on {device}{together}", flush=True)
     try:
-        result = train(model, optimizers, data, config, device, state)
+        result = train(model, optimizers, data, config, device, state, ranks)
     except (FloatingPointError, OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
-    summarize(model, result, config, state, data["questions"])
+        sys.exit(f"train.py: {error}" if first_rank or ranks.world == 1 else 1)
+    except RuntimeError as error:  # of a process that is gone, or does not answer
+        if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        print(
+            f"\ntrain.py: rank {ranks.rank} has lost another process ({first_line(error)}). "
+            f"What {config.out_dir} holds is whole: start again with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a tidy end would wait for the other
+    if first_rank:
+        summarize(model, result, config, state, data["questions"])
+    if ranks.on:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

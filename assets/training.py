@@ -52,7 +52,8 @@ def throughput(preset, options, steps, folder):
 def shares(preset, options, folder, warmup=6, steps=6):
     """Profile `steps` steps of the loop itself. Returns {part: share of the time of a step}."""
     argv = [f"--preset={preset}", *options, f"--out_dir={folder}/profile-{preset}", f"--max_iters={warmup + steps}"]
-    arguments = train.start(train.parse_options([*argv, "--eval_interval=1000000", "--log_interval=1000000", "--eval_iters=1"]))
+    argv += ["--eval_interval=1000000", "--log_interval=1000000", "--eval_iters=1"]
+    arguments = train.start(train.parse_options(argv), train.Ranks())
     optimizers, device = arguments[1], arguments[4]
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
