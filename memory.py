@@ -214,6 +214,12 @@ class ValuePool(nn.Module):
         y = lookup(self.values, slots.flatten(0, 1), weights.flatten(0, 1))  # (M*n, D/M)
         return Exchange.apply(y.view(self.M, n, -1), self).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
 
+    def bound_gradient(self):
+        """Add up the gradients of each row once there are more of them than the table has rows: layers and micro-steps may all
+        read nearly every row, and a GPU only puts their gradients one after the other."""
+        if self.values.grad._nnz() > len(self.values):
+            self.values.grad = self.values.grad.coalesce()
+
     @torch.no_grad()
     def combine_gradient(self, replicas, world):
         """Average the gradient over `world` ranks. replicas: the group of those that hold the same columns.

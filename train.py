@@ -117,6 +117,7 @@ PRESETS = {
     "shakespeare-dense": SHAKESPEARE,
     "gpt2": GPT2,
     "gpt2-memory": GPT2 | dict(mem_count=3),
+    "gpt2-small": SMALL,
     "gpt2-small-memory": SMALL | dict(mem_count=2),
     "gpt2-smoke": SMOKE | dict(mem_count=1),
 }
@@ -196,8 +197,10 @@ def save_checkpoint(path, checkpoint, ranks):
         names = [f"{path.stem}-{checkpoint['iter']}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
         part = {"format": FORMAT, "values": checkpoint["model"].pop("pool.values")}
         if "optimizers" in checkpoint:
-            state = checkpoint["optimizers"][1]["state"].get(0, {})
-            part |= {name: state.pop(name) for name in ("means", "squares") if name in state}
+            network, table = checkpoint["optimizers"]
+            part |= {name: table["state"][0][name] for name in ("means", "squares")}
+            table = {**table, "state": {0: {"step": table["state"][0]["step"]}}}
+            checkpoint = {**checkpoint, "optimizers": [network, table]}
         checkpoint = {**checkpoint, "pool_parts": names}
         if ranks.rank < ranks.M:
             error = write(path.with_name(names[ranks.rank]), part)
@@ -405,9 +408,7 @@ class Ranks:
             raise ValueError(f"backend={backend}: the {self.world} processes do not find each other ({reason})") from None
 
     def share(self, M):
-        """Form groups of M ranks that share a table."""
-        if self.world % M:
-            raise ValueError(f"memory_parallel={M} does not divide the {self.world} processes that torchrun has started")
+        """Form groups of M ranks that share a table. M divides world."""
         if not self.on:
             return
         self.M = M
@@ -497,13 +498,6 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def bound_gradient(pool):
-    """Add up the gradients of each row of the table once there are more of them than rows: the micro-steps of a large batch read
-    nearly all rows, each step anew."""
-    if pool is not None and pool.values.grad._nnz() > len(pool.values):
-        pool.values.grad = pool.values.grad.coalesce()
-
-
 class Stop:
     """Turns the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once."""
 
@@ -582,7 +576,7 @@ def train(model, optimizers, data, config, device, state, ranks):
                 micro_loss.backward()
             loss += micro_loss.detach()
             if pool is not None and not last:
-                bound_gradient(pool)
+                pool.bound_gradient()
         if pool is not None and ranks.on:
             pool.combine_gradient(ranks.replicas, ranks.world)
         if config.grad_clip > 0:
@@ -763,6 +757,8 @@ def start(options, ranks):
             f"divisible by the {ranks.world} that torchrun has started"
         )
     M = config.memory_parallel if model_config.mem_layers else 1
+    if ranks.world % M:
+        raise ValueError(f"memory_parallel={M} does not divide the {ranks.world} processes that torchrun has started")
     if model_config.mem_value_dim % M:
         raise ValueError(f"memory_parallel={M} does not divide the width of a value, {model_config.mem_value_dim}")
     ranks.share(M)

@@ -255,3 +255,15 @@ def test_scores_have_a_spread_of_about_one_with_and_without_norms():
         q = layer.query_norm(layer.query(torch.randn(100, 64)).view(100, 6, 16))
         scores = torch.einsum("nhq,hkq->nhk", q, layer.key_norm(layer.keys)) / layer.scale
         assert 0.8 < scores.std() < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_many_micro_steps_stays_within_the_table(dtype):
+    pool, rows = ValuePool(5, 3, dtype), torch.tensor([0, 2, 0, 4, 2, 0])
+    grads = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for count, kept in ((5, 5), (6, 3)):  # as many as the table has rows; one more, of three rows
+        pool.values.grad = torch.sparse_coo_tensor(rows[None, :count], grads[:count], (5, 3))
+        pool.bound_gradient()
+        assert pool.values.grad._nnz() == kept
+        want = torch.zeros(5, 3).index_add_(0, rows[:count], grads[:count].float())
+        assert torch.allclose(pool.values.grad.to_dense().float(), want, rtol=0.01, atol=0.02)

@@ -159,7 +159,13 @@ def test_flops_equal_what_pytorch_counts_while_running(config):
 
 
 @pytest.mark.parametrize(
-    "presets", ["facts-dense facts-memory facts-pkm", "shakespeare-dense shakespeare-memory", "gpt2 gpt2-memory"]
+    "presets",
+    [
+        "facts-dense facts-memory facts-pkm",
+        "shakespeare-dense shakespeare-memory",
+        "gpt2 gpt2-memory",
+        "gpt2-small gpt2-small-memory",
+    ],
 )
 def test_presets_of_a_family_have_equal_flops_within_3_percent(presets):
     def flops(preset):

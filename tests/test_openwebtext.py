@@ -71,7 +71,7 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole():
     """What must come out of all three archives."""
     return {split: as_bytes(corpus()[1], split) for split in ("train", "val")}
 
@@ -134,7 +134,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body, begin = b"<!DOCTYPE html><p>Log in to use this network." * 300, 0
         self.send_response(206 if begin else 200)
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", f"Bytes {begin}-{len(body) - 1}/{'*' if begin % 2 else len(body)}")
         if trouble.length:
             self.send_header("Content-Length", len(body) - begin)
         self.end_headers()
@@ -222,6 +222,19 @@ def test_ctrl_c_stops_and_the_next_call_goes_on(driver, server, tmp_path, whole)
     assert_result(tmp_path, whole)
 
 
+def test_an_early_ctrl_c_is_quiet(driver, folder, tmp_path):
+    for seconds in (0.5, 0.8, 1.1):  # while workers start
+        command = [*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={tmp_path / str(seconds)}"]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while not (tmp_path / str(seconds)).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(seconds - 0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, 130) and "Traceback" not in errors, errors
+
+
 def test_what_is_kept_is_what_was_sent_and_a_source(driver, server, tmp_path, whole):
     server.trouble.cuts = random_cuts()
     kept, out = tmp_path / "kept", tmp_path / "out"
@@ -245,7 +258,8 @@ def test_one_archive_can_be_followed_by_more(driver, folder, tmp_path, whole):
     out = tmp_path / "out"
     assert run(driver, f"--source={folder}", "--subsets=0", f"--out={out}").returncode == 0
     assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
-    assert_refused(run(driver, f"--source={folder}", "--subsets=1,2", f"--out={out}"), "begins with urlsf_subset00.tar", "--out")
+    done = run(driver, f"--source={folder}", "--subsets=1,2", f"--out={out}")
+    assert_refused(done, "begins with urlsf_subset00.tar", "--subsets must name these, too", "--out")
     assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
     (folder / NAMES[0]).unlink()  # it is not needed again
     done = run(driver, f"--source={folder}", "--subsets=2,0-1", f"--out={out}")
@@ -299,6 +313,7 @@ FLIP = 2_000  # a byte in the middle of a compressed member
         (lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad.txt": b"\xff\xfe"}))), ["bad.txt", "UTF-8"]),
         (lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)), ["urlsf_subset01-9_data.xz"]),
         (lambda a: tar({"readme.txt": b"hello"}), ["no documents"]),
+        (lambda a: tar({"a" * 120 + "_data.xz": b"hello"}), ["a long name"]),
     ],
 )
 def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(driver, folder, tmp_path, whole, damage, words):
@@ -318,8 +333,8 @@ def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(driver, folder, tm
 @pytest.mark.parametrize(
     "trouble, words",
     [
-        ({"page": True}, ["urlsf_subset00.tar should have one size"]),
-        ({"linked_size": 5}, ["urlsf_subset00.tar should have one size"]),
+        ({"page": True}, ["urlsf_subset00.tar: it should have one size"]),
+        ({"linked_size": 5}, ["urlsf_subset00.tar: it should have one size"]),
         ({"sha256": "0" * 64}, ["urlsf_subset00.tar has arrived damaged", "SHA-256"]),
         ({"refuse": [1]}, ["urlsf_subset00.tar", "503"]),
     ],
@@ -344,7 +359,7 @@ def test_a_server_without_checksums_will_do(driver, server, tmp_path, whole):
     assert_refused(done, "urlsf_subset00.tar is not a whole tar archive: a header is not one")
     server.trouble.length = False
     done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
-    assert_refused(done, "urlsf_subset00.tar should have one size, not none")
+    assert_refused(done, "urlsf_subset00.tar: it should have one size, not none")
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_stays_so_is_given_up(driver, server, tmp_path, whole):
@@ -403,7 +418,10 @@ def test_a_vocabulary_that_cannot_be_fetched_is_said_before_anything_else(folder
         ("--subsets=0,-1", ["--subsets"]),
         ("--subsets=", ["--subsets"]),
         ("--subsets=3-1", ["--subsets", "0 to 20"]),
-        ("--subsets=all", ["--subsets"]),
+        ("--subsets=0,3-1", ["--subsets", "0 to 20"]),
+        ("--subsets=1-", ["--subsets", "0 to 20"]),
+        ("--subsets=0-99999999999", ["--subsets", "0 to 20"]),
+        ("--subsets=all", ["--subsets", "0 to 20"]),
         ("--workers=0", ["--workers=0"]),
         ("--keep=kept", ["--keep", "--source"]),
     ],
@@ -417,6 +435,7 @@ def test_an_option_that_makes_no_sense_is_named(driver, folder, tmp_path, option
 def test_a_folder_that_is_not_ours_is_left_alone(driver, folder, tmp_path):
     arguments = (f"--source={folder}", "--subsets=0", f"--out={tmp_path}")
     (tmp_path / "train.bin").write_bytes(b"precious")
+    (tmp_path / "mine.tmp").write_text("not ours to delete")
     assert_refused(run(driver, *arguments), "has not made", "--out")
     assert (tmp_path / "train.bin").read_bytes() == b"precious"
     (tmp_path / "train.bin").unlink()
@@ -425,9 +444,16 @@ def test_a_folder_that_is_not_ours_is_left_alone(driver, folder, tmp_path):
         assert_refused(run(driver, *arguments), "progress.json is damaged", "delete")
     (tmp_path / "progress.json").unlink()
     assert run(driver, *arguments).returncode == 0
-    (tmp_path / "val.bin").write_bytes(b"")  # something is missing that progress.json counts on
-    arguments = (f"--source={folder}", "--subsets=0,1", f"--out={tmp_path}")
-    assert_refused(run(driver, *arguments), "val.bin.partial has lost something")
+    val = (tmp_path / "val.bin").read_bytes()
+    for contents in (b"", val + b"00", None):  # other than progress.json counts on
+        (tmp_path / "val.bin").write_bytes(contents) if contents is not None else (tmp_path / "val.bin").unlink()
+        for subsets in ("0", "0,1"):
+            done = run(driver, f"--source={folder}", f"--subsets={subsets}", f"--out={tmp_path}")
+            assert_refused(done, "val.bin", "to begin anew, delete progress.json and what begins with train.bin and val.bin")
+    (tmp_path / "val.bin").write_bytes(val)
+    (tmp_path / "meta.json").write_text('{"encoding": "gpt2"}')  # written over by another program
+    assert_refused(run(driver, *arguments), "has not made", "--out")
+    assert (tmp_path / "val.bin").read_bytes() == val and (tmp_path / "mine.tmp").read_text() == "not ours to delete"
 
 
 def test_two_at_once_do_not_write_to_one_folder(driver, server, folder, tmp_path, whole):

@@ -1,7 +1,7 @@
-"""OpenWebText to GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens, 17 GB as uint16.
+"""OpenWebText to GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens, 18 GB as uint16.
 
     python data/openwebtext/prepare.py                    all 21 archives: 13 GB to download
-    python data/openwebtext/prepare.py --subsets=0        one of them, enough to try; later more: what is done is kept
+    python data/openwebtext/prepare.py --subsets=0        one of them, enough to try; --subsets=0-4 later adds four
     python data/openwebtext/prepare.py --source=DIR       archives that lie in a folder, or on a mirror (a URL)
 
 The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are read as they arrive and not kept. Interrupt it whenever you
@@ -40,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import atomic_write, make_encoding, write_file, write_meta
+from data.dataset import atomic_write, load_json, make_encoding, write_file, write_meta
 
 try:
     import fcntl
@@ -53,6 +53,7 @@ ARCHIVES, DOCUMENTS = 21, 8_013_769
 VOCABULARY, SEPARATOR = "gpt2", 50256
 VALIDATION = 2000  # one document in so many
 TOKEN_BYTES = 1.5  # a byte of archive becomes 1.4 bytes of tokens
+ANEW = "to begin anew, delete progress.json and what begins with train.bin and val.bin"
 ATTEMPTS = 12  # at reading on without getting a byte, over about four minutes
 
 
@@ -73,8 +74,8 @@ class Redirect(urllib.request.HTTPRedirectHandler):
 class Download:
     """A file behind a URL, read once from beginning to end. Where a connection breaks, another one goes on.
 
-    size: in bytes. sha256: as the server states it, or None. Raises OSError when a server refuses or stays away, ValueError
-    when what it offers is not the file of before."""
+    size: in bytes. sha256: as the server states it, or None. Raises OSError when a server refuses, stays away, or offers another
+    file than before."""
 
     def __init__(self, url, attempts):
         self.url, self.attempts, self.failures = url, attempts, 0
@@ -92,11 +93,12 @@ class Download:
             request.add_header("Range", f"bytes={self.position}-")
         self.response = urllib.request.build_opener(redirect).open(request, timeout=30)
         # 200 and all of it, or 206 and "bytes FIRST-LAST/SIZE"
-        partial = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", self.response.headers.get("Content-Range", ""))
+        partial = re.fullmatch(r"(?i)bytes (\d+)-\d+/(\d+|\*)", self.response.headers.get("Content-Range", ""))
         first, size = partial.groups() if partial else (0, self.response.headers.get("Content-Length"))
-        sizes = {int(s) for s in (size, self.size, redirect.linked_size) if s is not None}
+        sizes = {int(s) for s in (size, self.size, redirect.linked_size) if s not in (None, "*")}
         if len(sizes) != 1:
-            raise ValueError(f"{self.url} should have one size, not {' and '.join(map(str, sorted(sizes))) or 'none'}")
+            self.attempts = 1  # it will not get better
+            raise OSError(f"it should have one size, not {' and '.join(map(str, sorted(sizes))) or 'none'}")
         self.size, sha256 = sizes.pop(), (redirect.linked_sha256 or "").strip('"')
         self.sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else self.sha256
         to_skip = self.position - int(first)  # by a server that begins anew
@@ -156,9 +158,11 @@ def tar_files(file):
         if not (size and checksum and int(b"0" + checksum[1], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")):
             raise ValueError("a header is not one of a tar archive")
         size, kind = int(b"0" + size[1], 8), header[156:157]
-        content = read(-(-size // 512) * 512)[:size]
-        if kind in b"0\0":  # a file; folders and notes on what follows are passed over
-            yield header[:100].rstrip(b"\0").decode(errors="replace"), content
+        content, name = read(-(-size // 512) * 512)[:size], header[:100].rstrip(b"\0").decode(errors="replace")
+        if kind in b"LKS" or (kind in b"xg" and re.search(rb"\d+ (path|size|GNU.sparse\S*)=", content)):
+            raise ValueError(f"{name} is of a kind that this reader does not know: a long name, or a sparse file")
+        if kind in b"0\0" and not name.endswith("/"):  # a file; folders, and notes on times and owners, are passed over
+            yield name, content
 
 
 # --- what a worker does -----------------------------------------------------------------------------------------------
@@ -174,6 +178,19 @@ def start_worker(vocabulary):
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c():
+    """For processes that are started meanwhile: until they ignore it, Ctrl-C would have each of them print a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def is_validation(content):
@@ -264,10 +281,11 @@ def to_subsets(text):
     """"0,2,5-7" -> [0, 2, 5, 6, 7]"""
     subsets = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        subsets |= set(range(int(first), int(last or first) + 1))
-    if not subsets or not subsets <= set(range(ARCHIVES)):
-        raise argparse.ArgumentTypeError(f"{text} are not numbers from 0 to {ARCHIVES - 1}, as in 0,1 or 0-4")
+        numbers = re.fullmatch(r"(\d{1,2})(?:-(\d{1,2}))?", part)
+        first, last = (int(n or numbers[1]) for n in numbers.groups()) if numbers else (1, 0)
+        if not first <= last < ARCHIVES:
+            raise argparse.ArgumentTypeError(f"{text} are not numbers from 0 to {ARCHIVES - 1}, as in 0,1 or 0-4")
+        subsets |= set(range(first, last + 1))
     return sorted(subsets)
 
 
@@ -290,13 +308,13 @@ def read_progress(path):
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged; delete it and the .bin files beside it to begin anew") from None
+        raise ValueError(f"{path} is damaged; {ANEW}") from None
 
 
 def check_disk(out, keep, size):
     """size: bytes of the archives that are to come."""
     needs = collections.Counter({os.stat(out).st_dev: TOKEN_BYTES * size})
-    for folder in (out, keep) if keep else (out,):
+    for folder in dict.fromkeys((out, keep) if keep else (out,)):
         disk, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
         needs[disk] += size if folder == keep else 0
         if needs[disk] > free:
@@ -309,8 +327,6 @@ def open_output(path, committed):
     if path.exists():
         os.replace(path, partial)
     file = partial.open("ab")
-    if file.tell() < committed:
-        raise ValueError(f"{partial} has lost something since progress.json was written; delete both to begin anew")
     file.truncate(committed)
     return file
 
@@ -319,21 +335,30 @@ def prepare(args):
     """Returns the counts of the whole dataset, and of what this call has added to it."""
     out, keep = args.out, args.keep
     make_encoding(VOCABULARY)  # says what to do if it cannot be had, and leaves it where the workers find it
-    for folder in (out, keep) if keep else (out,):
+    for folder in dict.fromkeys((out, keep) if keep else (out,)):
         folder.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    for half_written in [*out.glob("*.tmp"), *(keep or out).glob("urlsf_subset*.tmp")]:  # by a call that was killed
-        half_written.unlink()
+        lock(folder)
 
     progress, added = read_progress(out / "progress.json"), collections.Counter()
     names = [f"urlsf_subset{i:02}.tar" for i in args.subsets]
     paths = {split: out / f"{split}.bin" for split in ("train", "val")}
-    if not progress and any(path.exists() for path in paths.values()):
+    total, meta = sum(progress.values(), collections.Counter()), out / "meta.json"
+    finished = {split: path.exists() for split, path in paths.items()}
+    if any(finished.values()) and not (progress and (not meta.exists() or load_json(meta).get("archives") == list(progress))):
         raise ValueError(f"{out} holds a dataset that this program has not made; give another --out")
+    for split, path in paths.items():  # what is finished has its length; to what is not, archives may have been added in part
+        file, committed = path if finished[split] else Path(f"{path}.partial"), 2 * total[f"{split}_tokens"]
+        size = file.stat().st_size if file.exists() else 0
+        if size < committed or (finished[split] and size > committed):
+            raise ValueError(f"{file} has {size:,} bytes, and should have {committed:,}; {ANEW}")
     if names[: len(progress)] != list(progress):
-        raise ValueError(f"{out} begins with {', '.join(progress)}, which are not the first of --subsets; give another --out")
-    total = sum(progress.values(), collections.Counter())
-    if names == list(progress) and (out / "meta.json").exists():
+        raise ValueError(
+            f"{out} begins with {', '.join(progress)}: --subsets must name these, too, and only later ones beside them; or give "
+            "another --out"
+        )
+    for half_written in [*out.glob("*.json.*.tmp"), *(keep.glob("urlsf_subset*.tar.*.tmp") if keep else ())]:  # by a killed call
+        half_written.unlink()
+    if names == list(progress) and meta.exists() and all(finished.values()):
         return total, added
     size = 0
     for name in names[len(progress) :]:  # all of them are looked at before the work of hours begins: whatever lacks is said at once
@@ -342,11 +367,14 @@ def prepare(args):
         size += file_size
     check_disk(out, keep, size)
 
-    (out / "meta.json").unlink(missing_ok=True)  # a folder that has one is complete
+    meta.unlink(missing_ok=True)  # a folder that has one is complete
     outputs = {split: open_output(path, 2 * total[f"{split}_tokens"]) for split, path in paths.items()}
     context = multiprocessing.get_context("spawn")  # the same on every system
     bar = tqdm(total=total["bytes"] + size, initial=total["bytes"], unit="B", unit_scale=True, dynamic_ncols=True)
     with bar, ProcessPoolExecutor(args.workers, context, start_worker, (VOCABULARY,)) as pool:
+        with deaf_to_ctrl_c():
+            for _ in range(args.workers):
+                pool.submit(int)  # an empty task for each: they start now
         for name in names[len(progress) :]:
             bar.set_description(name)
             counts = collections.Counter()

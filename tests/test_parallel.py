@@ -1,0 +1,282 @@
+"""Several processes against one: the same losses, weights and optimiser state, through resumes and faults."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+# Two layers read one table; four micro-steps a step, of 64 tokens each.
+OPTIONS = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=0,1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
+    "--gradient_accumulation_steps=4 --eval_iters=2 --device=cpu --max_iters=20 --eval_interval=8 --log_interval=1"
+).split()  # and warmup_iters=50: steps so small that rounding does not decide which slots are best
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def run(command, **options):
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+def torchrun(ranks, *arguments):
+    return run([*TORCHRUN, f"--nproc_per_node={ranks}", *arguments])
+
+
+def start_ranks(count, *arguments, without=()):
+    """The processes that torchrun would start, without torchrun, which ends the others when one ends."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    processes = []
+    for rank in range(count):
+        environment = ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        environment |= {name: value for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)) if name not in without}
+        mine = [str(a[rank] if isinstance(a, tuple) else a) for a in arguments]  # a tuple: one for each rank
+        command = [sys.executable, "train.py", *mine]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "facts"
+    assert run([sys.executable, "data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder]).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(facts, tmp_path_factory):
+    """The folder of the run in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    done = run([sys.executable, "train.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={out}"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(one, other):
+    """Losses of all steps, final weights, and the state of both optimisers, to 1e-5 of the largest number in each tensor.
+
+    The state counts: Adam takes the same step if a gradient is a multiple of what it should be, but its moments tell."""
+    for a, b in zip(log_of(one), log_of(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), f"step {a['iter']}"
+        assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=1e-5)
+    one, other = (load_checkpoint(out / "ckpt.pt") for out in (one, other))
+    pairs = {name: (tensor, other["model"].state_dict()[name]) for name, tensor in one["model"].state_dict().items()}
+    for i, optimizer in enumerate(one["optimizers"]):
+        for p, state in optimizer["state"].items():
+            pairs |= {f"{name} {i} {p}": (state[name], other["optimizers"][i]["state"][p][name]) for name in state}
+    assert sum("means" in name or "exp_avg" in name for name in pairs) > 10
+    for name, (a, b) in pairs.items():
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * a.abs().max(), name
+
+
+def wait_for_step(out, step, processes, seconds=120):
+    end = time.monotonic() + seconds
+    while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= step):
+        assert all(p.poll() is None for p in processes) and time.monotonic() < end, [p.communicate() for p in processes]
+        time.sleep(0.01)
+
+
+# --- several processes equal one --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks, M", [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
+    options = [*OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}"]
+    done = torchrun(ranks, "train.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(alone, tmp_path)
+    assert done.stdout.count("MFLOPs a token") == 2 and done.stdout.count("Next:") == 1  # said once, not once a rank
+    # What was sent is counted, and is what the formulas say: of the lookup, 12 k and 2 e D / M bytes a token and rank,
+    n, k, D, layers, micro_steps = 64, 8, 32, 2, 4 // ranks
+    expected = (M - 1) * n * (12 * k + 2 * 4 * D // M) * layers * micro_steps
+    last = log_of(tmp_path)[-2]
+    assert last.get("sent_lookup", 0) == expected
+    # and of the network, twice all but one of W parts of its gradient.
+    dense = load_checkpoint(tmp_path / "ckpt.pt")["model"].parameter_counts()["dense"]
+    assert last["sent_network"] == pytest.approx(2 * (ranks - 1) / ranks * 4 * dense, rel=1e-3)
+    if M > 1:  # one process samples from what several have written
+        assert len(list(tmp_path.glob("ckpt-20-*of2.pt"))) == 2 and len(list(tmp_path.glob("*of2.pt"))) == 4  # the last, the best
+        done = run([sys.executable, "sample.py", f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=5"])
+        assert done.returncode == 0, done.stderr
+
+
+CHECK = """
+import torch, torch.distributed as dist
+from memory import ValuePool
+dist.init_process_group("gloo")
+rank, D, k, n = dist.get_rank(), 6, 5, 7
+everyone = [torch.Generator().manual_seed(r) for r in range(2)]
+for S in (50, 5000):
+    draw = lambda g: (torch.randint(50, (n, k), generator=g), torch.rand(n, k, generator=g), torch.randn(n, D, generator=g))
+    tokens = [draw(g) for g in everyone]
+    torch.manual_seed(0); whole = ValuePool(S, D); whole.initialize(1.0)
+    torch.manual_seed(0); shard = ValuePool(S, D, group=dist.group.WORLD); shard.initialize(1.0)
+    mine = slice(3 * rank, 3 * rank + 3)
+    assert torch.equal(shard.values, whole.values[:, mine])
+    weights = [w.clone().requires_grad_() for _, w, _ in tokens]
+    y = shard(tokens[rank][0], weights[rank])
+    y.backward(tokens[rank][2])
+    want = [w.clone().requires_grad_() for _, w, _ in tokens]
+    for (slots, _, grad), w in zip(tokens, want): whole(slots, w).backward(grad)
+    assert torch.allclose(y, whole(tokens[rank][0], want[rank]))
+    assert torch.allclose(weights[rank].grad, want[rank].grad, atol=1e-6)
+    assert torch.allclose(shard.values.grad.to_dense(), whole.values.grad.to_dense()[:, mine], atol=1e-6)
+    assert shard.sent["lookup"] == n * (12 * k + 2 * 4 * D // 2), shard.sent
+
+    pool = ValuePool(S, D)
+    rows = torch.tensor([[1, 5, 7], [5, 9]][rank] if S == 50 else [[1, 5, 4999], [5, 9]][rank])
+    grads = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(3))
+    pool.values.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), grads[rank, : len(rows)], pool.values.shape)
+    pool.combine_gradient(dist.group.WORLD, 2)
+    other = torch.tensor([[5, 9], [1, 5, 7]][rank] if S == 50 else [[5, 9], [1, 5, 4999]][rank])
+    want = torch.zeros(S, D).index_add_(0, rows, grads[rank, : len(rows)]).index_add_(0, other, grads[1 - rank, : len(other)]) / 2
+    assert torch.allclose(pool.values.grad.to_dense(), want) and pool.values.grad._nnz() == 4
+    assert pool.sent["gradient"] == 8 * 3 + 4 * D * 4, pool.sent  # three rows at most, four in all: nothing depends on S
+print("checked")
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_lookup_and_a_combined_gradient_equal_those_of_one_table(tmp_path):
+    (tmp_path / "check.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CHECK}")
+    done = torchrun(2, tmp_path / "check.py")
+    assert done.returncode == 0 and done.stdout.count("checked") == 2, done.stderr
+
+
+# --- runs that end early ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before, after", [((4, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (4, 2))])
+def test_a_resume_with_another_number_of_ranks_equals_one_run(facts, alone, tmp_path, before, after):
+    """Killed after its first checkpoint, whatever its rest was doing."""
+    options = [*OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={before[1]}"]
+    processes = start_ranks(before[0], *options)
+    wait_for_step(tmp_path, 10, processes)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    command = ["train.py", "--resume", f"--out_dir={tmp_path}", f"--memory_parallel={after[1]}"]
+    done = torchrun(after[0], *command) if after[0] > 1 else run([sys.executable, *command])
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(alone, tmp_path)
+
+
+def test_a_killed_rank_ends_the_others_with_a_message_and_the_run_goes_on(facts, alone, tmp_path):
+    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", "--timeout=20")
+    wait_for_step(tmp_path, 10, processes)
+    processes[1].kill()
+    began = time.monotonic()
+    errors = processes[0].communicate(timeout=40)[1]
+    assert time.monotonic() - began < 30 and processes[0].returncode == 1
+    assert "rank 0 has lost another process" in errors and "--resume" in errors and "Traceback" not in errors
+    processes[1].communicate()
+    done = torchrun(2, "train.py", "--resume", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(alone, tmp_path)
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(facts, tmp_path):
+    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", "--timeout=5", "--max_iters=100000")
+    wait_for_step(tmp_path, 10, processes)
+    processes[0].send_signal(signal.SIGSTOP)
+    errors = processes[1].communicate(timeout=40)[1]
+    assert processes[1].returncode == 1 and "rank 1 has lost another process" in errors and "Traceback" not in errors
+    processes[0].kill()
+    processes[0].communicate()
+
+
+def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
+    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}"]
+    command += ["--memory_parallel=2", "--eval_interval=1000"]
+    job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 5, [job])
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[0]
+    step = int(re.search(r"Stopped by SIGTERM after step (\d+)", said).group(1))
+    checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
+    assert 5 <= step < 20 and checkpoint["iter"] == step and checkpoint["optimizers"][1]["state"][0]["step"] == step
+    done = torchrun(2, "train.py", "--resume", f"--out_dir={tmp_path}", "--eval_interval=8")
+    assert done.returncode == 0, done.stderr
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([line["loss"] for line in log_of(alone)], abs=1e-5)
+
+
+def test_torchrun_restarts_a_run_where_it_was(facts, alone, tmp_path):
+    command = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1", "train.py", *OPTIONS]
+    command += [f"--dataset={facts}", f"--out_dir={tmp_path}", "--preset=facts-memory"]
+    job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 10, [job])
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors
+    assert "20 steps" in said
+    iters = [line["iter"] for line in log_of(tmp_path)]
+    assert iters == list(range(1, 21))
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--memory_parallel=3"], ["memory_parallel=3", "2 processes"]),
+        (["--memory_parallel=2", "--mem_value_dim=33"], ["memory_parallel=2", "33"]),
+        (["--gradient_accumulation_steps=3"], ["gradient_accumulation_steps=3", "2"]),
+        (["--backend=smoke"], ["backend=smoke", "gloo"]),
+        (["--memory_paralel=2"], ["--memory_paralel", "--memory_parallel"]),
+        (["--dataset=nowhere"], ["nowhere", "train.bin"]),
+        ([("--learning_rate=1e-3", "--learning_rate=2e-3")], ["learning_rate=", "0.001", "0.002", "rank 1"]),
+    ],
+)
+def test_wrong_input_is_said_once_and_by_name(facts, tmp_path, options, words):
+    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--timeout=60", *options)
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    lines = [line for text in said for line in text.splitlines() if "train.py: " in line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), said
+    assert not any("Traceback" in text for text in said) and not (tmp_path / "out").exists()
+
+
+def test_missing_rendezvous_variables_are_named_once(facts, tmp_path):
+    processes = start_ranks(2, *OPTIONS, f"--out_dir={tmp_path / 'out'}", without=("MASTER_ADDR", "MASTER_PORT"))
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "MASTER_ADDR, MASTER_PORT" in said[0] and "torchrun" in said[0] and not said[1].strip() and "Traceback" not in said[0]
+
+
+def test_a_rank_out_of_step_is_found(facts, tmp_path):
+    """One bit of one weight of one rank, after the first step."""
+    script = (
+        "import os, sys, torch, train\n"
+        "def spoil(*_):\n"
+        "    if os.environ['RANK'] == '1': model.norm.weight.data[3] += 1e-6\n"
+        "make = train.make_optimizers\n"
+        "def make_optimizers(m, config):\n"
+        "    global model; model = m\n"
+        "    optimizers = make(m, config); optimizers[0].register_step_post_hook(spoil); return optimizers\n"
+        "train.make_optimizers = make_optimizers\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "spoiled.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
+    done = torchrun(2, tmp_path / "spoiled.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode != 0 and done.stderr.count("train.py: rank 1 is out of step") == 1
