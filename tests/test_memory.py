@@ -1,7 +1,11 @@
 """Retrieval against brute force over all slots; the layer and all its gradients against a float64 program of loops."""
 
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import memory
-from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select, topk_columns
+from kernels import RowAdam
+from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, plan, product_topk, select, topk_columns
 from model import GPT, GPTConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = GPTConfig(
     vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4,
@@ -267,3 +273,48 @@ def test_the_gradient_of_many_micro_steps_stays_within_the_table(dtype):
         assert pool.values.grad._nnz() == kept
         want = torch.zeros(5, 3).index_add_(0, rows[:count], grads[:count].float())
         assert torch.allclose(pool.values.grad.to_dense().float(), want, rtol=0.01, atol=0.02)
+
+
+def test_the_plan_counts_what_tensors_take():
+    shape = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=24, block_size=16)
+    config = GPTConfig(**shape, mem_keys=9, mem_topk=3, mem_heads=2, mem_layers=(0, 1))
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        model = GPT(replace(config, mem_dtype=dtype))
+        optimizer = RowAdam([model.pool.values])
+        idx = torch.randint(50, (2, 16))
+        model(idx, idx)[1].backward()
+        gradient = model.pool.values.grad._values()
+        optimizer.step()
+        state = optimizer.state[model.pool.values]
+        p = plan(81, 24, layers=2, heads=2, topk=3, tokens=32, bytes_per_number=size)
+        assert p["parameters"] == model.parameter_counts()["pool"] and p["values"] == model.pool.values.nbytes
+        assert p["moments"] == state["means"].nbytes + state["squares"].nbytes
+        assert gradient.nbytes <= p["gradient"]
+    # bytes that memory must move: k rows of a token read forward and again backward, y written and dY read, in each layer
+    assert p["lookup"] == 2 * (2 * 6 * 24 * 2 + 2 * 24 * 2)
+
+
+def test_the_papers_largest_table_is_planned_and_built_without_memory():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=24, n_head=16, n_embd=2048, mem_count=3, mem_keys=8192, mem_dtype="bfloat16"))
+    assert model.pool.values.shape == (67_108_864, 2048) and model.parameter_counts()["pool"] == 137_438_953_472
+    command = [sys.executable, ROOT / "memory.py", "--slots=67108864", "--width=2048", "--gpus=64"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "137.4e9 parameters" in printed and "each GPU 32 of the 2048 columns" in printed
+    assert re.search(r"values +4.29 GB\n  moments +17.18 GB", printed) and "fits in 80 GB" in printed
+    alone = subprocess.run([*command, "--gpus=1"], capture_output=True, text=True, check=True).stdout
+    assert "DOES NOT FIT" in alone and re.search(r"exchange +0.0 KB", alone)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--slots=1000"], ["--slots=1000", "961"]),
+        (["--gpus=6", "--memory_parallel=4"], ["--memory_parallel=4", "--gpus=6"]),
+        (["--gpus=3"], ["--memory_parallel=3", "--width=1024"]),
+        (["--tokens=0"], ["--tokens=0"]),
+    ],
+)
+def test_the_plan_names_what_cannot_be(options, words):
+    done = subprocess.run([sys.executable, ROOT / "memory.py", *options], capture_output=True, text=True)
+    assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr

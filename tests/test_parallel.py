@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from memory import plan
 from train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,13 @@ def start_ranks(count, *arguments, without=()):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     return processes
+
+
+def together(ranks, *arguments):
+    """What all of them have said: returns the exit status of each, standard output and errors."""
+    processes = start_ranks(ranks, *arguments)
+    said = [process.communicate(timeout=200) for process in processes]
+    return [process.returncode for process in processes], *("".join(texts) for texts in zip(*said, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +108,20 @@ def wait_for_step(out, step, processes, seconds=120):
 
 @pytest.mark.parametrize("ranks, M", [(2, 1), (4, 1), (2, 2), (4, 2)])
 def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
-    options = [*OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}"]
-    done = torchrun(ranks, "train.py", *options)
-    assert done.returncode == 0, done.stderr
+    status, said, errors = together(ranks, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}")
+    assert status == [0] * ranks, errors
     assert_equal_runs(alone, tmp_path)
-    assert done.stdout.count("MFLOPs a token") == 2 and done.stdout.count("Next:") == 1  # said once, not once a rank
+    assert said.count("MFLOPs a token") == 2 and said.count("Next:") == 1  # said once, not once a rank
     # What was sent is counted, and is what the formulas say: of the lookup, 12 k and 2 e D / M bytes a token and rank,
     n, k, D, layers, micro_steps = 64, 8, 32, 2, 4 // ranks
     expected = (M - 1) * n * (12 * k + 2 * 4 * D // M) * layers * micro_steps
+    assert expected == n * micro_steps * plan(256, D, ranks, M, layers, heads=2, topk=4, bytes_per_number=4)["exchange"]
     last = log_of(tmp_path)[-2]
     assert last.get("sent_lookup", 0) == expected
     # and of the network, twice all but one of W parts of its gradient.
     dense = load_checkpoint(tmp_path / "ckpt.pt")["model"].parameter_counts()["dense"]
     assert last["sent_network"] == pytest.approx(2 * (ranks - 1) / ranks * 4 * dense, rel=1e-3)
-    if M > 1:  # one process samples from what several have written
+    if ranks == M == 2:  # one process samples from what several have written
         assert len(list(tmp_path.glob("ckpt-20-*of2.pt"))) == 2 and len(list(tmp_path.glob("*of2.pt"))) == 4  # the last, the best
         done = run([sys.executable, "sample.py", f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=5"])
         assert done.returncode == 0, done.stderr
@@ -165,7 +173,7 @@ def test_a_sharded_lookup_and_a_combined_gradient_equal_those_of_one_table(tmp_p
 # --- runs that end early ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before, after", [((4, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (4, 2))])
+@pytest.mark.parametrize("before, after", [((4, 2), (1, 1)), ((1, 1), (4, 2))])
 def test_a_resume_with_another_number_of_ranks_equals_one_run(facts, alone, tmp_path, before, after):
     """Killed after its first checkpoint, whatever its rest was doing."""
     options = [*OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={before[1]}"]
@@ -174,9 +182,8 @@ def test_a_resume_with_another_number_of_ranks_equals_one_run(facts, alone, tmp_
     for process in processes:
         process.kill()
         process.communicate()
-    command = ["train.py", "--resume", f"--out_dir={tmp_path}", f"--memory_parallel={after[1]}"]
-    done = torchrun(after[0], *command) if after[0] > 1 else run([sys.executable, *command])
-    assert done.returncode == 0, done.stderr
+    status, _, errors = together(after[0], "--resume", f"--out_dir={tmp_path}", f"--memory_parallel={after[1]}")
+    assert status == [0] * after[0], errors
     assert_equal_runs(alone, tmp_path)
 
 
@@ -189,8 +196,8 @@ def test_a_killed_rank_ends_the_others_with_a_message_and_the_run_goes_on(facts,
     assert time.monotonic() - began < 30 and processes[0].returncode == 1
     assert "rank 0 has lost another process" in errors and "--resume" in errors and "Traceback" not in errors
     processes[1].communicate()
-    done = torchrun(2, "train.py", "--resume", f"--out_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    status, _, errors = together(2, "--resume", f"--out_dir={tmp_path}")
+    assert status == [0, 0], errors
     assert_equal_runs(alone, tmp_path)
 
 
@@ -214,8 +221,8 @@ def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
     step = int(re.search(r"Stopped by SIGTERM after step (\d+)", said).group(1))
     checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
     assert 5 <= step < 20 and checkpoint["iter"] == step and checkpoint["optimizers"][1]["state"][0]["step"] == step
-    done = torchrun(2, "train.py", "--resume", f"--out_dir={tmp_path}", "--eval_interval=8")
-    assert done.returncode == 0, done.stderr
+    status, _, errors = together(2, "--resume", f"--out_dir={tmp_path}", "--eval_interval=8")
+    assert status == [0, 0], errors
     assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([line["loss"] for line in log_of(alone)], abs=1e-5)
 
 
@@ -242,7 +249,6 @@ def test_torchrun_restarts_a_run_where_it_was(facts, alone, tmp_path):
         (["--memory_parallel=3"], ["memory_parallel=3", "2 processes"]),
         (["--memory_parallel=2", "--mem_value_dim=33"], ["memory_parallel=2", "33"]),
         (["--gradient_accumulation_steps=3"], ["gradient_accumulation_steps=3", "2"]),
-        (["--backend=smoke"], ["backend=smoke", "gloo"]),
         (["--memory_paralel=2"], ["--memory_paralel", "--memory_parallel"]),
         (["--dataset=nowhere"], ["nowhere", "train.bin"]),
         ([("--learning_rate=1e-3", "--learning_rate=2e-3")], ["learning_rate=", "0.001", "0.002", "rank 1"]),
