@@ -602,7 +602,8 @@ def train(model, optimizers, data, config, device, state, ranks):
                 shown["GPU"] = f"{line['gpu_gib']:.1f} GiB"
             if ranks.on:
                 sent = ranks.sent + (pool.sent if pool is not None else collections.Counter())
-                line |= {f"sent_{name}": count / (it - since) for name, count in sent.items()}  # bytes a step
+                line |= {f"sent_{name}": count / (it - since) for name, count in sent.items()}  # bytes a step, by this rank
+                shown["sent"] = f"{sum(sent.values()) / (it - since) / 1e6:,.1f} MB"
             if peak:
                 line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak / ranks.world
                 shown["mfu"] = f"{line['mfu']:.1%}"
@@ -611,6 +612,7 @@ def train(model, optimizers, data, config, device, state, ranks):
                 with context:
                     result = evaluate(model, data, config, device)
                 refuse_nan(result["val_loss"], it, config)
+                result |= {name: count for name, count in line.items() if name.startswith("sent_")}
                 line |= result
                 shown["val"] = f"{result['val_loss']:.3f}"
                 shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
@@ -657,6 +659,10 @@ def summarize(model, result, config, state, questions):
     if "mem_used" in result:
         used, kl, top1 = (result[f"mem_{name}"] for name in ("used", "kl", "top1"))
         print(f"  memory       {used:.1%} of slots read; KL from even use {kl:.2f} nats; the busiest 1% get {top1:.1%} of reads")
+    sent = {name.removeprefix("sent_"): count for name, count in result.items() if name.startswith("sent_")}
+    if sent:
+        parts = ", ".join(f"{name} {count / 1e6:,.2f} MB" for name, count in sent.items())
+        print(f"  sent         {parts} a step, by each process")
     print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
     print("\nNext:")
     print(f"  python sample.py --out_dir={config.out_dir}" + (" --recall" if "recall" in result else ""))
