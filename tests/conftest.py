@@ -9,7 +9,8 @@ import torch
 os.environ["NANOMEM_DEBUG"] = "1"  # slots out of range are errors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(2)  # the same sums in the same order, on any machine
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time; and the same sums in the same order, on any machine
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
