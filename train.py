@@ -401,7 +401,11 @@ class Ranks:
             return
         backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(backend, backend)
         try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            timeout = datetime.timedelta(seconds=timeout)
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            # After a restart torchrun's store still has the addresses of the processes before: keep them apart.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
             self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")  # for small things on the CPU
         except (RuntimeError, ValueError) as error:
             reason = first_line(error)

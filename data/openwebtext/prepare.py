@@ -170,7 +170,6 @@ def tar_files(file):
 
 def start_worker(vocabulary):
     global encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     encoding = make_encoding(vocabulary)
 
     def follow():  # a parent that was killed cannot end them
@@ -182,15 +181,12 @@ def start_worker(vocabulary):
 
 @contextlib.contextmanager
 def deaf_to_ctrl_c():
-    """For processes that are started meanwhile: until they ignore it, Ctrl-C would have each of them print a traceback."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """For processes that are started meanwhile, which inherit it: else Ctrl-C would have each of them print a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
 
 
 def is_validation(content):
