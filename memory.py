@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import lookup, triton_select, triton_select_backward, uses_triton
+from kernels import lookup, triton_select, uses_triton
 
 
 def topk_columns(scores, K):
@@ -69,7 +69,7 @@ def candidate_pairs(K):
 
 
 def product_topk(s, K, pairs):
-    """The K best sums s1[i] + s2[j] of each row, best first. s (2, ..., N): s1 and s2 -> i, j int64, sums, all (..., K).
+    """The slots of the K best sums s1[i] + s2[j] of each row, best first. s (2, ..., N): s1 and s2 -> i * N + j, (..., K) int64.
 
     pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the cost of two top-k of N and one of about K log K
     (1907.05242, section 3.2).
@@ -78,62 +78,21 @@ def product_topk(s, K, pairs):
     (a, b), (s1, s2), (i, j) = pairs, s.gather(-1, columns), columns
     sums = torch.cat([s1[..., r : r + 1] + s2[..., : K // (r + 1)] for r in range(K)], dim=-1)  # (..., P), one a pair
     best = topk_columns(sums, K)  # (..., K), each a number of a pair
-    return i.gather(-1, a[best]), j.gather(-1, b[best]), sums.gather(-1, best)
+    return i.gather(-1, a[best]) * s.size(-1) + j.gather(-1, b[best])
 
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is, numpy and Triton inside
-def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each head's K best slots and the softmax of their scores. Differentiable in scores; the same bits every time.
-
-    scores (2H, n, N), half 1 of all heads and then half 2; pairs: candidate_pairs(K)
-    -> slots (n, H*K) int64, weights (n, H*K) float32 (float64 of float64)
-    """
-    if uses_triton(scores):
+def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
+    """Each head's K best slots. scores (2H, n, N), half 1 of all heads and then half 2; pairs: candidate_pairs(K)
+    -> slots (H, n, K) int64, the best first"""
+    if uses_triton(scores) and scores.size(1) > 0:
         return triton_select(scores, pairs, K)
-    s = widen(scores).unflatten(0, (2, scores.size(0) // 2))  # (2, H, n, N)
-    i, j, sums = product_topk(s, K, pairs)  # (H, n, K) each
-    slots = i * scores.size(-1) + j
-    return slots.transpose(0, 1).flatten(1), sums.softmax(-1).transpose(0, 1).flatten(1)
-
-
-@torch.library.custom_op("nanomem::select_backward", mutates_args=())
-def select_backward(
-    grad: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, K: int, N: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """grad (n, H*K), of the weights -> (2H, n, N) of dtype, of the scores."""
-    if uses_triton(grad):
-        return triton_select_backward(grad, slots, weights, K, N, dtype)
-    grad, p, slots = (t.unflatten(1, (-1, K)).transpose(0, 1) for t in (grad, weights, slots))  # (H, n, K)
-    grad = p * (grad - (p * grad).sum(-1, keepdim=True))  # back through softmax: of the sums
-    out = grad.new_zeros(2, *grad.shape[:2], N)
-    i = slots // N
-    for half, columns in zip(out, (i, slots - i * N), strict=True):
-        half.scatter_add_(-1, columns, grad)  # a sub-key can be in several of the K sums
-    return out.flatten(0, 1).to(dtype)
+    return product_topk(widen(scores).unflatten(0, (2, -1)), K, pairs)
 
 
 @select.register_fake
 def _(scores, pairs, K):
-    slots = scores.new_empty(scores.size(1), scores.size(0) // 2 * K, dtype=torch.int64)
-    return slots, torch.empty_like(slots, dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-@select_backward.register_fake
-def _(grad, slots, weights, K, N, dtype):
-    return grad.new_empty(2 * (grad.size(1) // K), grad.size(0), N, dtype=dtype)
-
-
-def save_for_select_backward(ctx, inputs, output):
-    scores, _, ctx.K = inputs
-    ctx.N, ctx.dtype = scores.size(-1), scores.dtype
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(*output)
-
-
-select.register_autograd(
-    lambda ctx, _, grad: (select_backward(grad.contiguous(), *ctx.saved_tensors, ctx.K, ctx.N, ctx.dtype), None, None),
-    setup_context=save_for_select_backward,
-)
+    return scores.new_empty(scores.size(0) // 2, scores.size(1), K, dtype=torch.int64)
 
 
 class Usage:
@@ -190,6 +149,7 @@ class ValuePool(nn.Module):
         i = group.rank() if group else 0
         self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # of the whole table: those that are here
         self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
+        self.into = None  # once collect_gradients() was called: the sum of the gradients, and which rows have one
         self.usage = None
         self.sent = collections.Counter()  # bytes that this process has sent: {"lookup": ..., "gradient": ...}
 
@@ -203,7 +163,7 @@ class ValuePool(nn.Module):
         """slots (n, H*K), weights (n, H*K) -> (n, D)"""
         if self.usage is not None:
             self.usage.add(slots, weights)
-        return lookup(self.values, slots, weights) if self.group is None else self.sharded_lookup(slots, weights)
+        return lookup(self.values, slots, weights, self.into) if self.group is None else self.sharded_lookup(slots, weights)
 
     @torch.compiler.disable
     def sharded_lookup(self, slots, weights):
@@ -214,37 +174,33 @@ class ValuePool(nn.Module):
         n, k = slots.shape
         slots = Exchange.apply(slots.int().expand(self.M, n, k), self)  # (M, n, k): of each rank's tokens
         weights = Exchange.apply(weights.expand(self.M, n, k), self)  # whose gradient sums over the ranks, by that of expand
-        y = lookup(self.values, slots.flatten(0, 1), weights.flatten(0, 1))  # (M*n, D/M)
+        y = lookup(self.values, slots.flatten(0, 1), weights.flatten(0, 1), self.into)  # (M*n, D/M)
         return Exchange.apply(y.view(self.M, n, -1), self).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
 
-    def bound_gradient(self):
-        """Add up the gradients of each row once there are more of them than the table has rows: layers and micro-steps may all
-        read nearly every row, and a GPU only puts their gradients one after the other."""
-        if self.values.grad._nnz() > len(self.values):
-            self.values.grad = self.values.grad.coalesce()
+    def collect_gradients(self):
+        """From now on, layers and micro-steps add their gradients to one table, until combine_gradient() takes the sum out."""
+        self.into = torch.zeros_like(self.values), torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
 
     @torch.no_grad()
-    def combine_gradient(self, replicas, world):
-        """Average the gradient over `world` ranks. replicas: the group of those that hold the same columns.
+    def combine_gradient(self, replicas=None, world=1):
+        """Put what was collected, averaged over `world` ranks, into values.grad: a coalesced sparse tensor of the rows that any of
+        them has read. replicas: the group of those that hold the same columns; all of them get the same bits.
 
-        Only rows that some rank has read are exchanged: their numbers (8 bytes each, padded to the longest list), and then the
-        sum of the gradients of those in any list. All replicas get the same bits."""
-        grad = self.values.grad.coalesce()
-        rows, grads, count = grad.indices()[0], grad.values(), replicas.size()
+        A byte a slot is exchanged, and then the gradients of those rows."""
+        gradient, touched = self.into
+        count = replicas.size() if replicas else 1
         if count > 1:
-            longest = torch.tensor(len(rows), device=rows.device)
-            dist.all_reduce(longest, dist.ReduceOp.MAX, group=replicas)
-            lists = [rows.new_empty(longest.item()) for _ in range(count)]
-            dist.all_gather(lists, F.pad(rows, (0, len(lists[0]) - len(rows)), value=rows[-1].item()), group=replicas)
-            union = torch.cat(lists).unique()  # sorted
-            total = grads.new_zeros(len(union), grads.size(1))
-            total[torch.searchsorted(union, rows)] = grads
-            dist.all_reduce(total, group=replicas)
-            self.sent["gradient"] += (count - 1) * lists[0].numel() * 8 + ring_bytes(total, count)
-            rows, grads = union, total
+            dist.all_reduce(touched, dist.ReduceOp.MAX, group=replicas)
+        rows = touched.nonzero().flatten()
+        grads = gradient[rows]
+        if count > 1:
+            dist.all_reduce(grads, group=replicas)
+            self.sent["gradient"] += ring_bytes(touched, count) + ring_bytes(grads, count)
         self.values.grad = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grads / world, self.values.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), grads.div_(world), self.values.shape, is_coalesced=True, check_invariants=False
         )
+        gradient.index_fill_(0, rows, 0)
+        touched.zero_()
 
     @contextlib.contextmanager
     def record_usage(self):
@@ -296,7 +252,12 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K) float32: each head's K best slots and their softmax."""
         n, H, K, Q = len(x), self.H, self.K, self.Q
         q = self.query_norm(widen(self.query(x)).view(n, 2 * H, Q))
-        return select(torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2)), self.pairs, K)  # of scores (2H, n, N)
+        scores = torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2))  # (2H, n, N)
+        slots = select(scores.detach(), self.pairs, K)  # (H, n, K)
+        i = slots // self.N
+        halves = scores.unflatten(0, (2, H)).gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
+        p = widen(halves).sum(0).softmax(-1)
+        return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)
 
     def scaled_keys(self):
         """The sub-keys as queries meet them: (2H, N, Q). GPT.stream keeps them, or each token would cost a pass over all keys."""
@@ -317,10 +278,10 @@ def plan(slots, width, gpus=1, memory_parallel=1, layers=3, heads=4, topk=32, to
         "parameters": slots * width,
         "values": slots * row,
         "moments": slots * width // M * 8,  # two of RowAdam, in float32
-        "gradient": min(slots * (layers + 1), reads) * row,  # at most: of each layer, and of the micro-steps before
+        "gradient": slots * row + slots + min(slots, reads) * row,  # ValuePool.into, and at most the rows that are taken out of it
         "lookup": layers * (k * width * bytes_per_number * 2 + 2 * width * bytes_per_number),  # rows read twice; y and dY
         "exchange": layers * (M - 1) * (12 * k + 2 * row),  # ValuePool.sharded_lookup
-        "combine": (2 * slots * row if gpus > M else 0),  # a step, if all rows were read: ValuePool.combine_gradient
+        "combine": (2 * slots * (row + 1) if gpus > M else 0),  # a step, if all rows were read: ValuePool.combine_gradient
     }
 
 

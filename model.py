@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory import MemoryLayer, ValuePool
 
@@ -108,9 +109,7 @@ class Attention(nn.Module):
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
         # After a cached start there is one query, and it may look at every key.
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
-        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -144,12 +143,18 @@ class Block(nn.Module):
         return x + self.drop(self.ffn(self.ffn_norm(x), pool))
 
 
+# Attention while generating. PyTorch's first choice on an H100, cuDNN, may plan half a second for each new number of keys.
+GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class GPT(nn.Module):
-    def __init__(self, config, group=None):
-        """group: torch.distributed processes that share the table, each with a part of its columns; None: it is here as a whole."""
+    def __init__(self, config, group=None, initialize=True):
+        """group: torch.distributed processes that share the table, each with a part of its columns; None: it is here as a whole.
+        initialize=False: for weights that are about to be loaded. Drawing a large table takes seconds."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the output matrix, transposed
+        # Also the output matrix, transposed. Products with a multiple of 64 rows are faster: those past the vocabulary are zeros.
+        self.embedding = nn.Embedding(-(-config.vocab_size // 64) * 64, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)
@@ -158,7 +163,8 @@ class GPT(nn.Module):
         angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.initialize()
+        if initialize:
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self):
@@ -170,7 +176,8 @@ class GPT(nn.Module):
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if any(module is m for m in residual) else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
             elif isinstance(module, nn.Embedding):  # as output matrix, too, it keeps the size: logits have a spread of 1
-                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+                nn.init.normal_(module.weight[: self.config.vocab_size], std=module.embedding_dim**-0.5)
+                nn.init.zeros_(module.weight[self.config.vocab_size :])
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, MemoryLayer):
@@ -190,11 +197,16 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target -1 is ignored."""
-        logits = F.linear(self.hidden(idx), self.embedding.weight)
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target -1 is ignored.
+        Beside a loss the logits carry no gradient: a compiled backward pass would read one, of zeros, as large as they are."""
+        logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits.detach(), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def logits(self, x):
+        """x (..., C) -> (..., V)"""
+        return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -218,9 +230,10 @@ class GPT(nn.Module):
             for _ in range(max_new_tokens):
                 if start + window.size(1) > block:
                     window, start = idx[:, -max(1, block // 2) :], 0
-                x = self.hidden(window, cache, start)[:, -1]  # (B, C)
+                with sdpa_kernel(GENERATION):
+                    x = self.hidden(window, cache, start)[:, -1]  # (B, C)
                 start += window.size(1)
-                window = pick(F.linear(x, self.embedding.weight).float(), temperature, top_k, top_p, generator)  # (B, 1)
+                window = pick(self.logits(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
                 idx = torch.cat((idx[:, -block:], window), dim=1)
                 yield window[:, 0]
         finally:
@@ -275,8 +288,8 @@ class GPT(nn.Module):
         gate = 2 * C * D if c.mem_gate else 0
         memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup, gate and output
         attention, M = 4 * C * C + C * (T + 1), len(c.mem_layers)
-        ffn = 3 * C * c.n_ffn
-        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * ffn, "memory": M * memory, "head": C * c.vocab_size}
+        ffn, head = 3 * C * c.n_ffn, C * self.embedding.num_embeddings
+        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * ffn, "memory": M * memory, "head": head}
         return {part: 2 * count for part, count in adds.items()}
 
 

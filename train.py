@@ -245,7 +245,9 @@ def load_checkpoint(path, device="cpu", group=None):
         return torch.cat(pieces, dim=1)
 
     try:
-        model, weights = GPT(GPTConfig(**checkpoint["model_config"]), group), checkpoint["model"]
+        with torch.device(device):
+            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
+        weights = checkpoint["model"]
         if model.pool is not None:
             weights["pool.values"] = my_columns([part["values"] for part in parts] or [weights["pool.values"]])
             if "optimizers" in checkpoint:
@@ -256,7 +258,7 @@ def load_checkpoint(path, device="cpu", group=None):
         TrainConfig(**checkpoint["train_config"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the configuration beside them ({str(error)[:300]})") from None
-    return {**checkpoint, "model": model.to(device)}
+    return {**checkpoint, "model": model}
 
 
 # --- the parts of a run -----------------------------------------------------------------------------------------------
@@ -266,8 +268,8 @@ def choose_device(name, number=None):
     """A torch.device; number: which of several GPUs. Raises ValueError for one that this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and number is not None:
-        name = f"cuda:{number}"
+    if name == "cuda":  # PyTorch wants the index in some places
+        name = f"cuda:{number or 0}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -306,7 +308,7 @@ def make_optimizers(model, config):
         {"params": groups["gains"], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas)]
+    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, fused=True)]
     if groups["pool"]:
         optimizers.append(RowAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas, seed=config.seed))
     return optimizers
@@ -537,6 +539,8 @@ def train(model, optimizers, data, config, device, state, ranks):
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
     flops_per_step = 3 * sum(model.flops_per_token(model.config.block_size).values()) * tokens_per_step
     peak, result, pool = peak_flops(device), None, model.pool
+    if pool is not None:
+        pool.collect_gradients()
     micro_steps = config.gradient_accumulation_steps // ranks.world  # of this rank
 
     def save(name, with_optimizers=True):
@@ -579,9 +583,7 @@ def train(model, optimizers, data, config, device, state, ranks):
                     micro_loss = run_model(*inputs_and_targets(windows, device))[1] / micro_steps
                 micro_loss.backward()
             loss += micro_loss.detach()
-            if pool is not None and not last:
-                pool.bound_gradient()
-        if pool is not None and ranks.on:
+        if pool is not None:
             pool.combine_gradient(ranks.replicas, ranks.world)
         if config.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(network, config.grad_clip)
@@ -674,10 +676,11 @@ def summarize(model, result, config, state, questions):
         print("  python train.py --preset=facts-dense      # the same compute without a memory")
 
 
-def build_model(config, group):
+def build_model(config, group, device):
     """A GPT. Raises ValueError if this machine cannot hold it."""
     try:
-        return GPT(config, group)
+        with device:  # there its first numbers are drawn, which takes a CPU seconds
+            return GPT(config, group)
     except RuntimeError as error:
         size = {"float32": 4, "bfloat16": 2}[config.mem_dtype]
         need = config.mem_keys**2 * config.mem_value_dim * size / 2**30 if config.mem_layers else 0
@@ -721,15 +724,15 @@ def prepare(config, options, device, ranks):
     torch.manual_seed(config.seed)
     checkpoint = None
     if config.resume:
-        checkpoint = load_checkpoint(path, group=ranks.group)
-        model = checkpoint["model"].to(device)
+        checkpoint = load_checkpoint(path, device, ranks.group)
+        model = checkpoint["model"]
         if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
             raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
         if checkpoint["iter"] >= config.max_iters:
             done = checkpoint["iter"]
             raise ValueError(f"the run in {path.parent} is complete at step {done}; to go on, give a larger max_iters")
     else:
-        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1], ranks.group).to(device)
+        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1], ranks.group, device)
         old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (path.parent / name).exists()]
         if old and not config.overwrite:
             raise ValueError(

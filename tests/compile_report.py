@@ -2,6 +2,7 @@
 H100 or H200) and print, for each: name, type of the values, registers a thread, bytes spilled, how many loads from memory are
 of 16 bytes, and how many of 2."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def resources(ptx, capability):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", path, "-o", f"{folder}/kernel.cubin"]
+        ptxas = get_ptxas(*[capability][: len(inspect.signature(get_ptxas).parameters)])  # triton 3.5 has one for all
+        command = [ptxas.path, "-v", f"--gpu-name={architecture}", path, "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     return int(re.search(r"Used (\d+) registers", report).group(1)), sum(map(int, spilled))
@@ -39,7 +41,7 @@ def resources(ptx, capability):
 
 def compile_all(capability, D, e):
     """(name, PTX) of each kernel for values of type e (bf16 or fp32), k = 128 pairs a bag, width D."""
-    value, pair = "*" + e, dict(order="*i64", rows="*i64")
+    value, pair = "*" + e, dict(order="*i64", rows="*i64", targets="*i64")
     block_k, block_d, warps = kernels.forward_tile(D)
     constants = dict(k=128, D=D, BLOCK_K=block_k, BLOCK_D=block_d)
     inputs = dict(values=value, indices="*i64", weights="*fp32", out=value)
@@ -47,26 +49,24 @@ def compile_all(capability, D, e):
 
     block_p, block_d, warps = kernels.backward_tile(D)
     constants = dict(k=128, D=D, BLOCK_P=block_p, BLOCK_D=block_d)
-    inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", sums=value, grad_weights="*fp32")
+    inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", out=value, grad_weights="*fp32")
     yield "backward", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
 
-    constants = dict(D=D, BLOCK_P=32, BLOCK_D=min(128, triton.next_power_of_2(D)))
-    inputs = dict(partial="*fp32", firsts="*i64", rows="*i64", grad_rows=value)
-    yield "combine", compile_kernel(kernels.combine_kernel, capability, 4, constants, **inputs)
+    constants = dict(D=D, BLOCK_P=16, BLOCK_D=min(256, triton.next_power_of_2(D)))
+    inputs = dict(partial="*fp32", firsts="*i64", out=value)
+    yield "combine", compile_kernel(kernels.combine_kernel, capability, 4, constants, **inputs, **pair)
 
     constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
-    inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, starts="*i64", seed="i32")
+    inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, seed="i32")
     inputs |= dict.fromkeys(("rate", "beta1", "beta2", "eps"), "fp32")
     yield "adam", compile_kernel(kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair)
 
     for N, K in ((128, 16), (1024, 32)):
-        block_n, block_k, warps = kernels.select_tile(N, K)
+        block_n, block_k, group, warps = kernels.select_tile(N, K)
         P = sum(K // (a + 1) for a in range(K))
-        constants = dict(N=N, H=4, K=K, P=P, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P))
-        inputs = dict(scores=value, pairs="*i64", slots="*i64", weights="*fp32", n="i32")
-        yield f"select-{N}", compile_kernel(kernels.select_kernel, capability, warps, constants, **inputs)
-        inputs = dict(grad="*fp32", slots="*i64", weights="*fp32", out=value, n="i32")
-        yield f"select-backward-{N}", compile_kernel(kernels.select_backward_kernel, capability, warps, constants, **inputs)
+        blocks = dict(BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P), GROUP=group)
+        inputs = dict(scores=value, pairs="*i64", slots="*i64", n="i32")
+        yield f"select-{N}", compile_kernel(kernels.select_kernel, capability, warps, dict(N=N, H=4, K=K, P=P, **blocks), **inputs)
 
 
 def main(capability, D):

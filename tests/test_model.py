@@ -1,13 +1,16 @@
 """The GPT around the layer: initialisation, counts, generation, configuration."""
 
+import contextlib
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import RowAdam
 from model import GPT, GPTConfig, pick
 from train import PRESETS, make_configs
 
@@ -48,6 +51,18 @@ def test_every_parameter_receives_a_gradient(config):
     model(tokens(8, 24), tokens(8, 24, 1))[1].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.to_dense().norm() > 0, name
+
+
+@ALL
+def test_rows_that_pad_the_vocabulary_stay_zero_and_are_never_drawn(config):
+    model = make(config)
+    assert model.embedding.weight.shape == (64, 16) and model.embedding.weight[61:].abs().max() == 0
+    logits, loss = model(tokens(8, 24), tokens(8, 24, 1))
+    loss.backward()
+    assert logits.size(-1) == 61 and model.embedding.weight.grad[61:].abs().max() == 0
+    with torch.no_grad():
+        model.embedding.weight[61:] = 100 * model.norm(torch.ones(16))  # even if they had the largest logits
+    assert model.generate(tokens(4, 5), 30, temperature=100.0).max() < 61
 
 
 @ALL
@@ -105,28 +120,106 @@ def test_positions_matter_and_are_relative():
 
 
 @BOTH
-def test_torch_compile_changes_nothing(config):
-    """Traced, with gradients, but without a C++ compiler; the graph breaks at the lookups and nowhere else."""
+def test_torch_compile_changes_nothing_and_has_one_graph(config):
+    """Traced, with gradients, but without a C++ compiler; fullgraph=True refuses a break. Two micro-steps: gradients add up."""
     model, idx, targets = make(config), tokens(2, 24), tokens(2, 24, 1)
+    if model.pool is not None:
+        model.pool.collect_gradients()
     gradients = []
-    for run in (model, torch.compile(model, backend="aot_eager")):
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        run(idx, targets)[1].backward()
+        for part in (slice(0, 1), slice(1, 2)):
+            run(idx[part], targets[part])[1].backward()
+        if model.pool is not None:
+            model.pool.combine_gradient()
         gradients.append([p.grad.to_dense().clone() for p in model.parameters()])
     for plain, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
+
+
+def test_torch_compile_takes_a_model_that_nobody_collects_for():
+    """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing."""
+    model, idx, gradients = make(MEMORY), tokens(2, 24), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        run(idx, idx)[1].backward()
+        gradients.append(model.pool.values.grad.to_dense())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_beside_a_loss_carry_no_gradient():
+    """Or a compiled backward pass would read a gradient of theirs: (B, T, V) zeros."""
+    model, idx = make(MEMORY), tokens(2, 24)
+    logits, loss = model(idx, idx)
+    assert not logits.requires_grad and loss.requires_grad
+    assert model(idx)[0].requires_grad
+
+
+# --- what only a GPU runs, as far as a machine without one carries ----------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("device", ["cuda:0", "meta"])
+def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
+    """Tensors on a GPU that need not be there: PyTorch's fake ones have shapes, dtypes and devices, and no numbers. Its CPU build
+    cannot slice them, and the backward pass asks for a driver: so meta tensors do the same, on a device that is no GPU."""
+    with FakeTensorMode() if device == "cuda:0" else contextlib.nullcontext():
+        if device == "cuda:0":
+            try:
+                torch.empty(2, device=device)[:1].contiguous()
+            except RuntimeError as error:
+                pytest.skip(f"this build of PyTorch needs a GPU for fake tensors on one: {error}")
+        with torch.device(device):
+            model = GPT(replace(config, mem_dtype="bfloat16"))
+            idx = torch.zeros(2, 24, dtype=torch.int64)
+        assert {t.device for t in (*model.parameters(), *model.buffers())} == {torch.device(device)}
+        if model.pool is not None:
+            model.pool.collect_gradients()
+        logits, loss = model(idx, idx)
+        assert logits.shape == (2, 24, 61) and loss.shape == ()
+        if device == "meta":  # on a GPU autograd asks the driver
+            loss.backward()
+            network = [p for name, p in model.named_parameters() if name != "pool.values"]
+            assert all(p.grad.device == p.device and p.grad.shape == p.shape for p in network)
+            torch.optim.AdamW(network, fused=False).step()
+        if model.pool is not None:  # a resume: the state comes from a file
+            optimizer = RowAdam([model.pool.values])
+            state = {"step": 1} | {name: torch.zeros(81, 12) for name in ("means", "squares")}
+            optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+            loaded = optimizer.state[model.pool.values]
+            assert loaded["means"].device == torch.device(device) and loaded["means"].dtype == torch.float32
+
+
+def test_generation_asks_for_attention_that_needs_no_plan(monkeypatch):
+    """cuDNN's plans anew for each number of keys. Which kinds PyTorch may take, at each call of it while generating, and after."""
+    model, allowed, attend = make(DENSE), [], F.scaled_dot_product_attention
+
+    def watch(*inputs, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*inputs, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    stream = model.stream(tokens(1, 3), 4)
+    next(stream)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before  # also between two tokens
+    list(stream)
+    assert allowed == [False] * 4 * 3 and torch.backends.cuda.cudnn_sdp_enabled() == before
+    model(tokens(1, 3))
+    assert allowed[-1] == before and torch.backends.cuda.flash_sdp_enabled()
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_of_a_dense_model_equal_those_by_hand():
-    # SwiGLU width: 8/3 * 16 = 42.7, rounded up to 48. Attention 4 * 16 * 16 = 1,024; SwiGLU 3 * 16 * 48 = 2,304; two norms of 16.
+    # A vocabulary of 61 is padded to 64. SwiGLU width: 8/3 * 16 = 42.7, rounded up to 48.
+    # Attention 4 * 16 * 16 = 1,024; SwiGLU 3 * 16 * 48 = 2,304; two norms of 16.
     assert DENSE.n_ffn == 48
     model = GPT(DENSE)
-    assert model.parameter_counts() == {"dense": 61 * 16 + 3 * (1024 + 2304 + 32) + 16, "pool": 0}
+    assert model.parameter_counts() == {"dense": 64 * 16 + 3 * (1024 + 2304 + 32) + 16, "pool": 0}
     # A multiply-add is 2 FLOPs. In a sequence of 9, attention sees 5 positions on average: 2 * (q.k and p.v) 2 * 16 * 5.
-    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 3 * 2 * 2304, "memory": 0, "head": 2 * 16 * 61}
+    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 3 * 2 * 2304, "memory": 0, "head": 2 * 16 * 64}
     assert model.flops_per_token(9) == want
 
 
@@ -134,11 +227,11 @@ def test_counts_of_a_memory_model_equal_those_by_hand():
     # A memory layer: query 16 x (3 heads * 10); keys 2 halves * 3 heads * 9 * 5; two norms of 5; gate 16 x 12; output 12 x 16.
     layer = 16 * 30 + 2 * 3 * 9 * 5 + 10 + 16 * 12 + 12 * 16
     model = GPT(MEMORY)
-    dense = 61 * 16 + 3 * (1024 + 32) + 2304 + 2 * layer + 16
+    dense = 64 * 16 + 3 * (1024 + 32) + 2304 + 2 * layer + 16
     assert model.parameter_counts() == {"dense": dense, "pool": 81 * 12}
     # Query 480; scores 2 * 3 * 9 * 5 = 270; lookup 12 slots * 12; gate and output 192 each.
     memory = 2 * 2 * (480 + 270 + 144 + 192 + 192)
-    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 2 * 2304, "memory": memory, "head": 2 * 16 * 61}
+    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 2 * 2304, "memory": memory, "head": 2 * 16 * 64}
     assert model.flops_per_token(9) == want
 
 
@@ -197,7 +290,7 @@ def test_cache_gives_the_logits_of_the_full_forward(config):
     cache = torch.zeros(3, 2, 2, 2, 24, 8)
     parts = [model.hidden(idx[:, :7], cache)]
     parts += [model.hidden(idx[:, t : t + 1], cache, start=t) for t in range(7, 24)]
-    cached = F.linear(torch.cat(parts, dim=1), model.embedding.weight)
+    cached = model.logits(torch.cat(parts, dim=1))
     assert (full - cached).abs().max() < 1e-4
 
 

@@ -151,14 +151,20 @@ for S in (50, 5000):
     assert shard.sent["lookup"] == n * (12 * k + 2 * 4 * D // 2), shard.sent
 
     pool = ValuePool(S, D)
-    rows = torch.tensor([[1, 5, 7], [5, 9]][rank] if S == 50 else [[1, 5, 4999], [5, 9]][rank])
-    grads = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(3))
-    pool.values.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), grads[rank, : len(rows)], pool.values.shape)
-    pool.combine_gradient(dist.group.WORLD, 2)
-    other = torch.tensor([[5, 9], [1, 5, 7]][rank] if S == 50 else [[5, 9], [1, 5, 4999]][rank])
-    want = torch.zeros(S, D).index_add_(0, rows, grads[rank, : len(rows)]).index_add_(0, other, grads[1 - rank, : len(other)]) / 2
-    assert torch.allclose(pool.values.grad.to_dense(), want) and pool.values.grad._nnz() == 4
-    assert pool.sent["gradient"] == 8 * 3 + 4 * D * 4, pool.sent  # three rows at most, four in all: nothing depends on S
+    pool.collect_gradients()
+    for turn in range(2):  # the second finds nothing of the first
+        last = S - 1
+        mine, other = ([1, 5, last], [5, 9]) if rank == 0 else ([5, 9], [1, 5, last])
+        grads = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(turn))
+        pool.into[0][mine] = grads[rank, : len(mine)]
+        pool.into[1][mine] = 1
+        pool.combine_gradient(dist.group.WORLD, 2)
+        want = torch.zeros(S, D)
+        want[mine] += grads[rank, : len(mine)] / 2
+        want[other] += grads[1 - rank, : len(other)] / 2
+        assert torch.allclose(pool.values.grad.to_dense(), want)
+        assert pool.values.grad.indices().tolist() == [[1, 5, 9, last]]
+    assert pool.sent["gradient"] == 2 * (S + 4 * D * 4), pool.sent  # a byte a slot, and four rows in all
 print("checked")
 dist.destroy_process_group()
 """
