@@ -493,9 +493,9 @@ class RowAdam(torch.optim.Optimizer):
 
     The moments of the others stand still ("lazy" Adam, as in torch.optim.SparseAdam; other choices are compared in the README).
     params: tables (S, D), float32 or bfloat16, with sparse gradients. State: m and v in float32.
-    eps is there against 0 / 0 and no more: a loss that is the mean over 491,520 tokens gives a row gradients of 1e-9, which the
-    usual 1e-8 would hold still. Into bfloat16 tables updates are rounded at random (seeded), or most of them would be lost: a
-    number of 8 bits moves by 0.4% or not at all. The same inputs give the same bits."""
+    eps is there against 0 / 0 and no more: where a loss is the mean over 491,520 tokens a row's gradient is 1e-9.
+    Into bfloat16 tables updates are rounded at random (seeded), or most of them would be lost: a number of 8 bits moves by 0.4%
+    or not at all. The same inputs give the same bits."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))

@@ -192,7 +192,7 @@ class ValuePool(nn.Module):
         if count > 1:
             dist.all_reduce(touched, dist.ReduceOp.MAX, group=replicas)
         rows = touched.nonzero().flatten()
-        grads = gradient[rows]
+        grads = gradient.index_select(0, rows)
         if count > 1:
             dist.all_reduce(grads, group=replicas)
             self.sent["gradient"] += ring_bytes(touched, count) + ring_bytes(grads, count)

@@ -153,8 +153,8 @@ class GPT(nn.Module):
         initialize=False: for weights that are about to be loaded. Drawing a large table takes seconds."""
         super().__init__()
         self.config = config
-        # Also the output matrix, transposed. Products with a multiple of 64 rows are faster: those past the vocabulary are zeros.
-        self.embedding = nn.Embedding(-(-config.vocab_size // 64) * 64, config.n_embd)
+        # Also the output matrix, transposed. A GPU multiplies by 32 rows and more at once: those past the vocabulary are zeros.
+        self.embedding = nn.Embedding(-(-config.vocab_size // 32) * 32, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)

@@ -60,7 +60,7 @@ class TrainConfig:
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "learning rate of the memory's values (RowAdam)")
+    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam), constant: a cosine recalls far less in the demo")
     weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam")
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam")
@@ -301,16 +301,19 @@ def learning_rate(config, it):
 
 
 def make_optimizers(model, config):
-    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read."""
+    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read.
+
+    eps is there against 0 / 0 and no more. The loss is a mean over all tokens of a step: with half a million of them a row of the
+    table has gradients of 1e-9, and a sub-key little more. The usual eps of 1e-8 would hold still what is read least."""
     groups = model.parameter_groups()
     network = [
         {"params": groups["matrices"], "weight_decay": config.weight_decay},
         {"params": groups["gains"], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)]
     if groups["pool"]:
-        optimizers.append(RowAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas, seed=config.seed))
+        optimizers.append(RowAdam(groups["pool"], lr=config.mem_learning_rate, betas=betas, eps=1e-15, seed=config.seed))
     return optimizers
 
 
@@ -605,6 +608,7 @@ def train(model, optimizers, data, config, device, state, ranks):
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
             if device.type == "cuda":
                 line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+                line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
                 shown["GPU"] = f"{line['gpu_gib']:.1f} GiB"
             if ranks.on:
                 sent = ranks.sent + (pool.sent if pool is not None else collections.Counter())

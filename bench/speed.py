@@ -1,8 +1,9 @@
-"""How fast is the whole layer? Times in one process, in turns, so that all meet the same disturbances.
+"""How fast is the whole layer? On a CPU times in turns, so that all meet the same disturbances; on a GPU, which is steady but has
+less memory, one after the other.
 
-    python assets/speed.py                  the layer's training step against a straightforward one and against SwiGLU;
+    python bench/speed.py                   the layer's training step against a straightforward one and against SwiGLU;
                                             tables of 2^14 to 2^20 slots; training and generation against the dense model
-    python assets/speed.py --compile        also train with torch.compile (minutes)
+    python bench/speed.py --compile         also train with torch.compile (minutes)
 
 On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, width 1,024, a million slots, bfloat16.
 """
@@ -11,6 +12,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,19 +44,23 @@ class PlainLayer(MemoryLayer):
         return slots.transpose(0, 1).flatten(1), best.softmax(-1).transpose(0, 1).flatten(1)
 
 
-def in_turns(runs, device, repeats):
-    """{name: run} -> {name: median seconds}"""
-    times = {name: [] for name in runs}
-    for i in range(repeats + 3):
-        for name, run in runs.items():
-            t = timed(run, device)
-            if i >= 3:  # after a warm-up
-                times[name].append(t)
+def in_turns(makers, device, repeats):
+    """{name: function that makes a function to time} -> {name: median seconds}"""
+    times = {name: [] for name in makers}
+    for names in [list(makers)] if device.type == "cpu" else [[name] for name in makers]:
+        runs = {name: makers[name]() for name in names}
+        for i in range(repeats + 3):
+            for name, run in runs.items():
+                t = timed(run, device)
+                if i >= 3:  # after a warm-up
+                    times[name].append(t)
+        del runs, run
+        torch.cuda.empty_cache()
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def layer_step(config, kind, x, grad, context):
-    """A training step of one layer as a function: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
+    """Makes a training step of one layer: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
     torch.manual_seed(0)
     layer = {"memory": MemoryLayer, "plain": PlainLayer, "swiglu": SwiGLU}[kind](config)
     pool, optimizers = None, []
@@ -64,13 +70,17 @@ def layer_step(config, kind, x, grad, context):
         nn.init.normal_(pool.values, std=0.02)
         pool = pool.to(x.device, getattr(torch, config.mem_dtype))
         optimizers = [(RowAdam if kind == "memory" else torch.optim.Adam)(pool.parameters(), lr=1e-3)]
+    if kind == "memory":
+        pool.collect_gradients()
     layer = layer.to(x.device)
-    optimizers.append(torch.optim.AdamW(layer.parameters(), lr=1e-3))
+    optimizers.append(torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True))
 
     def step():
         with context:
             y = layer(x, pool)
         y.backward(grad.to(y.dtype))
+        if kind == "memory":
+            pool.combine_gradient()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -80,27 +90,32 @@ def layer_step(config, kind, x, grad, context):
 
 def layer_times(config, device, tokens, context, repeats):
     x, grad = (torch.randn(1, tokens, config.n_embd, device=device) for _ in range(2))
-    t = in_turns({kind: layer_step(config, kind, x, grad, context) for kind in ("memory", "plain", "swiglu")}, device, repeats)
+    kinds = "memory", "plain", "swiglu"
+    t = in_turns({kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}, device, repeats)
     t = {kind: 1e3 * seconds for kind, seconds in t.items()}
     print(f"\nTraining step of one layer (forward, backward, optimiser), {tokens:,} tokens of width {config.n_embd:,}:")
     print(f"  Memory+, {config.mem_keys**2:9,} slots       {t['memory']:9.2f} ms")
     print(f"  the same, straightforward       {t['plain']:9.2f} ms, {t['plain'] / t['memory']:.2f} times as long as Memory+")
     ratio = t["memory"] / t["swiglu"]
-    print(f"  SwiGLU of width {config.n_ffn:6}          {t['swiglu']:9.2f} ms; Memory+ takes {ratio:.2f} times as long")
+    print(f"  SwiGLU of width {config.n_ffn:6}          {t['swiglu']:9.2f} ms; Memory+ takes {ratio:.2f} times as long", flush=True)
+    return {f"{kind}_ms": ms for kind, ms in t.items()}
 
 
 def lookup_run(S, n, k, D, dtype, device, run, optimize):
     """lookup or its like, forward and backward, with RowAdam or without; the same reads of a table of any size S."""
     _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
     slots = torch.randperm(S, device=device)[slots]  # the pattern is that of 2^14 slots, strewn over the table
-    values, weights = nn.Parameter(torch.randn(S, D, device=device).to(dtype)), weights.requires_grad_()
-    optimizer = RowAdam([values])
+    pool, weights = ValuePool(S, D, dtype).to(device), weights.requires_grad_()
+    pool.initialize(1.0)
+    pool.collect_gradients()
+    optimizer = RowAdam([pool.values]) if optimize else None
 
     def step():
-        run(values, slots, weights).backward(grad)
+        (pool(slots, weights) if run is lookup else run(pool.values, slots, weights)).backward(grad)
         if optimize:
+            pool.combine_gradient()
             optimizer.step()
-        values.grad = weights.grad = None
+        pool.values.grad = weights.grad = None
 
     return step
 
@@ -113,12 +128,13 @@ def lookup_times(config, device, tokens, repeats):
     """lookup against embedding_bag, and a whole step of a table of two sizes."""
     shape = tokens, config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype), device
     kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, bag, False), "14": (2**14, lookup, True), "20": (2**20, lookup, True)}
-    t = in_turns({name: lookup_run(S, *shape, run, optimize) for name, (S, run, optimize) in kinds.items()}, device, repeats)
+    t = in_turns({name: partial(lookup_run, S, *shape, run, opt) for name, (S, run, opt) in kinds.items()}, device, repeats)
     t = {name: 1e3 * seconds for name, seconds in t.items()}
     print(f"\nThe lookup, {shape[0]:,} tokens read {shape[1]} slots each of width {shape[2]:,} (Zipf):")
     print(f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {t['bag'] / t['lookup']:.2f} times as long")
     print(f"  and RowAdam, table of 2^14 rows {t['14']:9.2f} ms")
-    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {t['20'] / t['14']:.2f} times as long")
+    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {t['20'] / t['14']:.2f} times as long", flush=True)
+    return {f"{name}_ms": ms for name, ms in t.items()}
 
 
 class StrewnPool(ValuePool):
@@ -127,50 +143,70 @@ class StrewnPool(ValuePool):
     def __init__(self, S, D, dtype):
         super().__init__(2**20, D, dtype)
         nn.init.normal_(self.values, std=0.02)
-        self.places = torch.randperm(2**20)[:S]
+        self.places = torch.randperm(2**20)[:S]  # on the device that is the default meanwhile
 
     def forward(self, slots, weights):
         return super().forward(self.places[slots], weights)
 
 
+def model_step(config, device, idx, context, strewn=False, compiled=False):
+    """Makes a training step of a model."""
+    torch.manual_seed(0)
+    with device:
+        model = GPT(config)
+        if strewn:
+            model.pool = StrewnPool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype))
+    if model.pool is not None:
+        model.pool.collect_gradients()
+    optimizers = train.make_optimizers(model, train.TrainConfig())
+    run_model = torch.compile(model) if compiled else model
+
+    def step():
+        with context:
+            loss = run_model(idx, idx)[1]
+        loss.backward()
+        if model.pool is not None:
+            model.pool.combine_gradient()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def model_times(memory, dense, device, tokens, context, repeats, compiled):
-    """Training throughput and generation of two models."""
-    B, options = max(1, tokens // memory.block_size), train.TrainConfig()
-    training, generating = {}, {}
-    for name, config in (("memory", memory), ("dense", dense), ("strewn", memory)):
-        for form in ("eager", "compiled") if compiled and name != "strewn" else ("eager",):
-            torch.manual_seed(0)
-            model = GPT(config)
-            if name == "strewn":
-                model.pool = StrewnPool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype))
-                model.pool.places = model.pool.places.to(device)
-            model = model.to(device)
-            optimizers = train.make_optimizers(model, options)
-            idx = torch.randint(config.vocab_size, (B, config.block_size), device=device)
-            run_model = torch.compile(model) if form == "compiled" else model
-
-            def step(run_model=run_model, optimizers=optimizers, idx=idx):
-                with context:
-                    loss = run_model(idx, idx)[1]
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-
-            training[name, form] = step
-        if name != "strewn":
-            generating[name, "eager"] = lambda model=model, idx=idx: model.eval().generate(idx[:1, :8], 64, temperature=0)
-    training = in_turns(training, device, repeats)
-    generating = in_turns(generating, device, max(5, repeats // 4))
+    """Training throughput of two models."""
+    idx = torch.randint(memory.vocab_size, (max(1, tokens // memory.block_size), memory.block_size), device=device)
+    makers = {name: partial(model_step, config, device, idx, context) for name, config in (("memory", memory), ("dense", dense))}
+    makers["strewn"] = partial(model_step, memory, device, idx, context, strewn=True)
+    if compiled:
+        makers |= {f"{name}, compiled": partial(makers[name], compiled=True) for name in ("memory", "dense")}
+    t = in_turns(makers, device, repeats)
+    rates = {name: idx.numel() / seconds for name, seconds in t.items()}
     print(f"\nThe model ({memory.n_layer} blocks of width {memory.n_embd}, one with memory), tokens a second:")
-    for what, t, count in (("training", training, B * memory.block_size), ("generating, batch 1", generating, 64)):
-        for form in ("eager", "compiled"):
-            if ("memory", form) in t:
-                a, b = count / t["memory", form], count / t["dense", form]
-                label = what + (", torch.compile" if form == "compiled" else "")
-                print(f"  {label:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
-    growth = training["strewn", "eager"] / training["memory", "eager"]
-    print(f"  a training step that reads the same slots of a table of 2^20 rows takes {growth:.2f} times as long")
+    for form in ("", ", compiled") if compiled else ("",):
+        a, b = rates["memory" + form], rates["dense" + form]
+        print(f"  {'training' + form:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
+    growth = t["strewn"] / t["memory"]
+    print(f"  a training step that reads the same slots of a table of 2^20 rows takes {growth:.2f} times as long", flush=True)
+    return rates | {"growth": growth}
+
+
+def generation_times(memory, dense, device, context, new_tokens, repeats=5):
+    """Tokens a second at batch 1. The first text is slower: kernels are compiled or loaded, and attention may make plans."""
+    result = {}
+    print(f"\nGenerating {new_tokens} tokens at batch 1, tokens a second:")
+    for name, config in (("memory", memory), ("dense", dense)):
+        with device:
+            model = GPT(config).eval()
+        idx = torch.zeros(1, 8, dtype=torch.int64, device=device)
+        with context, torch.inference_mode():
+            t = [timed(lambda model=model, idx=idx: model.generate(idx, new_tokens, temperature=0), device) for _ in range(repeats)]
+        first, later = new_tokens / t[0], new_tokens / statistics.median(t[1:])
+        result |= {f"{name}_first": first, f"{name}_later": later}
+        print(f"  {name:8} {first:9,.0f} the first text, {later:9,.0f} those after it", flush=True)
+    print(f"  ratio of memory to dense, later: {result['memory_later'] / result['dense_later']:.2f}")
+    return result
 
 
 def main():
@@ -191,7 +227,9 @@ def main():
     print(f", {torch.get_num_threads()} threads; medians of {args.repeats}")
     lookup_times(memory, device, tokens, args.repeats)
     layer_times(memory, device, tokens, context, args.repeats)
-    model_times(memory, replace(memory, mem_layers=(), mem_count=0), device, tokens, context, args.repeats, args.compile)
+    dense = replace(memory, mem_layers=(), mem_count=0)
+    model_times(memory, dense, device, tokens, context, args.repeats, args.compile)
+    generation_times(memory, dense, device, context, 64)
 
 
 if __name__ == "__main__":
