@@ -9,19 +9,18 @@ W (n x S) holds k weights a row and zeros elsewhere. Its two gradients are then
 
 Read in this order: `lookup_reference` (the definition), `torch_forward` and `torch_backward` (the same, fast on a CPU),
 the Triton kernels (the same on a GPU), `lookup` (what the model calls), `RowAdam` (the optimiser of the rows that were read).
-The kernels that choose the slots belong to memory.py. `python kernels.py` checks and times all of it; nothing else is below it.
+The kernels that choose the slots belong to memory.py. `python kernels.py` checks and times all of it (bench/lookup.py).
 
 Letters: n bags (tokens), k slots read a bag (heads times top-k), S slots in the table, D width of a value,
 R distinct rows touched, P = n * k pairs of bag and slot.
 """
 
-import argparse
 import os
 import subprocess
 import sys
-import time
 import types
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -534,219 +533,5 @@ class RowAdam(torch.optim.Optimizer):
             self.state[params[i]] = {k: v.to(params[i].device) if torch.is_tensor(v) else v for k, v in state.items()}
 
 
-# --- python kernels.py ------------------------------------------------------------------------------------------------
-
-
-def random_problem(n, k, S, D, dtype, device, slots="uniform", seed=0):
-    """values, indices, weights, and a gradient (n, D) that arrives from above.
-
-    slots: which are read. "uniform"; "zipf": the r-th most read slot has a share of 1 / r; "equal": all pairs read one."""
-    generator = torch.Generator(device).manual_seed(seed)
-    values = torch.randn(S, D, generator=generator, device=device).to(dtype)
-    u = torch.rand(n, k, generator=generator, device=device, dtype=torch.float64)
-    rank = {"uniform": u * S, "zipf": S**u - 1, "equal": 0 * u}[slots].long()
-    indices = rank * 0x9E3779B1 % S  # an odd factor: where S is a power of two, the much read slots are strewn over the table
-    weights = torch.randn(n, k, generator=generator, device=device).softmax(-1)
-    return values, indices, weights, torch.randn(n, D, generator=generator, device=device).to(dtype)
-
-
-def brute_force(values, indices, weights, grad):
-    """The matrix form of the first page, in float64 and with all of W: y, dV, dweights. For small problems."""
-    values, indices, weights, grad = (t.cpu() for t in (values, indices, weights, grad))
-    values, weights, grad = values.double(), weights.double(), grad.double()
-    W = weights.new_zeros(len(indices), len(values))  # (n, S)
-    W.scatter_add_(1, indices.long(), weights)
-    return W @ values, W.T @ grad, (grad @ values.T).gather(1, indices.long())
-
-
-def brute_force_adam(values, rows, grads, rate, beta1, beta2, eps):
-    """A step of RowAdam with zero moments before it, in float64, over the whole table."""
-    grad = torch.zeros_like(values, dtype=torch.float64).index_add_(0, rows, grads.double())
-    return values.double() - rate * (1 - beta1) * grad / (((1 - beta2) * grad.square()).sqrt() + eps)
-
-
-def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 1024)):
-    """Print the errors of forward, backward and adam against float64 at awkward shapes. Returns whether all are small, and
-    whether a second run gives the same bits."""
-    passed = True
-    columns = ("y", "dvalues", "dweights", "adam")
-    print(f"{'width':>6} {'dtype':9}" + "".join(f"{name:>10}" for name in columns) + "   relative error against float64")
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        for D in widths:
-            values, indices, weights, grad = random_problem(37, 13, 101, D, dtype, device)
-            indices[0], indices[1, :5] = 7, 50  # slots that come more than once in a bag
-            indices[20:] = 3  # 221 pairs of one row: more than a piece
-            first, second = (backward(values, indices, weights, grad) for _ in range(2))
-            rows, grad_rows, grad_weights = first
-            dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
-            moved, rates = values.float().clone(), (0.1, 0.9, 0.98, 1e-15)
-            adam(moved, torch.zeros_like(moved), torch.zeros_like(moved), rows, grad_rows, *rates, 0)
-            got = [forward(values, indices, weights), dvalues, grad_weights, moved - values.float()]
-            want = [*brute_force(values, indices, weights, grad), None]
-            want[3] = brute_force_adam(values, rows, grad_rows, *rates).cpu() - values.cpu().double()
-            errors = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-            same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-            passed &= max(errors) < tolerance and same
-            verdict = "ok" if max(errors) < tolerance else f"FAILED: more than {tolerance:g}"
-            verdict += "" if same else ", FAILED: a second run differs"
-            print(f"{D:6} {str(dtype)[6:]:9}" + "".join(f"{error:10.1e}" for error in errors) + f"   {verdict}")
-    return passed
-
-
-def check_select(device):
-    """The same for triton_select: the sums that its slots have, against a top-k over all N * N sums in float64."""
-    passed = True
-    for n, H, N, K in ((5, 2, 24, 5), (3, 4, 128, 16), (2, 1, 500, 32)):
-        for dtype in (torch.float32, torch.bfloat16):
-            scores = torch.randn(2 * H, n, N, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
-            pairs = torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))], device=device).T
-            slots = triton_select(scores, pairs, K)
-            s1, s2 = scores.double().chunk(2)
-            got = s1.gather(-1, slots // N) + s2.gather(-1, slots % N)  # (H, n, K)
-            want = (s1.unsqueeze(-1) + s2.unsqueeze(-2)).flatten(-2).topk(K).values
-            repeated = sum(len(set(row)) < K for row in slots.flatten(0, 1).tolist())
-            error = ((got - want).norm() / want.norm()).item()
-            passed &= error < 1e-6 and not repeated
-            verdict = "ok" if error < 1e-6 and not repeated else f"FAILED: more than 1e-06, or {repeated} rows with a slot twice"
-            print(f"select {K:2} of {N:4} {str(dtype)[6:]:9}{error:9.1e}   {verdict}")
-    return passed
-
-
-def timed(run, device):
-    """Seconds that run() takes, with what it leaves to the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def seconds(run, device, repeats=9):
-    """Median time of run(), after a warm-up."""
-    return sorted([timed(run, device) for _ in range(repeats + 2)][2:])[repeats // 2]
-
-
-def embedding_bag(values, indices, weights, sparse=False):
-    """PyTorch's own operator for this. Its gradient has the table's size, or is sparse and not yet summed over the pairs."""
-    return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum", sparse=sparse)
-
-
-def embedding_bag_sparse(values, indices, weights):
-    return embedding_bag(values, indices, weights, sparse=True)
-
-
-def measure(n, k, S, D, dtype, device, slots, copy):
-    """One row of the benchmark's table. copy: bytes a second that a plain copy moves."""
-    values, indices, weights, grad = random_problem(n, k, S, D, dtype, device, slots)
-    values.requires_grad_()
-    weights.requires_grad_()
-    optimizer, into = RowAdam([values]), (torch.zeros_like(values), torch.zeros(S, dtype=torch.uint8, device=device))
-
-    def train(run):  # forward and backward
-        values.grad = weights.grad = None
-        run(values, indices, weights).backward(grad)
-
-    def times(run):  # of forward alone, of both
-        with torch.no_grad():
-            alone = seconds(lambda: run(values, indices, weights), device)
-        return alone, seconds(lambda: train(run), device)
-
-    train(lookup)
-    R, e = values.grad._nnz(), values.element_size()
-    with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
-        parts = [
-            ((n * k * D + n * D) * e, seconds(lambda: lookup_forward(values, indices, weights), device)),
-            ((3 * R * D + n * D) * e, seconds(lambda: lookup_backward_into(values, indices, weights, grad, *into), device)),
-            ((3 * e + 16) * R * D, seconds(optimizer.step, device)),
-        ]
-        sort = seconds(lambda: group_by_row(indices), device)
-    del optimizer  # and its moments
-    line = f"{slots:8}{S:10,}{D:5}{R / S:5.0%} |"
-    line += "".join(f"{moved / t / 1e9:9,.1f}{moved / t / copy:5.0%}" for moved, t in parts) + f"{sort / parts[1][1]:6.0%} |"
-
-    def own(values, indices, weights):  # as the model does
-        return lookup(values, indices, weights, into)
-
-    ours = times(own)
-    for run in (lookup_reference, embedding_bag, embedding_bag_sparse):
-        try:
-            cell = " / ".join(f"{theirs / mine:.1f}" for theirs, mine in zip(times(run), ours, strict=True))
-        except torch.OutOfMemoryError:
-            cell = "does not fit"
-        line += f"{cell:>15}"
-    if device.type == "cuda":
-        values.grad = weights.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train(own)
-        line += f"{(torch.cuda.max_memory_allocated() - before) / (R * D * e):8.2f}"
-    print(line, flush=True)
-
-
-def copy_speed(elements, dtype, device):
-    """Bytes a second that a plain copy reads and writes: what no lookup can beat, unless a cache helps it."""
-    source = torch.empty(elements, dtype=dtype, device=device).normal_()
-    target = torch.empty_like(source)
-    return 2 * elements * source.element_size() / seconds(lambda: target.copy_(source), device)
-
-
-def benchmark(device):
-    """Set the bytes that each part must move against what a plain copy moves in the same time, and the times of PyTorch's ways
-    to do the same against those of lookup()."""
-    if device.type == "cuda":
-        n, k, S, D, dtype, elements = 16384, 128, 2**20, 1024, torch.bfloat16, 2**29
-        others = [("zipf", s, D) for s in (2**16, 2**18, 2**22)] + [("zipf", S, d) for d in (256, 512, 2048)]
-    else:
-        n, k, S, D, dtype, elements = 1024, 64, 2**16, 64, torch.float32, 2**25
-        others = [("zipf", s, D) for s in (2**14, 2**18, 2**20)] + [("zipf", S, 256)]
-    copy = copy_speed(elements, dtype, device)
-    print(f"\n{n:,} tokens read {k} slots each, {str(dtype)[6:]}; a copy moves {copy / 1e9:,.0f} GB/s.")
-    print(f"\n{'':28} |{'GB/s and share of that copy':^48} | times as long as lookup: forward alone / with backward")
-    print(f"{'slots':8}{'S':>10}{'D':>5}  R/S |{'forward':>14}{'backward':>14}{'RowAdam':>14}  sort |", end="")
-    print(f"{'definition':>15}{'embedding_bag':>15}{'its sparse':>15}" + (f"{'memory':>8}" if device.type == "cuda" else ""))
-    for slots, S, D in [(slots, S, D) for slots in ("uniform", "zipf", "equal")] + others:
-        try:
-            measure(n, k, S, D, dtype, device, slots, copy)
-        except torch.OutOfMemoryError:
-            print(f"{slots:8}{S:10,}{D:5}      | does not fit on this device", flush=True)
-    print("\nR/S: share of the slots that are read. sort: its share of backward. its sparse: embedding_bag(sparse=True).")
-    if device.type == "cuda":
-        print("memory: peak of what lookup allocates forward and backward, in sizes of the rows that are read.")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Check the lookup against float64, then time it. Without a GPU the Triton kernels are checked in Triton's "
-        "interpreter, and the PyTorch path is timed."
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    try:
-        device = torch.device(parser.parse_args().device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"kernels.py: this --device cannot be used here ({str(error).splitlines()[0]}); try --device=cpu")
-    cuda, interpreted = device.type == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
-    if cuda or not interpreted:
-        print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if cuda else device}")
-        passed = check(torch_forward, torch_backward, torch_adam, device)
-    else:
-        passed = True
-    if not hasattr(triton, "cdiv"):
-        print("\nTriton: not installed, and not there for every system; its kernels are not checked")
-    elif cuda or interpreted:
-        print(f"\nTriton {triton.__version__}" + ("" if cuda else ", interpreted on the CPU"), flush=True)
-        widths = {} if cuda else {"widths": (1, 24, 96)}  # the interpreter takes its time; the tests have the other widths
-        passed &= check(triton_forward, triton_backward, triton_adam, device, **widths)
-        passed &= check_select(device)
-    else:  # the interpreter has to be asked for before Triton is imported: in another process
-        sys.stdout.flush()
-        passed &= subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}).returncode == 0
-    if not interpreted:
-        benchmark(device)
-    sys.exit(0 if passed else 1)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # check all of it against float64, then time it
+    sys.exit(subprocess.call([sys.executable, Path(__file__).resolve().parent / "bench" / "lookup.py", *sys.argv[1:]]))

@@ -60,7 +60,7 @@ class TrainConfig:
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam), constant: a cosine recalls far less in the demo")
+    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam), constant: a cosine recalls less")
     weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam")
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam")

@@ -21,7 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from kernels import RowAdam, lookup, random_problem, timed
+from bench.lookup import random_problem, timed
+from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
 
