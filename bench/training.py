@@ -36,7 +36,7 @@ PARTS = {
 
 def random_dataset(folder, tokens=2**22, vocab_size=50257):
     ids = np.random.default_rng(0).integers(vocab_size, size=tokens, dtype=np.uint16)
-    write_dataset(folder, ids, ids[: tokens // 8], "gpt2", vocab_size, 50256)
+    write_dataset(folder, ids, ids[: tokens // 8], "gpt2", vocab_size, vocab_size - 1)
 
 
 def run_training(arguments, folder, launcher=()):
