@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.cuda._utils import _get_device_index
 
-from train import load_checkpoint
+from bench import training
+from train import choose_device, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -270,6 +274,49 @@ def test_resume_and_recall_refuse_data_that_have_been_prepared_anew(facts, tmp_p
         run("sample.py", f"--out_dir={tmp_path / 'out'}", "--recall"),
     ):
         assert_refused(done, str(tmp_path / "data"), "trained on")
+
+
+# --- what only a GPU runs, as far as a machine without one carries ----------------------------------------------------
+
+
+def test_a_gpu_is_named_by_its_index(monkeypatch):
+    """torch.cuda.set_device refuses "cuda": PyTorch's own function that reads a device's index says so, no GPU needed."""
+    chosen, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    devices = [choose_device("cuda"), choose_device("auto"), choose_device("cuda:2"), choose_device("cuda", number=3)]
+    assert chosen == [0, 0, 2, 3] and [device.index for device in devices] == chosen
+
+
+def test_shares_of_a_step_count_each_kernel_once():
+    """What torch.profiler's averages look like on a GPU: kernels stand there themselves, in the operation that started them, in the
+    ranges around it, and ranges stand there a second time, as the GPU saw them, with the pauses between kernels."""
+
+    def event(key, kind=DeviceType.CPU, own=0, total=0, annotation=False):
+        times = dict(self_device_time_total=own, device_time_total=total, cpu_time_total=999)
+        return SimpleNamespace(key=key, device_type=kind, is_user_annotation=annotation, **times)
+
+    adam = "Optimizer.step#RowAdam.step"
+    events = [
+        event("ProfilerStep*", total=100),
+        event("ProfilerStep*", DeviceType.CUDA, own=130, total=130, annotation=True),
+        event("Lookup", total=20),
+        event("nanomem::lookup_forward", own=20, total=20),
+        event("forward_kernel", DeviceType.CUDA, own=20, total=20),
+        event("nanomem::lookup_backward_into", own=10, total=30),
+        event("aten::sort", own=20, total=20),
+        event("backward_kernel", DeviceType.CUDA, own=10, total=10),
+        event("sort_kernel", DeviceType.CUDA, own=20, total=20),
+        event(adam, own=15, total=15, annotation=True),
+        event(adam, DeviceType.CUDA, own=25, total=25, annotation=True),
+        event("adam_kernel", DeviceType.CUDA, own=15, total=15),
+        event("aten::mm", own=35, total=35),
+        event("gemm", DeviceType.CUDA, own=35, total=35),
+    ]
+    shares = training.shares_of(events, on_gpu=True)
+    want = {"lookup, forward": 0.2, "lookup, backward": 0.3, "RowAdam": 0.15, "AdamW": 0, "choosing the slots": 0}
+    assert shares == pytest.approx(want | {"taking out the gradient": 0})
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
