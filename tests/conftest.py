@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time; and the same sums in the same order, on any machine
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control starts what runs in the background deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell without job control takes away
 
 
 @pytest.fixture(scope="session")
