@@ -409,7 +409,7 @@ def lookup_backward_into(
 ) -> torch.Tensor:  # fmt: skip
     rows, _, grad_weights = lookup_backward(values, indices, weights, grad, gradient)
     touched.index_fill_(0, rows, 1)
-    return grad_weights.to(weights.dtype)
+    return grad_weights.to(weights.dtype).contiguous()  # as its fake says
 
 
 @lookup_forward.register_fake
@@ -473,12 +473,10 @@ def lookup(values, indices, weights, into=None):
         raise ValueError(f"lookup wants values, indices and weights on one device, not on {devices}")
     if max(len(values), indices.numel()) >= 2**31:
         raise ValueError(f"lookup counts in 32 bits: {len(values):,} slots, or {indices.numel():,} pairs, are too many")
-    return (sparse_lookup if into is None else Lookup.apply)(values, indices, weights, into)
-
-
-@torch.compiler.disable  # it cannot trace sparse gradients, nor their sum
-def sparse_lookup(values, indices, weights, into):
-    return Lookup.apply(values, indices, weights, into)
+    run = Lookup.apply
+    if into is None and values.requires_grad and torch.is_grad_enabled():
+        run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients, nor their sum
+    return run(values, indices, weights, into)
 
 
 class RowAdam(torch.optim.Optimizer):

@@ -151,6 +151,8 @@ class ValuePool(nn.Module):
         self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
         self.into = None  # once collect_gradients() was called: the sum of the gradients, and which rows have one
         self.usage = None
+        if group:
+            self.sharded_lookup = torch.compiler.disable(self.sharded_lookup)  # it talks to other processes
         self.sent = collections.Counter()  # bytes that this process has sent: {"lookup": ..., "gradient": ...}
 
     @torch.no_grad()
@@ -165,7 +167,6 @@ class ValuePool(nn.Module):
             self.usage.add(slots, weights)
         return lookup(self.values, slots, weights, self.into) if self.group is None else self.sharded_lookup(slots, weights)
 
-    @torch.compiler.disable
     def sharded_lookup(self, slots, weights):
         """Each rank tells all what its tokens read, looks up its columns for all of them, and gets the others' for its own.
 

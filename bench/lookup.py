@@ -214,6 +214,7 @@ def benchmark(device, n, k, dtype, elements, cases):
             row = measure(n, k, S, D, dtype, device, slots, copy)
         except torch.OutOfMemoryError:
             print("      | does not fit on this device", flush=True)
+            torch.cuda.empty_cache()
             continue
         rows.append(row | {"copy_GB/s": copy / 1e9})
         line = f"{row['R/S']:5.0%} |"

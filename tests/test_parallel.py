@@ -106,7 +106,7 @@ def wait_for_step(out, step, processes, seconds=120):
 # --- several processes equal one --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks, M", [(2, 1), (4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("ranks, M", [(4, 1), (2, 2), (4, 2)])  # two ranks with a table each: the test of a killed rank
 def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
     status, said, errors = together(ranks, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}")
     assert status == [0] * ranks, errors

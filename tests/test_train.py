@@ -19,7 +19,9 @@ from torch.autograd import DeviceType
 from torch.cuda._utils import _get_device_index
 
 from bench import training
-from train import choose_device, load_checkpoint
+from memory import ValuePool
+from model import GPTConfig
+from train import build_model, choose_device, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -287,6 +289,15 @@ def test_a_gpu_is_named_by_its_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
     devices = [choose_device("cuda"), choose_device("auto"), choose_device("cuda:2"), choose_device("cuda", number=3)]
     assert chosen == [0, 0, 2, 3] and [device.index for device in devices] == chosen
+
+
+def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(finished, monkeypatch):
+    model = build_model(GPTConfig(mem_count=3, mem_keys=4096), None, torch.device("meta"))  # 51 GB, were they drawn on the CPU
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    want = torch.load(finished / "ckpt.pt", weights_only=True)["model"]
+    monkeypatch.setattr(ValuePool, "initialize", None)
+    got = load_checkpoint(finished / "ckpt.pt")["model"].state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_shares_of_a_step_count_each_kernel_once():
