@@ -474,7 +474,7 @@ def lookup(values, indices, weights, into=None):
     if max(len(values), indices.numel()) >= 2**31:
         raise ValueError(f"lookup counts in 32 bits: {len(values):,} slots, or {indices.numel():,} pairs, are too many")
     run = Lookup.apply
-    if into is None and values.requires_grad and torch.is_grad_enabled():
+    if into is None and torch.is_grad_enabled():
         run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients, nor their sum
     return run(values, indices, weights, into)
 
