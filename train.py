@@ -3,7 +3,7 @@
     python train.py                                 a small Memory+ model on facts it has to remember; minutes on a laptop
     python train.py --preset=facts-dense            the same compute without a memory, to compare
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
-    python train.py --resume --out_dir=out/small    go on where that run stopped, to the same numbers
+    python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
     torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
 
 Options are the fields of TrainConfig below and of GPTConfig in model.py. Read from the bottom: main, train, evaluate.
@@ -488,6 +488,8 @@ def data_parallel(model, run_model, ranks):
     """DistributedDataParallel for the network; the table has its own way (ValuePool.combine_gradient)."""
     if model.pool is not None:
         model.pool.values.requires_grad_(False)  # DDP takes the parameters that have a gradient
+        # torch.compile would cut the graph at DDP's buckets, and PyTorch 2.9 then objects that two parts add to one gradient.
+        torch._dynamo.config.optimize_ddp = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for the last option, 2.9 has not
         # All begin with the same weights, and buffers are constants: there is nothing to send around.
@@ -828,6 +830,8 @@ def main(argv):
         print(f"{describe(model)}; on {device}{together}", flush=True)
     try:
         result = train(model, optimizers, data, config, device, state, ranks)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {first_line(error)}: try a smaller batch_size={config.batch_size}, more gradient_accumulation_steps")
     except (FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"train.py: {error}" if first_rank or ranks.world == 1 else 1)
     except RuntimeError as error:  # of a process that is gone, or does not answer

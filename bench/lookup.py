@@ -144,15 +144,16 @@ def measure(n, k, S, D, dtype, device, slots, copy):
         values.grad = weights.grad = None
         run(values, indices, weights).backward(grad)
 
-    def times(run):  # of forward alone, of both
+    def times(run, repeats=9):  # of forward alone, of both
         with torch.no_grad():
-            alone = seconds(lambda: run(values, indices, weights), device)
-        return alone, seconds(lambda: train(run), device)
+            alone = seconds(lambda: run(values, indices, weights), device, repeats)
+        return alone, seconds(lambda: train(run), device, repeats)
 
     def own(values, indices, weights):  # as the model does
         return lookup(values, indices, weights, into)
 
     train(lookup)
+    values.grad = values.grad.coalesce()  # as the model's is
     R, e = values.grad._nnz(), values.element_size()
     row = {"slots": slots, "S": S, "D": D, "R/S": R / S}
     with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
@@ -165,11 +166,11 @@ def measure(n, k, S, D, dtype, device, slots, copy):
             t = seconds(run, device)
             row |= {f"{name}_ms": 1e3 * t, f"{name}_GB/s": moved / t / 1e9, f"{name}_share": moved / t / copy}
         row["sort_share"] = 1e3 * seconds(lambda: group_by_row(indices), device) / row["backward_ms"]
-    del optimizer  # and its moments
+    del optimizer, parts, run  # and the moments
     ours = times(own)
     for name, run in (("definition", lookup_reference), ("embedding_bag", embedding_bag), ("sparse", embedding_bag_sparse)):
         try:
-            row[name] = [theirs / mine for theirs, mine in zip(times(run), ours, strict=True)]
+            row[name] = [theirs / mine for theirs, mine in zip(times(run, repeats=3), ours, strict=True)]
         except torch.OutOfMemoryError:
             row[name] = None
     if device.type == "cuda":

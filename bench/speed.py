@@ -68,8 +68,8 @@ def layer_step(config, kind, x, grad, context):
     if kind != "swiglu":
         nn.init.normal_(layer.keys, std=layer.Q**-0.5)
         pool = (ValuePool if kind == "memory" else PlainPool)(config.mem_keys**2, config.mem_value_dim)
-        nn.init.normal_(pool.values, std=0.02)
         pool = pool.to(x.device, getattr(torch, config.mem_dtype))
+        pool.initialize(std=0.02)
         optimizers = [(RowAdam if kind == "memory" else torch.optim.Adam)(pool.parameters(), lr=1e-3)]
     if kind == "memory":
         pool.collect_gradients()

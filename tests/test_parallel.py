@@ -269,6 +269,21 @@ def test_wrong_input_is_said_once_and_by_name(facts, tmp_path, options, words):
     assert not any("Traceback" in text for text in said) and not (tmp_path / "out").exists()
 
 
+def test_a_compiled_model_trains_in_several_buckets_as_alone(facts, alone, tmp_path):
+    """DDP's buckets, made small, would cut the compiled graph between two layers that add to one gradient: PyTorch 2.9 refuses it.
+    Traced, but without a C++ compiler."""
+    script = (
+        "import functools, sys, torch, train\n"
+        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+        "train.DistributedDataParallel = functools.partial(train.DistributedDataParallel, bucket_cap_mb=0.05)\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "compiled.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
+    done = torchrun(1, tmp_path / "compiled.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--compile=true")
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(alone, tmp_path / "out")
+
+
 def test_missing_rendezvous_variables_are_named_once(facts, tmp_path):
     processes = start_ranks(2, *OPTIONS, f"--out_dir={tmp_path / 'out'}", without=("MASTER_ADDR", "MASTER_PORT"))
     said = [process.communicate(timeout=100)[1] for process in processes]
