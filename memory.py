@@ -197,8 +197,10 @@ class ValuePool(nn.Module):
         if count > 1:
             dist.all_reduce(grads, group=replicas)
             self.sent["gradient"] += ring_bytes(touched, count) + ring_bytes(grads, count)
+        if world > 1:
+            grads /= world
         self.values.grad = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grads.div_(world), self.values.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), grads, self.values.shape, is_coalesced=True, check_invariants=False
         )
         gradient.index_fill_(0, rows, 0)
         touched.zero_()
@@ -256,6 +258,7 @@ class MemoryLayer(nn.Module):
         scores = torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2))  # (2H, n, N)
         slots = select(scores.detach(), self.pairs, K)  # (H, n, K)
         i = slots // self.N
+        # A sub-key can be in several of the K sums. Their gradients add up in autograd's scatter: on a GPU by atomics, in any order.
         halves = scores.unflatten(0, (2, H)).gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)
         return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)
