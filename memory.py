@@ -258,7 +258,7 @@ class MemoryLayer(nn.Module):
         scores = torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2))  # (2H, n, N)
         slots = select(scores.detach(), self.pairs, K)  # (H, n, K)
         i = slots // self.N
-        # A sub-key can be in several of the K sums. Their gradients add up in autograd's scatter: on a GPU by atomics, in any order.
+        # A sub-key can be in several of the K sums: its gradients add up in gather's backward pass, on a GPU in any order.
         halves = scores.unflatten(0, (2, H)).gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)
         return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)

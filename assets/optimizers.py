@@ -26,8 +26,8 @@ VARIANTS = {
 
 
 class PoolAdam(torch.optim.Optimizer):
-    def __init__(self, variant, params, lr, betas):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=1e-8))
+    def __init__(self, variant, params, lr, betas, eps=1e-15):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
         self.variant = variant
 
     @torch.no_grad()

@@ -319,7 +319,7 @@ def test_the_other_adams_of_the_readme_do_what_they_are_compared_for():
         return table.detach(), optimizer.state[table]
 
     def variant(name):
-        return train(lambda table: PoolAdam(name, [table], 0.01, (0.9, 0.98)), dense=False)
+        return train(lambda table: PoolAdam(name, [table], 0.01, (0.9, 0.98), eps=1e-8), dense=False)
 
     adam, state = train(lambda table: torch.optim.Adam([table], lr=0.01, betas=(0.9, 0.98)), dense=True)
     lazy, _ = train(lambda table: kernels.RowAdam([table], lr=0.01, betas=(0.9, 0.98), eps=1e-8), dense=False)
