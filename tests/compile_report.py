@@ -1,6 +1,6 @@
-"""python tests/compile_report.py CAPABILITY WIDTH: compile the kernels for a GPU that need not be there (80 is an A100, 90 an
-H100 or H200) and print, for each: name, type of the values, registers a thread, bytes spilled, how many loads from memory are
-of 16 bytes, and how many of 2."""
+"""python tests/compile_report.py CAPABILITY WIDTH [bf16] [fp32]: compile the kernels for a GPU that need not be there (80 is an
+A100, 90 an H100 or H200) and print, for each: name, type of the values, registers a thread, bytes spilled, how many loads from
+memory are of 16 bytes, and how many of 2."""
 
 import inspect
 import re
@@ -69,8 +69,8 @@ def compile_all(capability, D, e):
         yield f"select-{N}", compile_kernel(kernels.select_kernel, capability, warps, dict(N=N, H=4, K=K, P=P, **blocks), **inputs)
 
 
-def main(capability, D):
-    for e in ("bf16", "fp32"):
+def main(capability, D, types):
+    for e in types:
         for name, ptx in compile_all(capability, D, e):
             wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx))
             narrow = len(re.findall(r"ld\.global[.\w:]*\.b16\b", ptx))
@@ -78,4 +78,4 @@ def main(capability, D):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or ("bf16", "fp32"))

@@ -394,11 +394,11 @@ def test_wrong_inputs_are_refused_with_a_reason(change, message):
         lookup(**inputs)
 
 
-@pytest.mark.parametrize("capability, D", [(80, 1024), (90, 768)])
-def test_kernels_compile_without_spills_and_load_16_bytes(capability, D):
+@pytest.mark.parametrize("capability, D, types", [(80, 1024, ["bf16"]), (90, 768, ["bf16", "fp32"])])
+def test_kernels_compile_without_spills_and_load_16_bytes(capability, D, types):
     """A second process, because the interpreter is on in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests" / "compile_report.py", str(capability), str(D)]
+    command = [sys.executable, ROOT / "tests" / "compile_report.py", str(capability), str(D), *types]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)  # registers and loads of each kernel: pytest -rP shows them

@@ -170,11 +170,11 @@ def test_a_folder_of_nanogpt_trains_unchanged_and_its_pickle_is_not_read(tmp_pat
 def test_the_smoke_preset_trains_on_real_text_and_writes_some(gpt2, wikitext, tmp_path):
     files = ("--file", wikitext[0], "--val_file", wikitext[1])
     assert run("data/shakespeare/prepare.py", *files, "--encoding=gpt2", "--out", tmp_path).returncode == 0
-    options = ("--preset=gpt2-smoke", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=40", "--eval_iters=4")
+    options = ("--preset=gpt2-smoke", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=24", "--eval_iters=2")
     done = run("train.py", *options, "--device=cpu")
     assert done.returncode == 0, done.stderr
     last = log_of(tmp_path / "out")[-1]
-    assert last["val_loss"] < 8.5 < log_of(tmp_path / "out")[0]["loss"]  # it begins at log 50,257 = 10.8
+    assert last["val_loss"] < 9.5 < log_of(tmp_path / "out")[0]["loss"]  # it begins at log 50,257 = 10.8
     done = run("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=1", "--max_new_tokens=20", "--start= The game")
     assert done.returncode == 0 and done.stdout.startswith(" The game") and len(done.stdout.split()) > 5, done.stderr
 
