@@ -61,11 +61,10 @@ def assert_near(got, want, tolerance):
     assert (got.double() - want).norm() <= tolerance * want.norm()
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("D", WIDTHS)
-def test_lookup_and_gradients_equal_brute_force(path, D, dtype, index_dtype):
-    inputs = list(problem(D=D, dtype=dtype, index_dtype=index_dtype))
+def test_lookup_and_gradients_equal_brute_force(path, D, dtype):
+    inputs = list(problem(D=D, dtype=dtype, index_dtype=(torch.int32, torch.int64)[WIDTHS.index(D) % 2]))
     for got, want in zip(run(*inputs), brute_force(*inputs), strict=True):
         assert_near(got.to_dense(), want, TOLERANCE[dtype])
 
