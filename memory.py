@@ -25,6 +25,8 @@ import argparse
 import collections
 import contextlib
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 from kernels import lookup, triton_select, uses_triton
 
 

@@ -10,7 +10,7 @@ Read in this order: GPTConfig, Block, GPT.hidden, GPT.forward; then generate, an
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +20,44 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memory import MemoryLayer, ValuePool
 
 
-def option(default, help):
-    """A dataclass field with a help text: train.py makes its command line from these."""
-    return field(default=default, metadata={"help": help})
+def option(default, help, low=0, below=2**31, choices=()):
+    """A dataclass field with help text and limits, low <= value < below for numbers: train.py makes its command line from these."""
+    return field(default=default, metadata={"help": help, "low": low, "below": below, "choices": choices})
+
+
+def check_options(config):
+    """Raises ValueError, naming the option, for a value of another kind than its default, or beyond its limits."""
+    for f in fields(config):
+        value, kind, limits = getattr(config, f.name), type(f.default), f.metadata
+        if type(value) is int and kind is float:
+            object.__setattr__(config, f.name, value := float(value))
+        if type(value) is not kind or (kind is tuple and any(type(item) is not int for item in value)):
+            raise ValueError(f"{f.name}={value!r}: must be of type {kind.__name__}")
+        if kind in (int, float) and not limits["low"] <= value < limits["below"]:
+            raise ValueError(f"{f.name}={value}: must be at least {limits['low']} and below {limits['below']}")
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(f"{f.name}={value}: must be one of {', '.join(limits['choices'])}")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Shape of a model. Raises ValueError, naming the option, for a shape that cannot be built."""
 
-    vocab_size: int = option(50257, "tokens in the vocabulary (train.py takes it from the dataset)")
-    block_size: int = option(1024, "longest context, in tokens")
-    n_layer: int = option(12, "blocks")
-    n_head: int = option(12, "attention heads")
-    n_embd: int = option(768, "model width C")
+    vocab_size: int = option(50257, "tokens in the vocabulary (train.py takes it from the dataset)", 1)
+    block_size: int = option(1024, "longest context, in tokens", 1)
+    n_layer: int = option(12, "blocks", 1, 10_000)
+    n_head: int = option(12, "attention heads", 1)
+    n_embd: int = option(768, "model width C", 1)
     n_ffn: int = option(0, "hidden width of the SwiGLU networks; 0: 8/3 of n_embd, rounded up to a multiple of 8")
-    dropout: float = option(0.0, "share of activations dropped after attention and feed-forward networks in training")
+    dropout: float = option(0.0, "share of activations dropped after attention and feed-forward networks in training", below=1)
     mem_count: int = option(0, "memory layers, spread evenly over the depth; 0: a dense model")
     mem_layers: tuple[int, ...] = option((), "which blocks, from 0, have a memory layer, as in 2,6,10; overrides mem_count")
-    mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots")
-    mem_heads: int = option(4, "memory heads H")
-    mem_topk: int = option(32, "slots K that each memory head reads")
+    mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots", 1)
+    mem_heads: int = option(4, "memory heads H", 1)
+    mem_topk: int = option(32, "slots K that each memory head reads", 1)
     mem_key_dim: int = option(0, "width of a full key, two halves; 0: half of n_embd, at most 512")
     mem_value_dim: int = option(0, "width D of a value; 0: n_embd")
-    mem_dtype: str = option("float32", "float32 or bfloat16: of the values; bfloat16 halves their size and what a lookup moves")
+    mem_dtype: str = option("float32", "of the values: bfloat16 halves what a lookup moves", choices=("float32", "bfloat16"))
     mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
     mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
 
@@ -56,16 +70,12 @@ class GPTConfig:
             if not ok:
                 raise ValueError(message)
 
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("n_ffn", "mem_count", "mem_key_dim", "mem_value_dim"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must not be negative")
+        check_options(self)
         check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         check(
             self.n_embd // self.n_head % 2 == 0,
             f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions turn pairs of numbers, so it must be even",
         )
-        check(0 <= self.dropout < 1, f"dropout={self.dropout}: must be at least 0 and below 1")
         default("n_ffn", -(-self.n_embd * 8 // 3 // 8) * 8)
         check(self.mem_count <= self.n_layer, f"mem_count={self.mem_count}: the model has only n_layer={self.n_layer} blocks")
         # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
@@ -75,12 +85,9 @@ class GPTConfig:
         object.__setattr__(self, "mem_count", len(self.mem_layers))
         for i in self.mem_layers:
             check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
-        check(self.mem_dtype in ("float32", "bfloat16"), f"mem_dtype={self.mem_dtype}: must be float32 or bfloat16")
         default("mem_key_dim", max(2, min(self.n_embd // 2, 512) // 2 * 2))
         default("mem_value_dim", self.n_embd)
         if self.mem_layers:
-            check(self.mem_heads > 0, f"mem_heads={self.mem_heads}: must be at least 1")
-            check(self.mem_topk > 0, f"mem_topk={self.mem_topk}: must be at least 1")
             check(
                 self.mem_topk <= self.mem_keys,
                 f"mem_topk={self.mem_topk}: each half has only mem_keys={self.mem_keys} sub-keys to choose from",

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 from data.dataset import Dataset, find_folder, make_encoding
+from data.files import blame, one_line, steady_streams
 from train import answer, choose_device, load_checkpoint, precision
 
 
 def parse(argv):
-    def number(kind, low, high=float("inf")):
+    def number(kind, low, high=10**9):
         def convert(text):
             if not low <= kind(text) <= high:
                 raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -49,14 +51,11 @@ def parse(argv):
 
 
 def read_start(start):
-    if start == "-":
-        return sys.stdin.read()
-    if start.startswith("FILE:"):
-        try:
-            return Path(start[5:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--start: {start[5:]} is not UTF-8 text ({error})") from None
-    return start
+    if start != "-" and not start.startswith("FILE:"):
+        return start
+    file = 0 if start == "-" else start[5:]
+    with blame(f"--start={start}", "it must be UTF-8 text"), open(file, encoding="utf-8") as text:
+        return text.read()
 
 
 def sample(model, encoding, separator, text, args):
@@ -89,7 +88,7 @@ def print_recall(model, encoding, separator, questions, rows):
     score = collections.defaultdict(list)
     for i, (question, ids) in enumerate(zip(questions, answers, strict=True)):
         right = ids == question["answer_ids"]
-        score[question.get("attribute", "questions")].append(right)
+        score[question["attribute"]].append(right)
         if i < len(show):
             got = " ".join(encoding.decode(ids).split())
             print(f"{question['prompt']:{width}}  {question['answer']:24}  {got:24}  {'right' if right else 'wrong'}")
@@ -104,12 +103,15 @@ def print_recall(model, encoding, separator, questions, rows):
 
 def main(argv):
     args = parse(argv)
-    try:
+    with one_line("sample.py"):
         device = choose_device(args.device)
-        checkpoint = load_checkpoint(Path(args.out_dir) / args.checkpoint, device)
+        path = Path(args.out_dir) / args.checkpoint
+        checkpoint = load_checkpoint(path, device)
         model, separator = checkpoint["model"].eval(), checkpoint["separator"]
-        encoding = make_encoding(checkpoint["vocabulary"])
-        questions = None
+        with blame(f"{path}", "give another --checkpoint"):
+            encoding = make_encoding(checkpoint["vocabulary"])
+            if encoding.n_vocab != model.config.vocab_size:
+                raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {model.config.vocab_size} in its model")
         if args.recall:
             folder = find_folder(checkpoint["train_config"]["dataset"])
             questions = Dataset(folder).questions()
@@ -118,20 +120,19 @@ def main(argv):
             if not questions:
                 raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
         text = read_start(args.start)
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    try:
-        with precision(args.dtype, device), torch.inference_mode():
+    with one_line("sample.py", (OSError, torch.OutOfMemoryError)), precision(args.dtype, device), torch.inference_mode():
+        try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)
             else:
                 sample(model, encoding, separator, text, args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, say head, has seen enough; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed at exit
+            if not isinstance(error, BrokenPipeError):  # a reader, say head, who has seen enough
+                raise OSError(f"standard output: {error}") from None
 
 
 if __name__ == "__main__":
+    steady_streams()
+    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115 (a reader who goes away ends this one)
     main(sys.argv[1:])

@@ -22,8 +22,8 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
-import subprocess
 import sys
 import time
 import typing
@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # Apple GPUs lack a few sparse operators: those run on the CPU
 import torch
 import torch.distributed as dist
@@ -40,10 +41,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.dataset import Dataset, atomic_write, find_folder, open_dataset, write_file
+from data.dataset import Dataset, find_folder, open_dataset
+from data.files import Refused, atomic_write, blame, explain, lock, one_line, steady_streams, sweep, write_file
 from kernels import RowAdam
 from memory import ring_bytes
-from model import GPT, GPTConfig, option
+from model import GPT, GPTConfig, check_options, option
 
 
 @dataclass(frozen=True)
@@ -54,48 +56,32 @@ class TrainConfig:
     resume: bool = option(False, "go on with the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
-    batch_size: int = option(8, "sequences in a micro-step")
-    gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together")
-    max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them")
-    learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)")
-    min_lr: float = option(0.0, "learning rate of the network that the cosine ends at")
+    batch_size: int = option(8, "sequences in a micro-step", 1)
+    gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together", 1)
+    max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them", 1)
+    learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)", below=1e31)
+    min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam), constant: a cosine recalls less")
-    weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed")
-    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam")
-    beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam")
-    grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any")
-    eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = option(20, "batches in an estimate of the loss")
-    log_interval: int = option(10, "steps between lines of the log")
-    seed: int = option(1, "of first values, order of the data, and dropout")
+    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam), constant: a cosine recalls less", 1e-30, 1e31)
+    weight_decay: float = option(0.1, "AdamW's decay of matrices; gains and memory values are not decayed", below=1e31)
+    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
+    beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
+    grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any", below=1e31)
+    eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint", 1)
+    eval_iters: int = option(20, "batches in an estimate of the loss", 1)
+    log_interval: int = option(10, "steps between lines of the log", 1)
+    seed: int = option(1, "of first values, order of the data, and dropout", below=2**63)
     device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
-    dtype: str = option("auto", "float32 or bfloat16; auto: bfloat16 on a GPU that has it")
-    compile: str = option("auto", "true, false; auto: torch.compile on a GPU")
-    memory_parallel: int = option(1, "processes that share one table, each with a part of its columns; the others have copies")
-    backend: str = option("auto", "nccl, gloo; auto: nccl on GPUs. How the processes that torchrun starts talk")
-    timeout: int = option(600, "seconds that a process waits for another one before it gives up")
+    dtype: str = option("auto", "auto: bfloat16 on a GPU that has it", choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
+    memory_parallel: int = option(1, "processes that share one table, each with a part of its columns; the others have copies", 1)
+    backend: str = option("auto", "how processes talk; auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
+    timeout: int = option(600, "seconds that a process waits for another one before it gives up", 1)
 
     def __post_init__(self):
-        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval")
-        for name in (*counts, "memory_parallel", "timeout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: must be 0 to 2**63 - 1")
-        if not 0 < self.mem_learning_rate < math.inf:
-            raise ValueError(f"mem_learning_rate={self.mem_learning_rate}: must be above 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        choices_of = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false")}
-        for name, choices in (choices_of | {"backend": ("auto", "nccl", "gloo")}).items():
-            object.__setattr__(self, name, getattr(self, name).lower())  # nanoGPT's True and False will do
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+        check_options(self)
+        if not self.out_dir.strip():
+            raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
 
 
 # Within a family the presets have the same data, the same steps, and FLOPs a token within 3% of each other.
@@ -148,9 +134,10 @@ def parse_options(argv):
             if f.name == "vocab_size":  # the dataset says
                 continue
             known.append(f.name)
-            kind = {bool: to_bool, tuple[int, ...]: to_numbers}.get(types[f.name], types[f.name])
+            choices = f.metadata["choices"]
+            kind = {bool: to_bool, tuple[int, ...]: to_numbers}.get(types[f.name], str.lower if choices else types[f.name])
             optional_value = {"nargs": "?", "const": True} if kind is to_bool else {}  # --resume alone means true
-            help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+            help = f"{f.metadata['help']} ({', '.join(choices)}{'; ' * bool(choices)}default: {f.default!r})".replace("%", "%%")
             group.add_argument(f"--{f.name}", type=kind, metavar="", default=argparse.SUPPRESS, help=help, **optional_value)
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -180,37 +167,39 @@ def save_checkpoint(path, checkpoint, ranks):
 
     The table of memory_parallel=M goes into M files beside `path`, which names them and is written last: then they count."""
 
-    first = Path(path)
+    path = Path(path)
 
     def write(path, contents):
         try:
             with atomic_write(path) as f:
                 torch.save(contents, f)
         except (OSError, RuntimeError) as error:
-            kept = "There was none before: start again"
-            if first.exists():
-                kept = "The one before is untouched: go on with --resume"
-            return f"could not write the checkpoint {path} ({error}). {kept} when there is room on the disk"
+            raise cannot_write(path, error) from None
 
-    path, error = first, None
+    names = []
     if ranks.M > 1:
         names = [f"{path.stem}-{checkpoint['iter']}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
-        part = {"format": FORMAT, "values": checkpoint["model"].pop("pool.values")}
+        save = ranks.gather(os.urandom(8).hex())[0]  # each part says which it is, and of what
+        part = {"format": FORMAT, "part": [ranks.rank, save], "values": checkpoint["model"].pop("pool.values")}
         if "optimizers" in checkpoint:
             network, table = checkpoint["optimizers"]
             part |= {name: table["state"][0][name] for name in ("means", "squares")}
             table = {**table, "state": {0: {"step": table["state"][0]["step"]}}}
             checkpoint = {**checkpoint, "optimizers": [network, table]}
-        checkpoint = {**checkpoint, "pool_parts": names}
-        if ranks.rank < ranks.M:
-            error = write(path.with_name(names[ranks.rank]), part)
-        ranks.raise_any(error and OSError(error))
+        checkpoint = {**checkpoint, "pool_parts": names, "save": save}
+        ranks.together(ranks.rank < ranks.M, lambda: write(path.with_name(names[ranks.rank]), part))
+    ranks.together(ranks.rank == 0, lambda: write(path, checkpoint))
     if ranks.rank == 0:
-        error = write(path, checkpoint)
-    ranks.raise_any(error and OSError(error))
-    if ranks.M > 1 and ranks.rank == 0:
-        for old in set(path.parent.glob(f"{path.stem}-*of*.pt")) - {path.with_name(name) for name in names}:
-            old.unlink()
+        for old in path.parent.iterdir():
+            if re.fullmatch(rf"{path.stem}-\d+-\d+of\d+\.pt", old.name) and old.name not in names:
+                old.unlink()
+
+
+def cannot_write(path, error):
+    kept = "There is no checkpoint yet: start again"
+    if path.with_name("ckpt.pt").exists():
+        kept = "The last checkpoint is untouched: go on with --resume"
+    return OSError(f"could not write {path} ({explain(error)}). {kept} when there is room on the disk")
 
 
 def read_checkpoint(path):
@@ -235,8 +224,8 @@ def load_checkpoint(path, device="cpu", group=None):
 
     However many processes have written it, with a group each of its processes gets the columns of the table that are its own.
     Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, or something else."""
+    path = Path(path)
     checkpoint = read_checkpoint(path)
-    parts = [read_checkpoint(Path(path).with_name(name)) for name in checkpoint.get("pool_parts", [])]
 
     def my_columns(tensors):
         """Of a table that lies before us in pieces of equal width."""
@@ -244,7 +233,18 @@ def load_checkpoint(path, device="cpu", group=None):
         pieces = [t[:, max(0, mine.start - i * width) : max(0, mine.stop - i * width)] for i, t in enumerate(tensors)]
         return torch.cat(pieces, dim=1)
 
-    try:
+    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
+        while True:
+            try:
+                parts = [read_checkpoint(path.with_name(name)) for name in checkpoint.get("pool_parts", [])]
+                break
+            except FileNotFoundError:  # a run may have put another checkpoint in its place
+                before, checkpoint = checkpoint, read_checkpoint(path)
+                if checkpoint["save"] == before["save"]:
+                    raise
+        if any(part["part"] != [i, checkpoint["save"]] for i, part in enumerate(parts)):
+            raise ValueError(f"of {', '.join(checkpoint['pool_parts'])} one is another part, or of another checkpoint")
+        TrainConfig(**checkpoint["train_config"])
         with torch.device(device):
             model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
         weights = checkpoint["model"]
@@ -255,9 +255,12 @@ def load_checkpoint(path, device="cpu", group=None):
                     for name in {"means", "squares"} & (set(state) | set(*parts[:1])):
                         state[name] = my_columns([part[name] for part in parts] or [state[name]])
         model.load_state_dict(weights)
-        TrainConfig(**checkpoint["train_config"])
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: the weights do not fit the configuration beside them ({str(error)[:300]})") from None
+        if not math.isfinite(largest_weight(model)):
+            raise ValueError("there are weights that are no numbers")
+        kinds = {"iter": int, "seconds": float, "best_val_loss": float, "separator": int, "fingerprint": str, "random": list}
+        wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
+        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
+            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
     return {**checkpoint, "model": model}
 
 
@@ -270,7 +273,7 @@ def choose_device(name, number=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":  # PyTorch wants the index in some places
         name = f"cuda:{number or 0}"
-    try:
+    with blame(f"device={name} cannot be used here", "try device=cpu"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
@@ -280,8 +283,6 @@ def choose_device(name, number=None):
             libc = ctypes.CDLL(None)  # has to take them again, page by page: 7% of its time
             libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name} cannot be used here ({str(error).splitlines()[0]}); try device=cpu") from None
     return device
 
 
@@ -393,28 +394,37 @@ class Ranks:
 
     def __init__(self):
         """Reads what torchrun says. Raises ValueError if that is not enough to find the others."""
-        self.rank, self.local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.world, self.on = int(os.environ.get("WORLD_SIZE", 1)), "RANK" in os.environ
-        self.M, self.group, self.replicas, self.control = 1, None, None, None
+        self.on = "RANK" in os.environ
+        with blame("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers", "start several processes with torchrun"):
+            names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+            self.rank, self.local, self.world = (int(os.environ.get(name, n) if self.on else n) for name, n in names)
+            if not 0 <= self.rank < self.world:
+                raise ValueError(f"rank {self.rank} of {self.world}")
+        self.M, self.group, self.replicas, self.control, self.store = 1, None, None, None, None
         self.sent = collections.Counter()  # bytes
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if self.on and missing:
             raise ValueError(f"RANK is set, but {', '.join(missing)} not: start several processes with torchrun")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store, which outlives its processes
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun die, stop as if it had said so
+
+    def began(self):
+        """Whether this very job has begun the run in out_dir, and was restarted by torchrun since."""
+        return self.store is not None and self.store.check(["nanomem"])
 
     def meet(self, device, backend, timeout):
         if not self.on:
             return
         backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(backend, backend)
-        try:
+        with blame(f"backend={backend}: the {self.world} processes do not find each other", "start them with torchrun"):
             timeout = datetime.timedelta(seconds=timeout)
             store, *_ = next(dist.rendezvous("env://", timeout=timeout))
             # After a restart torchrun's store still has the addresses of the processes before: keep them apart.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
             self.control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")  # for small things on the CPU
-        except (RuntimeError, ValueError) as error:
-            reason = first_line(error)
-            raise ValueError(f"backend={backend}: the {self.world} processes do not find each other ({reason})") from None
 
     def share(self, M):
         """Form groups of M ranks that share a table. M divides world."""
@@ -446,16 +456,26 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return largest.item() or None
 
-    def raise_any(self, error):
-        """error: this rank's, or None. If any rank has one, all raise it: nobody is left waiting."""
-        if error and self.world == 1:
-            raise error
-        errors = self.gather(error and (type(error).__name__, str(error)))
-        failed = [rank for rank, error in enumerate(errors) if error]
+    def refuse(self, message):
+        """For what all ranks find at the same time: one of them says it."""
+        raise Refused(message) if self.rank == 0 else SystemExit(1)
+
+    def together(self, takes_part, do):
+        """do() in the ranks that take part. If it fails in one of them, none of them goes on, and nobody is left waiting."""
+        result = error = None
+        if takes_part:
+            try:
+                result = do()
+            except Exception as caught:
+                error = caught
+                if self.world == 1:
+                    raise
+        errors = self.gather(error and explain(error))
+        failed = [str(rank) for rank, error in enumerate(errors) if error]
         if failed:
-            kind, text = errors[failed[0]]
-            where = f"rank {', '.join(map(str, failed))}: " if 0 < len(failed) < self.world else ""
-            raise {"ValueError": ValueError}.get(kind, OSError)(where + text)
+            where = f"rank {', '.join(failed)}: " if len(failed) < self.world else ""
+            self.refuse(where + errors[int(failed[0])])
+        return result
 
     def total(self, numbers):
         """The sum over all ranks of each of some numbers (float64)."""
@@ -470,7 +490,7 @@ class Ranks:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise ValueError(f"{what} is {values[0]} on rank 0 and {other} on rank {rank}: all must have the same")
+                self.refuse(f"{what} is {values[0]} on rank 0 and {other} on rank {rank}: all must have the same")
 
     def check_in_step(self, model):
         """Every rank takes the same updates, so all have the same weights, bit for bit, and replicas the same columns."""
@@ -481,7 +501,7 @@ class Ranks:
         everyone = self.gather((sum(sums), table))
         for rank, (network, table) in enumerate(everyone):
             if network != everyone[0][0] or table != everyone[rank % self.M][1]:
-                raise ValueError(f"rank {rank} is out of step: its weights are not those of rank {rank % self.M}. Is a GPU faulty?")
+                self.refuse(f"rank {rank} is out of step: its weights are not those of rank {rank % self.M}. Is a GPU faulty?")
 
 
 def data_parallel(model, run_model, ranks):
@@ -510,25 +530,46 @@ def first_line(error):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; the second one ends the process at once."""
+    """Turns SIGINT or SIGTERM into a request to stop after the step. What is sent to a whole job comes twice, as torchrun passes it
+    on: only a second Ctrl-C, more than a second later, ends the process at once."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = self.time = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self.time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.time > 1:
+            os._exit(130)
 
 
-def refuse_nan(number, it, config, what="loss"):
+def largest_weight(model):
+    """Not the largest, but infinite or no number if one of them is."""
+    return sum(p.detach().norm(math.inf).item() for p in model.parameters())
+
+
+def refuse_nan(number, it, config, ranks, what="loss"):
     if not math.isfinite(number):
-        raise FloatingPointError(
+        ranks.refuse(
             f"the {what} is {number} at step {it}: training has diverged. {config.out_dir} keeps what was saved before. "
             f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate "
             f"(now {config.mem_learning_rate:g}), or a longer warmup_iters"
         )
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """If there is not, say what takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|not enough memory|ALLOC_", str(error))):
+            raise
+        raise Refused(
+            f"out of memory ({first_line(error)}): lower batch_size (and raise gradient_accumulation_steps), block_size or mem_keys"
+        ) from error
 
 
 def train(model, optimizers, data, config, device, state, ranks):
@@ -550,8 +591,7 @@ def train(model, optimizers, data, config, device, state, ranks):
 
     def save(name, with_optimizers=True):
         # The loss of this step was that before its update.
-        largest = sum(p.detach().norm(math.inf).item() for p in model.parameters())
-        refuse_nan(ranks.total([largest])[0], state["iter"], config, "largest weight")
+        refuse_nan(ranks.total([largest_weight(model)])[0], state["iter"], config, ranks, "largest weight")
         checkpoint = {
             "format": FORMAT,
             "model_config": dataclasses.asdict(model.config),
@@ -602,7 +642,7 @@ def train(model, optimizers, data, config, device, state, ranks):
         stopped_by = ranks.any(stop.signal)
         if it % config.log_interval == 0 or evaluating or stopped_by:
             loss = ranks.total([loss.item()])[0] / ranks.world  # waits for the GPU
-            refuse_nan(loss, it, config)
+            refuse_nan(loss, it, config, ranks)
             now = time.perf_counter()
             state["seconds"] += now - clock
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": (it - since) * tokens_per_step / (now - clock)}
@@ -623,15 +663,18 @@ def train(model, optimizers, data, config, device, state, ranks):
                 ranks.check_in_step(model)
                 with context:
                     result = evaluate(model, data, config, device)
-                refuse_nan(result["val_loss"], it, config)
+                refuse_nan(result["val_loss"], it, config, ranks)
                 result |= {name: count for name, count in line.items() if name.startswith("sent_")}
                 line |= result
                 shown["val"] = f"{result['val_loss']:.3f}"
                 shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
                 shown |= {"mem": f"{result['mem_used']:.0%} used"} if "mem_used" in result else {}
             if first_rank:
-                with open(out_dir / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
+                try:
+                    with open(out_dir / "log.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+                except OSError as error:
+                    raise cannot_write(out_dir / "log.jsonl", error) from None
             bar.set_postfix(shown)
             if evaluating and result["val_loss"] < state["best_val_loss"]:
                 state["best_val_loss"] = result["val_loss"]
@@ -683,21 +726,26 @@ def summarize(model, result, config, state, questions):
 
 
 def build_model(config, group, device):
-    """A GPT. Raises ValueError if this machine cannot hold it."""
-    try:
-        with device:  # there its first numbers are drawn, which takes a CPU seconds
-            return GPT(config, group)
-    except RuntimeError as error:
-        size = {"float32": 4, "bfloat16": 2}[config.mem_dtype]
-        need = config.mem_keys**2 * config.mem_value_dim * size / 2**30 if config.mem_layers else 0
+    """A GPT. Raises ValueError if this machine cannot hold it: the system would end the process without a word."""
+    with torch.device("meta"):  # a model that takes no room
+        needs = {name: 2 * p.nbytes + 8 * p.numel() for name, p in GPT(config, group, initialize=False).named_parameters()}
+    need, table, have = sum(needs.values()) / 2**30, needs.get("pool.values", 0) / 2**30, math.inf
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1] / 2**30
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if need > have:
         raise ValueError(
-            f"the model does not fit ({first_line(error)}); with these mem_keys its table alone takes {need:,.1f} GiB"
-        ) from None
+            f"the model does not fit: with gradients and moments it takes {need:,.1f} GiB, {table:,.1f} of them for the table of "
+            f"mem_keys={config.mem_keys}, and {device} has {have:,.1f}. Lower mem_keys, n_embd, or n_layer"
+        )
+    with device:  # there its first numbers are drawn, which takes a CPU seconds
+        return GPT(config, group)
 
 
-def complete_options(options):
+def complete_options(options, ranks):
     """Options of the command line -> all options: over a preset, or over those of the run that is resumed."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not options.get("resume"):  # torchrun --max-restarts
+    if ranks.began() and not options.get("resume"):  # torchrun --max-restarts
         folder = Path(options.get("out_dir") or f"out/{options.get('preset', next(iter(PRESETS)))}")
         if (folder / "ckpt.pt").exists():
             options = {**options, "resume": True, "overwrite": False, "out_dir": str(folder)}
@@ -716,7 +764,8 @@ def complete_options(options):
     checkpoint = read_checkpoint(path)
     if "optimizers" not in checkpoint:
         raise ValueError(f"{path} has weights only, like a best.pt: it can be sampled from, but training cannot go on from it")
-    saved = {**checkpoint.get("train_config", {}), **checkpoint.get("model_config", {})}
+    with blame(f"{path} has no options", "it was edited, damaged, or is of another version"):
+        saved = checkpoint["train_config"] | checkpoint["model_config"]
     fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
     for name in fixed & set(options):
         if name in saved and options[name] != saved[name]:
@@ -726,7 +775,10 @@ def complete_options(options):
 
 def prepare(config, options, device, ranks):
     """All that train() needs but the state of a run before. Raises ValueError or OSError for what is wrong with it."""
-    folder, path = find_folder(config.dataset), Path(config.out_dir) / "ckpt.pt"
+    out_dir = Path(config.out_dir)
+    if ranks.rank == 0 and out_dir.is_dir():
+        hold(config)
+    folder, path = find_folder(config.dataset), out_dir / "ckpt.pt"
     torch.manual_seed(config.seed)
     checkpoint = None
     if config.resume:
@@ -736,35 +788,54 @@ def prepare(config, options, device, ranks):
             raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
         if checkpoint["iter"] >= config.max_iters:
             done = checkpoint["iter"]
-            raise ValueError(f"the run in {path.parent} is complete at step {done}; to go on, give a larger max_iters")
+            raise ValueError(f"the run in {out_dir} is complete at step {done}; to go on, give a larger max_iters")
+        data = open_dataset(folder, model.config.block_size, config.seed)
     else:
-        model = build_model(make_configs(options, Dataset(folder).vocab_size)[1], ranks.group, device)
-        old = [name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (path.parent / name).exists()]
-        if old and not config.overwrite:
-            raise ValueError(
-                f"{path.parent} holds a run already ({', '.join(old)}): go on with it (--resume), replace it (--overwrite), "
-                "or give another --out_dir"
-            )
-    return model, make_optimizers(model, config), open_dataset(folder, model.config.block_size, config.seed), checkpoint
+        model_config = make_configs(options, Dataset(folder).vocab_size)[1]
+        data = open_dataset(folder, model_config.block_size, config.seed)
+        model = build_model(model_config, ranks.group, device)
+    return model, make_optimizers(model, config), data, checkpoint
 
 
-def claim(out_dir, resumed_at):
-    """Make the folder ready for this run. resumed_at: the step that it goes on from, or None."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for half_written in out_dir.glob("*.tmp"):  # by a run that was killed
-        half_written.unlink()
-    log = out_dir / "log.jsonl"
+RUN_FILES = r"(ckpt|best)(-\d+-\d+of\d+)?\.pt|log\.jsonl"  # all that a run writes
+
+
+def hold(config):
+    """Keep out_dir for this process, and see that no other run is lost. Returns the files of the run that is in it."""
+    out_dir = Path(config.out_dir)
+    lock(out_dir)
+    old = sorted(path for path in out_dir.iterdir() if re.fullmatch(RUN_FILES, path.name))
+    if old and not (config.resume or config.overwrite):
+        names = ", ".join(path.name for path in old[:3])
+        way_out = "go on with it (--resume), " if (out_dir / "ckpt.pt").exists() else ""
+        raise ValueError(f"{out_dir} holds a run already ({names}): {way_out}replace it (--overwrite), or give another --out_dir")
+    return old
+
+
+def claim(config, resumed_at, ranks):
+    """Make out_dir ready for this run. resumed_at: the step that it goes on from, or None."""
+
+    def is_later(line):
+        with contextlib.suppress(Exception):  # what cannot be read stays as it is
+            return json.loads(line)["iter"] > resumed_at
+
+    log = Path(config.out_dir) / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    old = hold(config)
+    sweep(log.parent, RUN_FILES)
     if resumed_at is None:
-        for old in [*out_dir.glob("ckpt*.pt"), *out_dir.glob("best*.pt"), log]:
-            old.unlink(missing_ok=True)
+        for path in old:
+            path.unlink()
     elif log.exists():
-        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]  # a kill can cut the last short
-        write_file(log, "".join(line for line in whole if json.loads(line)["iter"] <= resumed_at))
+        lines = log.read_bytes().splitlines(keepends=True)  # of which a kill can cut the last short
+        write_file(log, b"".join(line for line in lines if line.endswith(b"\n") and not is_later(line)))
+    if ranks.store:
+        ranks.store.set("nanomem", config.out_dir)  # see Ranks.began
 
 
 def start(options, ranks):
     """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
-    options = complete_options(options)
+    options = complete_options(options, ranks)
     config, model_config = make_configs(options)
     device = choose_device(config.device, ranks.local if ranks.on else None)
     ranks.meet(device, config.backend, config.timeout)
@@ -782,73 +853,65 @@ def start(options, ranks):
         raise ValueError(f"memory_parallel={M} does not divide the width of a value, {model_config.mem_value_dim}")
     ranks.share(M)
 
-    prepared, error = None, None
-    for turn in (True, False):  # first one process on each machine: it may have to make the data
-        if (ranks.local == 0) == turn:
-            try:
-                prepared = prepare(config, options, device, ranks)
-            except (ValueError, OSError, subprocess.CalledProcessError) as caught:
-                error = caught
-        ranks.raise_any(error)
-    model, optimizers, data, checkpoint = prepared
-    out_dir, state = Path(config.out_dir), {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
-    if ranks.rank == 0:
-        try:
-            claim(out_dir, checkpoint and checkpoint["iter"])
-        except OSError as caught:
-            error = caught
-    ranks.raise_any(error)
+    # First one process on each machine: it may have to make the data.
+    first = ranks.together(ranks.local == 0, lambda: prepare(config, options, device, ranks))
+    others = ranks.together(ranks.local > 0, lambda: prepare(config, options, device, ranks))
+    model, optimizers, data, checkpoint = first or others
+    ranks.together(ranks.rank == 0, lambda: claim(config, checkpoint and checkpoint["iter"], ranks))
+    state = {"iter": 0, "best_val_loss": math.inf, "seconds": 0.0}
     if ranks.rank > 0:
         torch.manual_seed(config.seed + ranks.rank * 0x9E3779B9)  # dropout of its own
     if checkpoint:
         state = {name: checkpoint[name] for name in state}
-        for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
-            optimizer.load_state_dict(saved_state | {"param_groups": groups})
-        if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
-            cpu, cuda = checkpoint["random"][ranks.rank]
-            torch.set_rng_state(cpu)
-            if device.type == "cuda" and cuda is not None:
-                torch.cuda.set_rng_state(cuda)
+        with blame(f"{config.out_dir}/ckpt.pt: the state of its optimisers or random numbers is wrong", "go on from another one"):
+            restore(checkpoint, optimizers, ranks, device)
     return model, optimizers, data, config, device, state, ranks
 
 
+def restore(checkpoint, optimizers, ranks, device):
+    for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
+        optimizer.load_state_dict(saved_state | {"param_groups": groups})
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            moments = {**optimizer.state[p]}
+            if int(moments.pop("step")) != checkpoint["iter"] or [moment.shape for moment in moments.values()] != [p.shape] * 2:
+                raise ValueError("not two moments for each parameter, after as many steps as the run")
+    if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
+        cpu, cuda = checkpoint["random"][ranks.rank]
+        torch.set_rng_state(cpu)
+        if device.type == "cuda" and cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
 def main(argv):
-    first_rank = os.environ.get("RANK", "0") == "0"  # which speaks for all
-    with contextlib.nullcontext() if first_rank else contextlib.redirect_stderr(io.StringIO()):
+    rank = os.environ.get("RANK", "0")
+    speaks = not rank.isdigit() or int(rank) == 0  # for all
+    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         options = parse_options(argv)
-    try:
+    with one_line("train.py", speaks=speaks), enough_memory():
         ranks = Ranks()
         model, optimizers, data, config, device, state, ranks = start(options, ranks)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}" if first_rank else 1)
-    except KeyboardInterrupt:  # nothing has been trained yet
-        sys.exit(130)
-    if first_rank:
+    if speaks:
         together = f", {ranks.world} processes" if ranks.on else ""
         together += f" in groups of {ranks.M} that share the table" if ranks.M > 1 else ""
         print(f"{describe(model)}; on {device}{together}", flush=True)
-    try:
-        result = train(model, optimizers, data, config, device, state, ranks)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: {first_line(error)}: try a smaller batch_size={config.batch_size}, more gradient_accumulation_steps")
-    except (FloatingPointError, OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}" if first_rank or ranks.world == 1 else 1)
-    except RuntimeError as error:  # of a process that is gone, or does not answer
-        if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        print(
-            f"\ntrain.py: rank {ranks.rank} has lost another process ({first_line(error)}). "
-            f"What {config.out_dir} holds is whole: start again with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a tidy end would wait for the other
-    if first_rank:
+    with one_line("train.py", (Refused, OSError)):  # other errors are our own, and keep their traceback
+        try:
+            with enough_memory():
+                result = train(model, optimizers, data, config, device, state, ranks)
+        except RuntimeError as error:  # of a process that is gone, or does not answer
+            if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            goes_on = "start again with --resume" if (Path(config.out_dir) / "ckpt.pt").exists() else "start again"
+            print(f"\ntrain.py: rank {ranks.rank} has lost another process ({first_line(error)}). ", end="", file=sys.stderr)
+            print(f"What {config.out_dir} holds is whole: {goes_on}", file=sys.stderr, flush=True)
+            os._exit(1)  # a tidy end would wait for the other
+    if speaks:
         summarize(model, result, config, state, data["questions"])
     if ranks.on:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    steady_streams()
     main(sys.argv[1:])

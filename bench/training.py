@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from data.dataset import write_dataset
+from data.dataset import describe_vocabulary, write_dataset
 from memory import ValuePool
 
 # What the profiler calls the parts of a step. Their times do not overlap; the rest is attention, networks, and the loss.
@@ -36,7 +36,9 @@ PARTS = {
 
 def random_dataset(folder, tokens=2**22, vocab_size=50257):
     ids = np.random.default_rng(0).integers(vocab_size, size=tokens, dtype=np.uint16)
-    write_dataset(folder, ids, ids[: tokens // 8], "gpt2", vocab_size, vocab_size - 1)
+    words = [bytes([i]) for i in range(256)] + [b"%03d" % i for i in range(256, vocab_size)]
+    vocabulary = "gpt2" if vocab_size == 50257 else describe_vocabulary("random", r"[\s\S]", words, {})
+    write_dataset(folder, ids, ids[: tokens // 8], vocabulary, vocab_size - 1, overwrite=True)
 
 
 def run_training(arguments, folder, launcher=()):

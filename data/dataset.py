@@ -1,18 +1,20 @@
 """The dataset folder: what every prepare.py writes and what training and sampling read.
 
     train.bin, val.bin   token ids one after another, little-endian uint16 (uint32 if meta.json says so)
-    meta.json            {"encoding": "gpt2" or the name of a file beside it, "dtype", "vocab_size", "separator"}
-    vocab.json           the vocabulary, if it is not GPT-2's: plain JSON, see save_vocabulary
+    meta.json            {"encoding": "gpt2" or the name of a file beside it, "dtype", "vocab_size", "separator"};
+                         {"unfinished": true} while a prepare.py is at work
+    vocab.json           the vocabulary, if it is not GPT-2's: plain JSON, see describe_vocabulary
     recall.jsonl         if there is one: closed-book questions {"prompt", "answer", "attribute"}, one a line; the model
                          has to continue the prompt with a space and the answer
 
-A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files, no meta.json) works as it is.
+A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files and nothing of the others) works as it is.
 """
 
-import contextlib
+import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,50 +22,58 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data.files import blame, lock, sweep, write_file
+
 FORMAT_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+PARTS = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl", "progress.json")
+UNFINISHED = {"unfinished": True}
+GPT2_SIZE = 50257
+AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Open a temporary file for writing bytes and rename it at the end: whoever finds `path` finds all of it, or the old one."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def to_folder(text):
+    """For argparse: an empty name, of a variable that is not set perhaps, is not the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder")
+    return Path(text)
 
 
-def write_file(path, data):
-    """data: bytes or text."""
-    with atomic_write(path) as f:
-        f.write(data.encode() if isinstance(data, str) else data)
+def claim(folder, overwrite):
+    """Hold a folder to write a dataset to. Raises ValueError if there is one, unless it is unfinished or to be overwritten."""
+    lock(folder, wait=True)
+    old = [name for name in PARTS if (folder / name).exists()]
+    if old and not overwrite and not is_unfinished(folder):
+        raise ValueError(f"{folder} holds a dataset already ({', '.join(old)}): replace it (--overwrite), or give another --out")
+    sweep(folder, "|".join(map(re.escape, PARTS)))
 
 
-def save_vocabulary(path, encoding_name, pattern, tokens, special_tokens):
-    """tokens: list of bytes, in order of their ids; special_tokens: {text: id}. Bytes are stored as Latin-1 text."""
+def describe_vocabulary(name, pattern, tokens, special_tokens):
+    """What vocab.json holds. tokens: list of bytes, in order of their ids; special_tokens: {text: id}. Bytes become Latin-1."""
     texts = [token.decode("latin-1") for token in tokens]
-    vocabulary = {"name": encoding_name, "pattern": pattern, "tokens": texts, "special_tokens": special_tokens}
-    write_file(path, json.dumps(vocabulary))
+    return {"name": name, "pattern": pattern, "tokens": texts, "special_tokens": special_tokens}
 
 
-def write_dataset(folder, train, val, encoding_file, vocab_size, separator, recall=None, **facts):
-    """train, val: sequences of token ids. meta.json comes last: a folder that has one is complete."""
+def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwrite=False, **facts):
+    """train, val: sequences of token ids; vocabulary: "gpt2" or that of describe_vocabulary. meta.json says that the folder is
+    unfinished until the rest of it is there."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, overwrite)
+    vocab_size = size_of(vocabulary)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    (folder / "meta.json").unlink(missing_ok=True)
+    write_file(folder / "meta.json", json.dumps(UNFINISHED) + "\n")
+    for name in ("recall.jsonl", "vocab.json"):
+        (folder / name).unlink(missing_ok=True)
     for name, ids in (("train.bin", train), ("val.bin", val)):
         write_file(folder / name, np.asarray(ids).astype(FORMAT_DTYPES[dtype]).tobytes())
-    (folder / "recall.jsonl").unlink(missing_ok=True)
     if recall is not None:
         write_file(folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall))
-    write_meta(folder, encoding_file, dtype, vocab_size, separator, **facts)
+    if vocabulary != "gpt2":
+        write_file(folder / "vocab.json", json.dumps(vocabulary))
+    write_meta(folder, "gpt2" if vocabulary == "gpt2" else "vocab.json", dtype, vocab_size, separator, **facts)
 
 
 def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
@@ -77,10 +87,13 @@ def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
 
 def load_json(path):
     """Raises ValueError, naming the file, for what is not JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); run the folder's prepare.py again") from None
+    with blame(f"{path} is damaged", AGAIN):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def is_unfinished(folder):
+    """Whether a prepare.py is at work there, or was ended in the middle of it: what was there before may be gone by half."""
+    return (folder / "meta.json").exists() and load_json(folder / "meta.json") == UNFINISHED
 
 
 def check_ids(path, ids, vocab_size):
@@ -99,6 +112,8 @@ class Dataset:
                 way_out = f"run: python {script}" if script.exists() else "dataset= must name a folder that has it"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
         meta_path = self.folder / "meta.json"
+        if is_unfinished(self.folder) or (not meta_path.exists() and any((self.folder / name).exists() for name in PARTS[3:])):
+            raise ValueError(f"{self.folder} is half made: a prepare.py is at work there, or was interrupted; {AGAIN}")
         if meta_path.exists():
             meta = load_json(meta_path)
         elif (self.folder / "meta.pkl").exists():
@@ -107,16 +122,14 @@ class Dataset:
                 "prepare the text again: python data/shakespeare/prepare.py --file TEXT --out FOLDER"
             )
         else:  # prepared by nanoGPT with GPT-2's vocabulary
-            meta = {"encoding": "gpt2", "dtype": "uint16", "vocab_size": 50257, "separator": 50256}
-        try:
-            self.encoding_name, self.vocab_size = meta["encoding"], int(meta["vocab_size"])
-            self.separator, self.dtype = int(meta["separator"]), FORMAT_DTYPES[meta["dtype"]]
-            if not (isinstance(self.encoding_name, str) and 0 <= self.separator < self.vocab_size):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{meta_path} must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator below it"
-            ) from None
+            meta = {"encoding": "gpt2", "dtype": "uint16", "vocab_size": GPT2_SIZE, "separator": 50256}
+        must = f"{meta_path} must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator below it"
+        with blame(must, AGAIN):
+            self.encoding_name, self.dtype = meta["encoding"], FORMAT_DTYPES[meta["dtype"]]
+            self.vocab_size, self.separator = meta["vocab_size"], meta["separator"]
+            kinds = type(self.encoding_name), type(self.vocab_size), type(self.separator)
+            if kinds != (str, int, int) or not 0 <= self.separator < self.vocab_size <= 256**self.dtype.itemsize:
+                raise ValueError(f"not {self.encoding_name!r}, {self.vocab_size!r}, {self.separator!r}")
 
     def fingerprint(self):
         """A hash of the sizes of both splits and of the first MiB of each: tells a folder that has been prepared anew."""
@@ -137,13 +150,13 @@ class Dataset:
         return ids
 
     def vocabulary(self):
-        """"gpt2", or what save_vocabulary wrote: plain values, to go into a checkpoint. make_encoding() takes either."""
-        if self.encoding_name == "gpt2":
-            return "gpt2"
+        """"gpt2", or what describe_vocabulary gave: plain values, to go into a checkpoint. make_encoding() takes either."""
         path = self.folder / self.encoding_name
-        if not path.exists():
-            raise FileNotFoundError(f"the vocabulary {path} not found; run the folder's prepare.py again")
-        return load_json(path)
+        vocabulary = "gpt2" if self.encoding_name == "gpt2" else load_json(path)
+        with blame(f"{path} does not fit meta.json", AGAIN):
+            if size_of(vocabulary) != self.vocab_size:
+                raise ValueError(f"it has {size_of(vocabulary)} tokens, not vocab_size={self.vocab_size}")
+        return vocabulary
 
     def questions(self):
         """The closed-book questions, or None: list of dicts with prompt, answer, and the ids of both."""
@@ -151,29 +164,35 @@ class Dataset:
         if not path.exists():
             return None
         encode = make_encoding(self.vocabulary()).encode_ordinary
+        with blame(f"{path} is damaged", AGAIN):
+            lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: there are other line ends that JSON may hold
         questions = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                question = json.loads(line)
-                prompt, answer = encode(question["prompt"]), encode(" " + question["answer"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: must be a JSON object with prompt and answer") from None
-            questions.append({**question, "prompt_ids": prompt, "answer_ids": answer})
+        for number, line in enumerate(lines, 1):
+            with blame(f"{path}, line {number}: must be a JSON object with prompt and answer, and perhaps attribute", AGAIN):
+                if line:
+                    question = {"attribute": "questions"} | json.loads(line)
+                    prompt, answer, attribute = (question[name] for name in ("prompt", "answer", "attribute"))
+                    questions.append(question | {"prompt_ids": encode(prompt), "answer_ids": encode(" " + answer)})
+                    if not isinstance(attribute, str):
+                        raise ValueError(f"attribute is {attribute!r}")
         return questions
+
+
+def size_of(vocabulary):
+    return GPT2_SIZE if vocabulary == "gpt2" else make_encoding(vocabulary).n_vocab
 
 
 def make_encoding(vocabulary):
     """vocabulary: "gpt2", or the contents of a vocabulary file. Returns a tiktoken.Encoding; nothing in it is executed."""
     if vocabulary != "gpt2":
-        try:
-            return tiktoken.Encoding(
-                vocabulary["name"],
-                pat_str=vocabulary["pattern"],
-                mergeable_ranks={text.encode("latin-1"): i for i, text in enumerate(vocabulary["tokens"])},
-                special_tokens=vocabulary["special_tokens"],
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"the vocabulary is damaged ({type(error).__name__}: {error}); run prepare.py again") from None
+        with blame("the vocabulary is damaged", "run prepare.py again"):
+            ranks, special = {t.encode("latin-1"): i for i, t in enumerate(vocabulary["tokens"])}, vocabulary["special_tokens"]
+            if not {bytes([i]) for i in range(256)} <= ranks.keys():
+                raise ValueError("single bytes are missing")
+            if sorted([*ranks.values(), *special.values()]) != list(range(len(vocabulary["tokens"]) + len(special))):
+                raise ValueError("two tokens are the same, or ids are missing")
+            options = {"pat_str": vocabulary["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
+            return tiktoken.Encoding(vocabulary["name"], **options)
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken passes on whatever its download raised
@@ -187,8 +206,10 @@ def find_folder(name):
     """A folder in data/, or a path. The facts, which are the default, are made if they are not there."""
     data = Path(__file__).resolve().parent
     folder = data / name if (data / name).is_dir() else Path(name)
-    if folder == data / "facts" and not (folder / "meta.json").exists():
-        subprocess.run([sys.executable, folder / "prepare.py"], check=True)
+    if folder == data / "facts" and (is_unfinished(folder) or not (folder / "meta.json").exists()):
+        subprocess.run([sys.executable, folder / "prepare.py"])
+        if not (folder / "meta.json").exists():
+            raise OSError(f"{folder} could not be made, see above; elsewhere: python {folder / 'prepare.py'} --out FOLDER")
     return folder
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["NANOMEM_DEBUG"] = "1"  # slots out of range are errors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+import kernels
+
+kernels.DEBUG = True  # slots out of range are errors, on a GPU, too
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time; and the same sums in the same order, on any machine
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell without job control takes away

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.dataset import Batches, Dataset, atomic_write, make_encoding
+from data.dataset import Batches, Dataset, make_encoding
 from data.facts.prepare import ATTRIBUTES, BITS
+from data.files import atomic_write
 from train import prefetch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +100,8 @@ def test_bits_are_counted_from_the_pools():
 
 def test_the_same_seed_makes_the_same_bytes(facts, tmp_path):
     for seed, same in ((0, True), (1, False)):
-        assert prepare("facts", "--people=40", "--biographies=12", f"--seed={seed}", "--out", tmp_path).returncode == 0
+        done = prepare("facts", "--people=40", "--biographies=12", f"--seed={seed}", "--out", tmp_path, "--overwrite")
+        assert done.returncode == 0, done.stderr
         for name in ("train.bin", "val.bin", "recall.jsonl"):
             assert ((facts / name).read_bytes() == (tmp_path / name).read_bytes()) == same
         assert (facts / "vocab.json").read_bytes() == (tmp_path / "vocab.json").read_bytes()  # one for all sizes and seeds
@@ -195,7 +197,7 @@ def test_wide_ids_are_read_as_meta_json_says(tmp_path):
         (lambda f: (f / "train.bin").unlink(), "train.bin not found"),
         (lambda f: (f / "train.bin").write_bytes(b""), "train.bin has 0 bytes"),
         (lambda f: (f / "train.bin").write_bytes(b"\0" * 7), "train.bin has 7 bytes, not a whole number"),
-        (lambda f: (f / "train.bin").write_bytes(b"\xff\xff" * 50), "token id 65535, but the vocabulary ends at 50256"),
+        (lambda f: (f / "train.bin").write_bytes(b"\xff\xff" * 50), "token id 65535, but the vocabulary ends at 255"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda f: (f / "meta.json").write_text("{}"), "meta.json must give encoding"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json must give encoding"),
@@ -205,7 +207,7 @@ def test_wide_ids_are_read_as_meta_json_says(tmp_path):
 def test_a_broken_folder_is_refused_by_file(tmp_path, damage, message):
     vocabulary = {"name": "b", "pattern": r"[\s\S]", "tokens": [chr(i) for i in range(256)], "special_tokens": {}}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    folder = folder_of(tmp_path, encoding="vocab.json", dtype="uint16", vocab_size=50257, separator=10)
+    folder = folder_of(tmp_path, encoding="vocab.json", dtype="uint16", vocab_size=256, separator=10)
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dataset = Dataset(folder)

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from assets.corpus import pack, tar
-from data.dataset import Dataset, make_encoding, save_vocabulary
+from data.dataset import Dataset, describe_vocabulary, make_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"urlsf_subset{i:02}.tar" for i in range(3)]
@@ -87,7 +87,7 @@ def assert_result(out, want):
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.json"
-    save_vocabulary(path, "bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
+    path.write_text(json.dumps(describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})))
     return [sys.executable, "-c", DRIVER, str(path)]
 
 
@@ -463,7 +463,7 @@ def test_two_at_once_do_not_write_to_one_folder(driver, server, folder, tmp_path
     while not (tmp_path / "train.bin.partial").exists():
         assert first.poll() is None
         time.sleep(0.01)
-    assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={tmp_path}"), "another prepare.py is at work")
+    assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={tmp_path}"), "another process is at work")
     assert first.wait(60) == 0
     first.communicate()
     assert_result(tmp_path, whole)

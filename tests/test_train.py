@@ -231,13 +231,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(facts, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = train(facts, tmp_path / "never", "--max_iters=4", preexec_fn=limit)
-    assert_refused(done, "could not write the checkpoint", "There was none before")
+    assert_refused(done, "could not write", "best.pt", "There is no checkpoint yet")
     assert sorted(p.name for p in (tmp_path / "never").iterdir()) == ["log.jsonl"]
 
     assert train(facts, tmp_path / "out", "--max_iters=4").returncode == 0
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
     done = run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8", preexec_fn=limit)
-    assert_refused(done, "could not write the checkpoint", "The one before is untouched")
+    assert_refused(done, "could not write", "The last checkpoint is untouched")
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
     assert run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8").returncode == 0
 
@@ -270,7 +270,7 @@ def test_resume_takes_new_rates_and_the_folder_it_is_given(facts, tmp_path):
 def test_resume_and_recall_refuse_data_that_have_been_prepared_anew(facts, tmp_path):
     shutil.copytree(facts, tmp_path / "data")
     assert train(tmp_path / "data", tmp_path / "out", "--max_iters=2").returncode == 0
-    assert run("data/facts/prepare.py", "--people=20", "--seed=5", "--out", tmp_path / "data").returncode == 0
+    assert run("data/facts/prepare.py", "--people=20", "--seed=5", "--overwrite", "--out", tmp_path / "data").returncode == 0
     for done in (
         run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4"),
         run("sample.py", f"--out_dir={tmp_path / 'out'}", "--recall"),

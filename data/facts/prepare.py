@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import save_vocabulary, write_dataset
+from data.dataset import claim, describe_vocabulary, make_encoding, to_folder, write_dataset
+from data.files import one_line, steady_streams
 
 # Words for names of people, places and firms, all made up: 16 * 6 * 18 = 1,728 of them, in a fixed shuffled order.
 ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()
@@ -104,23 +104,24 @@ def main():
     parser.add_argument("--people", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of people and texts (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    parser.add_argument("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     most = len(FIRST) * len(MIDDLE) * len(LAST)
     if not 1 <= args.people <= most:
         parser.error(f"--people={args.people}: must be 1 to {most:,}, the number of different names")
     if args.biographies < 1:
         parser.error(f"--biographies={args.biographies}: must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed={args.seed}: must not be negative")
+    if args.out.is_dir():
+        claim(args.out, args.overwrite)
 
     generator = np.random.default_rng(args.seed)
     tokens = build_vocabulary()
     separator = len(tokens)
-    encoding = tiktoken.Encoding(
-        "facts",
-        pat_str=PATTERN,
-        mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={SEPARATOR: separator},
-    )
+    vocabulary = describe_vocabulary("facts", PATTERN, tokens, {SEPARATOR: separator})
+    encoding = make_encoding(vocabulary)
     people = make_people(args.people, generator)
     rounds = [("train", False)] * args.biographies + [("val", True)]
     ids = {"train": [], "val": []}
@@ -131,11 +132,9 @@ def main():
     recall = [
         {"prompt": f"{name} {held[a]}", "answer": values[a], "attribute": a} for name, values, held in people for a in ATTRIBUTES
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_vocabulary(args.out / "vocab.json", "facts", PATTERN, tokens, {SEPARATOR: separator})
     train, val = np.concatenate(ids["train"]), np.concatenate(ids["val"])
     counts = {"people": args.people, "facts": len(recall), "bits": round(args.people * BITS), "seed": args.seed}
-    write_dataset(args.out, train, val, "vocab.json", len(tokens) + 1, separator, recall, **counts)
+    write_dataset(args.out, train, val, vocabulary, separator, recall, args.overwrite, **counts)
     print(
         f"{args.out}: {args.people:,} people, {len(recall):,} facts ({BITS:.1f} bits a person), {len(train):,} training tokens "
         f"({args.biographies} biographies a person, each fact once in each), {len(val):,} validation tokens, "
@@ -144,4 +143,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    steady_streams()
+    with one_line("prepare.py"):
+        main()

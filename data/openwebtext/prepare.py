@@ -33,19 +33,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import atomic_write, load_json, make_encoding, write_file, write_meta
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two of these from writing to one folder
-    fcntl = None
+from data.dataset import load_json, make_encoding, to_folder, write_meta
+from data.files import atomic_write, explain, lock, steady_streams, sweep, write_file
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
@@ -285,15 +280,6 @@ def to_subsets(text):
     return sorted(subsets)
 
 
-def lock(folder):
-    """For this process alone; the system lets go of it when the process ends, however it ends."""
-    if fcntl:
-        try:
-            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another prepare.py is at work in {folder}") from None
-
-
 def read_progress(path):
     """{name of archive: counts}, of those that are done, in order."""
     try:
@@ -352,8 +338,8 @@ def prepare(args):
             f"{out} begins with {', '.join(progress)}: --subsets must name these, too, and only later ones beside them; or give "
             "another --out"
         )
-    for half_written in [*out.glob("*.json.*.tmp"), *(keep.glob("urlsf_subset*.tar.*.tmp") if keep else ())]:  # by a killed call
-        half_written.unlink()
+    for folder in (out, keep or out):
+        sweep(folder, r"(meta|progress)\.json|urlsf_subset\d\d\.tar")
     if names == list(progress) and meta.exists() and all(finished.values()):
         return total, added
     size = 0
@@ -403,9 +389,9 @@ def main():
     add = parser.add_argument
     add("--subsets", type=to_subsets, default="0-20", help=f"which of the {ARCHIVES} archives, as in 0,1 or 0-4 (default: all)")
     add("--source", default=SOURCE, help="folder or URL that holds the archives (default: the hub, %(default)s)")
-    add("--keep", type=Path, metavar="DIR", help="keep what is downloaded there; it can be a --source later (default: nothing)")
+    add("--keep", type=to_folder, metavar="DIR", help="keep what is downloaded there, as a --source for later (default: nothing)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that tokenize (default: one a core, %(default)s here)")
-    add("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers={args.workers}: must be at least 1")
@@ -414,9 +400,9 @@ def main():
     began, again = time.perf_counter(), "Call it again when that is put right: finished archives are not repeated"
     try:
         total, added = prepare(args)
-    except (ValueError, OSError, BrokenProcessPool, http.client.HTTPException) as error:
+    except Exception as error:
         nameless = isinstance(error, OSError) and error.errno and not error.filename  # a full disk
-        sys.exit(f"prepare.py: {f'{args.out}: ' if nameless else ''}{error}. {again}")
+        sys.exit(f"prepare.py: {f'{args.out}: ' if nameless else ''}{explain(error)}. {again}")
     except KeyboardInterrupt:
         print("Stopped. Call it again to go on: finished archives are not repeated", file=sys.stderr)
         sys.exit(130)
@@ -432,4 +418,5 @@ def main():
 
 
 if __name__ == "__main__":
+    steady_streams()
     main()

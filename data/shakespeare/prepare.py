@@ -8,6 +8,7 @@
 
 import argparse
 import hashlib
+import http.client
 import sys
 import urllib.request
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import make_encoding, save_vocabulary, write_dataset
+from data.dataset import claim, describe_vocabulary, make_encoding, to_folder, write_dataset
+from data.files import blame, one_line, steady_streams
 
 # The checksum below says whether what arrives is the text everyone else compares on.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -24,15 +26,15 @@ END_OF_TEXT = 50256  # in GPT-2's vocabulary
 
 
 def download():
-    """tinyshakespeare as bytes. Exits with a message if it cannot be had, or is not what it should be."""
+    """tinyshakespeare as bytes. Raises OSError if it cannot be had, ValueError if it is not what it should be."""
     way_out = "Download it by hand and give it with --file input.txt"
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
             text = response.read()
-    except OSError as error:  # URLError and HTTPError among them
-        sys.exit(f"prepare.py: could not download {URL} ({error}). {way_out}")
+    except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError among them
+        raise OSError(f"could not download {URL} ({error}). {way_out}") from None
     if hashlib.sha256(text).hexdigest() != SHA256:
-        sys.exit(f"prepare.py: what came from {URL} ({len(text):,} bytes) is not tinyshakespeare. {way_out}")
+        raise ValueError(f"what came from {URL} ({len(text):,} bytes) is not tinyshakespeare. {way_out}")
     return text
 
 
@@ -40,9 +42,9 @@ def read(option, path):
     try:
         text = path.read_bytes()
     except OSError as error:
-        sys.exit(f"prepare.py: cannot read --{option}={path} ({error.strerror})")
+        raise OSError(f"cannot read --{option}={path} ({error.strerror})") from None
     if len(text) < 20:
-        sys.exit(f"prepare.py: --{option}={path} has {len(text)} bytes, too few to train on")
+        raise ValueError(f"--{option}={path} has {len(text)} bytes, too few to train on")
     return text
 
 
@@ -50,10 +52,8 @@ def tokenize(text, encoding, path):
     """bytes -> token ids; encoding: "bytes" or "gpt2"; path: where the text is from."""
     if encoding == "bytes":
         return np.frombuffer(text, dtype=np.uint8)
-    try:
+    with blame(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
         ids = make_encoding(encoding).encode(text.decode(), allowed_special="all")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        sys.exit(f"prepare.py: cannot tokenize {path}: {error}")
     return np.array([END_OF_TEXT, *ids], dtype=np.uint16)  # a document begins after a separator
 
 
@@ -62,21 +62,25 @@ def main():
     parser.add_argument("--file", type=Path, help="a text file to use in place of tinyshakespeare")
     parser.add_argument("--val_file", type=Path, help="a text file to validate on (default: the last tenth of the other)")
     parser.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    parser.add_argument("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
+    if args.out.is_dir():
+        claim(args.out, args.overwrite)
     train = tokenize(read("file", args.file) if args.file else download(), args.encoding, args.file)
     if args.val_file:
         val = tokenize(read("val_file", args.val_file), args.encoding, args.val_file)
     else:
         train, val = np.split(train, [len(train) * 9 // 10])
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.encoding == "gpt2":
-        write_dataset(args.out, train, val, "gpt2", vocab_size=50257, separator=END_OF_TEXT)
-    else:
-        save_vocabulary(args.out / "vocab.json", "bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
-        write_dataset(args.out, train, val, "vocab.json", vocab_size=256, separator=ord("\n"))
+    vocabulary, separator = "gpt2", END_OF_TEXT
+    if args.encoding == "bytes":
+        vocabulary = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
+        separator = ord("\n")
+    write_dataset(args.out, train, val, vocabulary, separator, overwrite=args.overwrite)
     print(f"{args.out}: {len(train):,} training tokens and {len(val):,} validation tokens ({args.encoding})")
 
 
 if __name__ == "__main__":
-    main()
+    steady_streams()
+    with one_line("prepare.py"):
+        main()

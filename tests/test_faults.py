@@ -1,0 +1,598 @@
+"""Nothing lost, nobody surprised: what runs, folders and programs do when disks, signals, files and people are unkind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from data.dataset import Dataset, open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
+    "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
+).split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1"]
+
+
+def run(*command, **options):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, **options)
+
+
+def start(*command, **options):
+    command = [str(part) for part in command]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def prepare(*arguments, **options):
+    return run("data/facts/prepare.py", "--people=9", "--biographies=20", *arguments, **options)
+
+
+def assert_refused(done, *words):
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def steps_done(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "facts"
+    done = prepare("--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(facts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run("train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(facts, tmp_path_factory):
+    """The folder of a run of two processes that share the table."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    command = [*TORCHRUN, "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}", "--memory_parallel=2"]
+    done = start(*command, "--gradient_accumulation_steps=2")
+    assert done.communicate(timeout=100) and done.returncode == 0
+    return out
+
+
+# --- what could be lost -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_removes_what_a_run_has_written_and_nothing_else(facts, finished, tmp_path):
+    mine = ["ckpt-from-friend.pt", "best-of-all.pt", "draft.tmp", "ckpt.pt.old.tmp", "ckpt-10-proof2.pt", "log.jsonl.bak"]
+    for name in mine:
+        (tmp_path / name).write_text(name)
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--max_iters=1"]
+    assert run("train.py", *options).returncode == 0
+    ours = ["ckpt-8-0of2.pt", "best-8-1of2.pt", "ckpt.pt.77.tmp", "log.jsonl.77.tmp", "ckpt-9-1of2.pt.78.tmp"]
+    for name in ours:
+        (tmp_path / name).write_text(name)
+    assert run("train.py", *options, "--overwrite").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, "ckpt.pt", "best.pt", "log.jsonl"])
+    assert all((tmp_path / name).read_text() == name for name in mine)
+    before = contents(tmp_path)
+    for command in (["train.py", *SMALL, f"--dataset={facts}", "--out_dir="], ["data/facts/prepare.py", "--out="]):
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert_refused(done, "out", "must name a folder")
+    assert contents(tmp_path) == before
+
+
+def test_a_restart_by_torchrun_does_not_touch_a_run_that_its_job_has_not_begun(facts, finished, tmp_path):
+    """That a restart goes on with one that it has begun: test_parallel.py."""
+    shutil.copytree(finished, tmp_path / "out")
+    before = contents(tmp_path)
+    job = start(*TORCHRUN, "--max-restarts=1", "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}",
+                "--max_iters=9", "--gradient_accumulation_steps=2")  # fmt: skip
+    errors = job.communicate(timeout=100)[1]
+    assert job.returncode != 0 and errors.count("holds a run already") == 2, errors
+    assert contents(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+replace, left = os.replace, [int(sys.argv.pop(1))]
+def killed(*paths):
+    left[0] -= 1
+    os.kill(os.getpid(), signal.SIGKILL) if left[0] < 0 else replace(*paths)
+os.replace = killed
+{program}
+"""
+
+
+@pytest.mark.parametrize("program", ["facts", "shakespeare", "shakespeare --encoding=gpt2"])
+def test_a_dataset_is_whole_or_refused_at_whatever_file_a_kill_comes(request, tmp_path, program):
+    if "gpt2" in program:
+        request.getfixturevalue("gpt2")
+    name, *options = program.split()
+    (tmp_path / "text").write_text("One thing after another. " * 400)
+    options += ["--people=9"] if name == "facts" else [f"--file={tmp_path / 'text'}"]
+    killed = KILLED.format(root=str(ROOT), program=f"import data.{name}.prepare as p; p.main()")
+    assert run(f"data/{name}/prepare.py", *options, "--out", tmp_path / "whole").returncode == 0
+    for kills in range(9):
+        out = tmp_path / "out"
+        done = run("-c", killed, kills, *options, "--out", out)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        with pytest.raises((ValueError, FileNotFoundError), match=r"prepare\.py|must name a folder"):
+            open_dataset(out, 32, 0)
+        assert run(f"data/{name}/prepare.py", *options, "--out", out).returncode == 0  # no need of --overwrite
+        assert {path.name: text for path, text in contents(out).items()} == {
+            path.name: text for path, text in contents(tmp_path / "whole").items()
+        }
+        shutil.rmtree(out)
+    assert kills >= 3
+
+
+def test_a_dataset_that_lacks_its_meta_json_is_not_taken_for_one_of_nanogpt(facts, tmp_path):
+    shutil.copytree(facts, tmp_path / "data")
+    (tmp_path / "data" / "meta.json").unlink()
+    with pytest.raises(ValueError, match="half made"):
+        Dataset(tmp_path / "data")
+
+
+def test_a_dataset_is_not_replaced_unasked(facts, tmp_path):
+    shutil.copytree(facts, tmp_path / "data")
+    (tmp_path / "text").write_text("One thing after another. " * 400)
+    text = ("data/shakespeare/prepare.py", f"--file={tmp_path / 'text'}", "--out", tmp_path / "data")
+    for done in (run(*text), prepare("--seed=4", "--out", tmp_path / "data")):
+        assert_refused(done, "holds a dataset already", "--overwrite", "--out")
+    assert [*contents(tmp_path / "data").values()] == [*contents(facts).values()]
+    assert run(*text, "--overwrite").returncode == 0
+    assert Dataset(tmp_path / "data").vocab_size == 256 and not (tmp_path / "data" / "recall.jsonl").exists()
+
+
+def test_two_runs_do_not_share_a_folder(facts, tmp_path):
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}"]
+    first = start(sys.executable, "train.py", *options, "--max_iters=100000")
+    wait_until((tmp_path / "ckpt.pt").exists, first)
+    for other in (options, [*options, "--overwrite"], ["--resume", f"--out_dir={tmp_path}"]):
+        assert_refused(run("train.py", *other), f"another process is at work in {tmp_path}")
+    first.send_signal(signal.SIGTERM)
+    assert first.communicate(timeout=60) and first.returncode == 128 + signal.SIGTERM
+    iters = [json.loads(line)["iter"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert iters == list(range(1, len(iters) + 1)) and train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] == iters[-1]
+
+
+def test_of_two_prepare_py_at_once_one_makes_the_dataset(tmp_path):
+    program = [sys.executable, "data/facts/prepare.py", "--people=300", "--out", tmp_path / "both"]
+    programs = [[*program[:2], f"--seed={seed}", *program[2:]] for seed in (1, 2)]
+    (tmp_path / "both").mkdir()
+    both = [start(*program) for program in programs]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    winner = programs[[process.returncode for process in both].index(0)]
+    assert start(*winner[:-1], tmp_path / "alone").wait(60) == 0
+    assert [*contents(tmp_path / "both").values()] == [*contents(tmp_path / "alone").values()]
+
+
+def test_parts_of_a_table_that_are_not_where_they_belong_are_refused(facts, sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "out")
+    parts = [tmp_path / "out" / f"ckpt-4-{i}of2.pt" for i in range(2)]
+    first, second = (part.read_bytes() for part in parts)
+    other = torch.load(parts[0], weights_only=True)  # the same part of another run
+    torch.save(other | {"part": [0, "0123456789abcdef"]}, tmp_path / "other")
+    for contents_of_parts in ((second, first), (first, first), ((tmp_path / "other").read_bytes(), second)):
+        for part, text in zip(parts, contents_of_parts, strict=True):
+            part.write_bytes(text)
+        assert_refused(run("sample.py", f"--out_dir={tmp_path / 'out'}"), "another part", parts[0].name)
+    with pytest.raises(SystemExit, match="another part"):
+        train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=9", "--memory_parallel=1"])
+
+
+def test_sigterm_to_torchrun_and_to_all_its_processes_saves(facts, tmp_path):
+    """As a scheduler sends it. Each process gets it twice, the second time from torchrun."""
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", "--max_iters=100000"]
+    job = start(*TORCHRUN, "train.py", *options, "--eval_interval=100000", start_new_session=True)
+    wait_until(lambda: steps_done(tmp_path) > 3, job)
+    os.killpg(job.pid, signal.SIGTERM)
+    said, errors = job.communicate(timeout=60)
+    step = train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
+    assert f"Stopped by SIGTERM after step {step}" in said and steps_done(tmp_path) == step, errors
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, tmp_path):
+    def limit(kind, size):
+        return lambda: resource.setrlimit(kind, (size, size))
+
+    out = tmp_path / "out"
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}"]
+    done = run("train.py", *options, "--eval_interval=1000", "--max_iters=1000", preexec_fn=limit(resource.RLIMIT_FSIZE, 1000))
+    assert_refused(done, f"could not write {out / 'log.jsonl'}", "There is no checkpoint yet: start again")
+    shutil.copytree(finished, tmp_path / "finished")
+    before = contents(tmp_path / "finished")
+    resume = ["--resume", f"--out_dir={tmp_path / 'finished'}", "--max_iters=9"]
+    done = run("train.py", *resume, preexec_fn=limit(resource.RLIMIT_FSIZE, 0))
+    assert_refused(done, f"{tmp_path / 'finished' / 'log.jsonl'}")
+    assert contents(tmp_path / "finished") == before
+    done = prepare("--out", tmp_path / "data", preexec_fn=limit(resource.RLIMIT_FSIZE, 9000))
+    assert_refused(done, "prepare.py: ", f"{tmp_path / 'data'}/", "File too large")
+    shutil.rmtree(out)
+    done = run("train.py", *options, "--batch_size=4000", preexec_fn=limit(resource.RLIMIT_AS, 5 * 2**30))
+    assert_refused(done, "out of memory", "lower batch_size", "block_size")
+
+
+def test_a_checkout_that_cannot_be_written_to_says_where_facts_can_be_made(tmp_path):
+    for name in ("data/facts/prepare.py", "data/dataset.py", "data/files.py", "train.py", "kernels.py", "memory.py", "model.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = run(tmp_path / "train.py", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert_refused(done, "prepare.py: ", "File too large", "train.py: ", "data/facts could not be made", "--out FOLDER")
+
+
+def test_ctrl_c_ends_prepare_py_quietly(tmp_path):
+    process = start(sys.executable, "data/facts/prepare.py", "--people=2000", "--out", tmp_path / "data")
+    assert "biographies" in process.stderr.read(60)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=20)[1] and process.returncode == 130 and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py OPTIONS >/dev/full 2>&-",
+        "train.py OPTIONS 2>/dev/full | true",
+        "-I train.py OPTIONS >&- <&-",
+        "-I sample.py --out_dir=RUN --max_new_tokens=9 --num_samples=1 2>&- >NAME.txt",
+        "-I memory.py >NAME.txt",
+        "data/facts/prepare.py --people=9 --out OUT 2>&- >/dev/full",
+    ],
+)
+def test_closed_and_full_streams_and_a_strict_path_end_nothing(facts, finished, tmp_path, command):
+    options = " ".join([*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"])
+    command = command.replace("OPTIONS", options).replace("RUN", str(finished)).replace("OUT", str(tmp_path / "data"))
+    command = f"set -o pipefail; {sys.executable} {command.replace('NAME', str(tmp_path / 'said'))}"
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    if "train.py" in command:
+        assert train.load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter"] == 4 and steps_done(tmp_path / "out") == 4
+    elif "prepare.py" in command:
+        assert Dataset(tmp_path / "data").questions()
+    else:
+        assert len((tmp_path / "said.txt").read_text()) > 9
+
+
+def test_a_sample_that_cannot_be_printed_is_an_error(finished):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "sample.py", f"--out_dir={finished}"], cwd=ROOT, stdout=full, stderr=-1, text=True)
+    assert_refused(done, "sample.py: standard output", "No space left")
+    assert "Exception" not in done.stderr
+
+
+def test_sampling_while_a_sharded_run_saves(facts, tmp_path):
+    """Parts of a table are replaced by others: a reader who is in the middle of them begins anew."""
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--memory_parallel=2", "--gradient_accumulation_steps=2"]
+    job = start(*TORCHRUN, "train.py", *options, "--eval_interval=1", "--max_iters=100000")
+    wait_until((tmp_path / "ckpt.pt").exists, job)
+    steps = {train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] for _ in range(400)}
+    assert len(steps) > 20
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    job.kill()  # torchrun itself: its processes save and end
+    job.communicate()
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end and len(children) == 2
+        time.sleep(0.05)
+    assert steps_done(tmp_path) == train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
+
+
+# --- a wrong option, a wrong file: one line that names it -------------------------------------------------------------
+
+HUGE = "1" + 400 * "0"
+
+
+def edited(**changes):
+    """A change of a checkpoint. None: without that."""
+
+    def edit(folder):
+        checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+        checkpoint = {name: value for name, value in (checkpoint | changes).items() if value is not None}
+        torch.save(checkpoint, folder / "ckpt.pt")
+
+    return edit
+
+
+def inside(name, change):
+    """A change of what is in one of a checkpoint's entries."""
+
+    def edit(folder):
+        checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+        change(checkpoint[name])
+        torch.save(checkpoint, folder / "ckpt.pt")
+
+    return edit
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def meta(**changes):
+    return lambda folder: (folder / "meta.json").write_text(json.dumps(json.loads((folder / "meta.json").read_text()) | changes))
+
+
+def vocabulary(**changes):
+    return lambda folder: (folder / "vocab.json").write_text(json.dumps(json.loads((folder / "vocab.json").read_text()) | changes))
+
+
+OPTIONS = [
+    (["--learning_rate=1e300"], "learning_rate=1e+300"),
+    (["--mem_learning_rate=1e39"], "mem_learning_rate=1e+39"),
+    (["--weight_decay=inf"], "weight_decay=inf"),
+    (["--beta2=1"], "beta2=1"),
+    ([f"--batch_size={HUGE}"], "batch_size=1"),
+    ([f"--warmup_iters={HUGE}"], "warmup_iters=1"),
+    (["--dropout=nan"], "dropout=nan"),
+    (["--n_layer=1000000000"], "n_layer=1000000000"),
+    (["--mem_layers=99999999999999999999"], "mem_layers: there is no block 99999999999999999999"),
+    (["--mem_heads=1000000000"], "does not fit"),
+    (["--mem_keys=60000"], "mem_keys=60000"),
+    (["--n_embd=2000000"], "n_embd"),
+    (["--block_size=1000000000"], "too few for block_size=1000000000"),
+    (["--device=hpu"], "device=hpu cannot be used here"),
+    (["--device=cuda:77"], "device=cuda:77 cannot be used here"),
+    (["--device=meta"], "device=meta cannot be used here"),
+    (["--device="], "device= cannot be used here"),
+    (["--out_dir= "], "out_dir=: must name a folder"),
+    (["--out_dir=/dev/null/x"], "/dev/null/x"),
+    (["--dataset=/dev/null"], "/dev/null"),
+]
+DATA = [
+    (written("meta.json", "[" * 100_000), "meta.json is damaged"),
+    (written("meta.json", "null"), "meta.json must give"),
+    (written("meta.json", b'{"encoding": "\xe4"}'), "meta.json is damaged"),
+    (meta(vocab_size=float("inf")), "meta.json must give"),
+    (meta(vocab_size=10**30), "meta.json must give"),
+    (meta(vocab_size="1312"), "meta.json must give"),
+    (meta(separator=True), "meta.json must give"),
+    (meta(dtype=["uint16"]), "meta.json must give"),
+    (meta(encoding={}), "meta.json must give"),
+    (meta(vocab_size=2000), "vocab.json does not fit meta.json"),
+    (written("vocab.json", "[]"), "vocab.json does not fit"),
+    (written("vocab.json", b"\xff"), "vocab.json is damaged"),
+    (vocabulary(tokens=["a", "b"]), "single bytes are missing"),
+    (vocabulary(tokens=[chr(i) for i in range(256)] + ["aa", "aa"]), "two tokens are the same"),
+    (vocabulary(tokens=[chr(i) for i in range(999)]), "vocab.json does not fit"),
+    (vocabulary(pattern="("), "vocab.json does not fit"),
+    (vocabulary(special_tokens={"<|endoftext|>": -1}), "vocab.json does not fit"),
+    (lambda folder: (folder / "vocab.json").unlink(), "vocab.json"),
+    (written("recall.jsonl", "null\n"), "recall.jsonl, line 1"),
+    (written("recall.jsonl", '{"prompt": "a", "answer": "b"}\n\n{"prompt": 1, "answer": "b"}\n'), "recall.jsonl, line 3"),
+    (written("recall.jsonl", '{"prompt": "a", "answer": "b", "attribute": [1]}\n'), "recall.jsonl, line 1"),
+    (written("recall.jsonl", "[" * 100_000), "recall.jsonl, line 1"),
+    (written("recall.jsonl", b"\xe4\n"), "recall.jsonl is damaged"),
+    (written("train.bin", b""), "train.bin has 0 bytes"),
+]
+CHECKPOINTS = [
+    *((edited(**{name: None}), "ckpt.pt") for name in ("iter", "seconds", "best_val_loss", "separator", "fingerprint", "random")),
+    *((edited(**{name: None}), "ckpt.pt") for name in ("model", "model_config", "train_config")),
+    (edited(iter="4"), "iter cannot be right"),
+    (edited(iter=-4), "iter or separator cannot be right"),
+    (edited(separator=10**9), "iter or separator cannot be right"),
+    (edited(seconds=None), "seconds cannot be right"),
+    (edited(pool_parts=5), "do not fit together"),
+    (edited(pool_parts=["../ckpt.pt"]), "do not fit together"),
+    (inside("model", lambda weights: weights["norm.weight"].fill_(float("nan"))), "no numbers"),
+    (inside("model", lambda weights: weights["pool.values"].fill_(float("inf"))), "no numbers"),
+    (inside("model_config", lambda config: config.update(n_embd="32")), "n_embd='32'"),
+    (inside("model_config", lambda config: config.update(n_layer=10**30)), "n_layer=1000"),
+    (inside("model_config", lambda config: config.update(mem_layers=5)), "mem_layers=5"),
+    (inside("train_config", lambda config: config.update(dataset=5)), "dataset=5"),
+    (inside("train_config", lambda config: config.update(learning_rate=[])), "learning_rate=[]"),
+]
+RESUMED = [
+    (edited(optimizers=[]), "ckpt.pt"),
+    (edited(random=[(1, 2)]), "random numbers is wrong"),
+    (inside("optimizers", lambda optimizers: optimizers[0]["state"].pop(3)), "optimisers"),
+    (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].pop("exp_avg")), "optimisers"),
+    (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].update(step=torch.tensor(7.0))), "optimisers"),
+    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(3, 3))), "ckpt.pt"),
+    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(step="x")), "optimisers"),
+    (lambda folder: (folder / "log.jsonl").unlink() or (folder / "log.jsonl").mkdir(), "log.jsonl"),
+    (lambda folder: (folder / "ckpt.pt").unlink(), "no checkpoint"),
+]
+SAMPLED = [
+    (edited(vocabulary=5), [], "ckpt.pt"),
+    (edited(vocabulary="gpt2"), [], ""),  # where it can be had: tokens of another vocabulary; elsewhere: it cannot
+    (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].clear()), [], "single bytes are missing"),
+    (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].pop()), [], "ckpt.pt"),
+    (edited(), [f"--top_k={HUGE}"], ""),
+    (edited(), ["--temperature=1e400"], ""),
+    (edited(), ["--start=FILE:."], "'.'"),
+    (edited(), [f"--start=FILE:{torch.__file__[:-11]}/lib/libtorch.so"], "libtorch.so"),
+    (edited(), ["--recall", "--device=hpu"], "device=hpu"),
+]
+ENVIRONMENTS = [
+    ({"RANK": "abc"}, "RANK"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "do not find each other"),
+    ({"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "http"),
+]
+
+
+def refusal(main, arguments, capsys):
+    """What a program that must not go on says."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = (f"{ended.value.code}\n" if isinstance(ended.value.code, str) else "") + capsys.readouterr().err
+    assert ended.value.code not in (0, None) and "Traceback" not in said, said
+    return said
+
+
+CASES = [
+    *(("train", None, options, word) for options, word in OPTIONS),
+    *(("train", damage, [], word) for damage, word in DATA),
+    *((program, damage, [], word) for damage, word in CHECKPOINTS for program in ("resume", "sample")),
+    *(("resume", damage, [], word) for damage, word in RESUMED),
+    *(("sample", damage, options, word) for damage, options, word in SAMPLED),
+    *(("train", None, variables, word) for variables, word in ENVIRONMENTS),
+]
+
+
+@pytest.mark.parametrize("program, damage, options, word", CASES)
+def test_what_is_wrong_is_named_in_one_line(facts, finished, tmp_path, capsys, monkeypatch, program, damage, options, word):
+    """In this process: each of the hundred would else spend seconds on imports."""
+    folder, out = tmp_path / "it", tmp_path / "out"
+    if damage:
+        shutil.copytree(facts if program == "train" else finished, folder)
+        damage(folder)
+    if isinstance(options, dict):
+        for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in options.items():
+            monkeypatch.setenv(name, value)
+        options = ["--seed=1"]
+    before = contents(folder)
+    if program == "train":
+        said = refusal(train.main, [*SMALL, f"--dataset={folder if damage else facts}", f"--out_dir={out}", *options], capsys)
+    elif program == "resume":
+        said = refusal(train.main, ["--resume", f"--out_dir={folder}", "--max_iters=9"], capsys)
+    else:
+        said = refusal(sample.main, ["--device=cpu", f"--out_dir={folder}", *options], capsys)
+    assert word in said and ("usage: " in said or said.count("\n") == 1), said
+    assert options or not word or str(folder) in said, said
+    assert not out.exists() and contents(folder) == before
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\xff\x00\n", b"null\n", b"{}\n", b"[" * 100_000 + b"\n", b'{"iter": "9"}\n'])
+def test_a_damaged_log_does_not_stop_a_resume_and_keeps_what_is_in_it(finished, tmp_path, line):
+    log = tmp_path / "out" / "log.jsonl"
+    shutil.copytree(finished, log.parent)
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-40] + b"\n" + line + whole + b'{"iter": 9}\n{"iter": 5, "lo')  # of a later step, and cut by a kill
+    with handlers():
+        train.main(["--resume", f"--out_dir={log.parent}", "--max_iters=5"])
+    assert log.read_bytes().startswith(whole[:-40] + b"\n" + line + whole)
+    assert json.loads(log.read_bytes().splitlines()[-1])["iter"] == 5 and log.read_bytes().count(b'"iter": 5,') == 1
+
+
+@contextlib.contextmanager
+def handlers():
+    """Training takes over signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_questions_may_hold_any_character(facts, tmp_path):
+    shutil.copytree(facts, tmp_path / "data")
+    question = {"prompt": "a\u2028b \ud83d\ude00\x85", "answer": "c\u2029"}
+    (tmp_path / "data" / "recall.jsonl").write_bytes(json.dumps(question, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    question["prompt"] = "a\u2028b \U0001f600\x85"
+    (tmp_path / "data" / "recall.jsonl").write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
+    assert [q["prompt"] for q in Dataset(tmp_path / "data").questions()] == [question["prompt"]]
+
+
+def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(facts, finished, tmp_path, capsys):
+    """As a death between best.pt and ckpt.pt leaves it."""
+    for name in ("best.pt", "log.jsonl"):
+        shutil.copy(finished / name, tmp_path / name)
+    said = refusal(train.main, [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}"], capsys)
+    assert "--overwrite" in said and "--resume" not in said
+
+
+# --- a hundred random mutations ---------------------------------------------------------------------------------------
+
+ODD = ["", " ", "0", "-1", "1", "3", "1.5", "nan", "-inf", "1e300", "1e-46", HUGE, "99999999999", "true", "x", "../x", "☃", "1,1"]
+VALUES = [None, True, 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, "", "x", "1", [], [1], {}, {"a": 1}, (0,), b"x"]
+LONG = {"max_iters", "eval_iters", "batch_size", "gradient_accumulation_steps", "compile", "out_dir"}  # some would run for long
+
+
+def mutations(facts, finished, folder):
+    """Yield what to call, with which arguments: seeds fixed."""
+    generator = random.Random(12)
+    names = sorted({f.name for cls in (train.TrainConfig, train.GPTConfig) for f in dataclasses.fields(cls)} - LONG)
+    for number in range(100):
+        mine = folder / f"{number}"
+        mine.mkdir(parents=True)
+        options, kind = [], number % 3
+        if kind == 0:
+            options = [f"--{name}={generator.choice(ODD)}" for name in generator.sample(names, generator.choice([1, 1, 2]))]
+            yield train.main, [*SMALL, f"--dataset={facts}", f"--out_dir={mine / 'out'}", "--max_iters=1", *options], mine
+        elif kind == 1:
+            shutil.copytree(facts, mine / "data")
+            values = json.loads((mine / "data" / "meta.json").read_text())
+            for name in generator.sample(sorted(values), generator.choice([1, 1, 2])):
+                values[name] = generator.choice(VALUES[:-1])
+            text = json.dumps(values)
+            if generator.random() < 0.3:
+                place = generator.randrange(len(text))
+                text = text[:place] + generator.choice(["", "\x00", '"', "}"]) + text[place + 1 :]
+            (mine / "data" / "meta.json").write_text(text)
+            yield train.main, [*SMALL, f"--dataset={mine / 'data'}", f"--out_dir={mine / 'out'}", "--max_iters=1"], mine
+        else:
+            shutil.copytree(finished, mine / "out")
+            checkpoint = torch.load(mine / "out" / "ckpt.pt", weights_only=True)
+            place = checkpoint
+            while True:  # down into the plain values
+                key = generator.choice(sorted(place, key=str)) if isinstance(place, dict) else generator.randrange(len(place))
+                if not isinstance(place[key], (dict, list)) or not place[key] or generator.random() < 0.2:
+                    break
+                place = place[key]
+            if key not in ("max_iters", "eval_iters", "dataset"):
+                place[key] = generator.choice(VALUES)
+            torch.save(checkpoint, mine / "out" / "ckpt.pt")
+            yield sample.main, [f"--out_dir={mine / 'out'}", "--device=cpu", "--max_new_tokens=3", "--num_samples=1"], mine
+            yield train.main, ["--resume", f"--out_dir={mine / 'out'}", "--max_iters=5"], mine
+
+
+def test_random_mutations_end_in_one_line_and_write_to_out_dir_only(facts, finished, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    others, ended, went_on = contents(facts, finished, ROOT / "data"), 0, 0
+    for main, arguments, mine in mutations(facts, finished, tmp_path / "all"):
+        data = contents(mine / "data")
+        with handlers():
+            try:
+                main(arguments)
+                went_on += 1
+            except SystemExit as error:
+                assert error.code != 0, arguments
+                ended += 1
+        assert "Traceback" not in capsys.readouterr().err, arguments
+        assert contents(mine / "data") == data and {path.name for path in mine.iterdir()} <= {"out", "data"}, arguments
+    assert contents(facts, finished, ROOT / "data") == others and not list((tmp_path / "here").iterdir())
+    assert ended > 60 and went_on > 10
