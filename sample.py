@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 from data.dataset import Dataset, find_folder, make_encoding
-from data.files import blame, one_line, steady_streams
+from data.files import Refused, blame, enough_memory, one_line, steady_streams
 from train import answer, choose_device, load_checkpoint, precision
 
 
@@ -120,7 +120,7 @@ def main(argv):
             if not questions:
                 raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
         text = read_start(args.start)
-    with one_line("sample.py", (OSError, torch.OutOfMemoryError)), precision(args.dtype, device), torch.inference_mode():
+    with one_line("sample.py", (OSError, Refused)), enough_memory(), precision(args.dtype, device), torch.inference_mode():
         try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)

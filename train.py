@@ -20,13 +20,11 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import signal
 import sys
 import time
-import typing
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.dataset import Dataset, find_folder, open_dataset
-from data.files import Refused, atomic_write, blame, explain, lock, one_line, steady_streams, sweep, write_file
+from data.files import Refused, atomic_write, blame, enough_memory, explain, lock, one_line, steady_streams, sweep, write_file
 from kernels import RowAdam
 from memory import ring_bytes
 from model import GPT, GPTConfig, check_options, option
@@ -129,13 +127,12 @@ def parse_options(argv):
     known = ["preset"]
     for title, cls in (("training", TrainConfig), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
-        types = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.name == "vocab_size":  # the dataset says
                 continue
             known.append(f.name)
             choices = f.metadata["choices"]
-            kind = {bool: to_bool, tuple[int, ...]: to_numbers}.get(types[f.name], str.lower if choices else types[f.name])
+            kind = {bool: to_bool, tuple: to_numbers}.get(type(f.default), str.lower if choices else type(f.default))
             optional_value = {"nargs": "?", "const": True} if kind is to_bool else {}  # --resume alone means true
             help = f"{f.metadata['help']} ({', '.join(choices)}{'; ' * bool(choices)}default: {f.default!r})".replace("%", "%%")
             group.add_argument(f"--{f.name}", type=kind, metavar="", default=argparse.SUPPRESS, help=help, **optional_value)
@@ -167,16 +164,11 @@ def save_checkpoint(path, checkpoint, ranks):
 
     The table of memory_parallel=M goes into M files beside `path`, which names them and is written last: then they count."""
 
-    path = Path(path)
-
     def write(path, contents):
-        try:
-            with atomic_write(path) as f:
-                torch.save(contents, f)
-        except (OSError, RuntimeError) as error:
-            raise cannot_write(path, error) from None
+        with room_for(path), atomic_write(path) as f:
+            torch.save(contents, f)
 
-    names = []
+    path, names = Path(path), []
     if ranks.M > 1:
         names = [f"{path.stem}-{checkpoint['iter']}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
         save = ranks.gather(os.urandom(8).hex())[0]  # each part says which it is, and of what
@@ -195,25 +187,25 @@ def save_checkpoint(path, checkpoint, ranks):
                 old.unlink()
 
 
-def cannot_write(path, error):
-    kept = "There is no checkpoint yet: start again"
-    if path.with_name("ckpt.pt").exists():
-        kept = "The last checkpoint is untouched: go on with --resume"
-    return OSError(f"could not write {path} ({explain(error)}). {kept} when there is room on the disk")
+@contextlib.contextmanager
+def room_for(path):
+    """If the disk has none for that file, say what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        kept = "There is no checkpoint yet: start again"
+        if path.with_name("ckpt.pt").exists():
+            kept = "The last checkpoint is untouched: go on with --resume"
+        raise OSError(f"could not write {path} ({explain(error)}). {kept} when there is room on the disk") from None
 
 
 def read_checkpoint(path):
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one")
     try:
         mmap = zipfile.is_zipfile(path)  # as torch.save writes: read what is used, so that sampling leaves out the moments
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is not a checkpoint, or holds more than tensors and plain values: it was not loaded") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        with blame(f"{path} is damaged or not a checkpoint", "give another one"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name the folder of a run that has saved one") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of nanomem")
     return checkpoint
@@ -238,9 +230,9 @@ def load_checkpoint(path, device="cpu", group=None):
             try:
                 parts = [read_checkpoint(path.with_name(name)) for name in checkpoint.get("pool_parts", [])]
                 break
-            except FileNotFoundError:  # a run may have put another checkpoint in its place
+            except (OSError, ValueError):  # a run may have put another checkpoint in its place
                 before, checkpoint = checkpoint, read_checkpoint(path)
-                if checkpoint["save"] == before["save"]:
+                if checkpoint.get("save") == before.get("save"):
                     raise
         if any(part["part"] != [i, checkpoint["save"]] for i, part in enumerate(parts)):
             raise ValueError(f"of {', '.join(checkpoint['pool_parts'])} one is another part, or of another checkpoint")
@@ -394,21 +386,19 @@ class Ranks:
 
     def __init__(self):
         """Reads what torchrun says. Raises ValueError if that is not enough to find the others."""
-        self.on = "RANK" in os.environ
-        with blame("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers", "start several processes with torchrun"):
-            names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-            self.rank, self.local, self.world = (int(os.environ.get(name, n) if self.on else n) for name, n in names)
-            if not 0 <= self.rank < self.world:
-                raise ValueError(f"rank {self.rank} of {self.world}")
+        self.rank, self.local, self.world, self.on = 0, 0, 1, "RANK" in os.environ
         self.M, self.group, self.replicas, self.control, self.store = 1, None, None, None, None
         self.sent = collections.Counter()  # bytes
-        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if self.on and missing:
-            raise ValueError(f"RANK is set, but {', '.join(missing)} not: start several processes with torchrun")
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store, which outlives its processes
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun die, stop as if it had said so
+        numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+        with blame(f"{', '.join(numbers)} must be whole numbers, and MASTER_ADDR be set, too", "start processes with torchrun"):
+            if self.on:
+                self.rank, self.local, self.world, port = (int(os.environ[name]) for name in numbers)
+                if not 0 <= self.rank < self.world or "MASTER_ADDR" not in os.environ:
+                    raise ValueError(f"rank {self.rank} of {self.world} at {os.environ.get('MASTER_ADDR')}")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store, which outlives its processes
+                self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+                if sys.platform == "linux":
+                    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun die, stop as if it had said so
 
     def began(self):
         """Whether this very job has begun the run in out_dir, and was restarted by torchrun since."""
@@ -463,14 +453,13 @@ class Ranks:
     def together(self, takes_part, do):
         """do() in the ranks that take part. If it fails in one of them, none of them goes on, and nobody is left waiting."""
         result = error = None
-        if takes_part:
-            try:
-                result = do()
-            except Exception as caught:
-                error = caught
-                if self.world == 1:
-                    raise
-        errors = self.gather(error and explain(error))
+        try:
+            result = do() if takes_part else None
+        except Exception as caught:
+            if self.world == 1:
+                raise
+            error = explain(caught)
+        errors = self.gather(error)
         failed = [str(rank) for rank, error in enumerate(errors) if error]
         if failed:
             where = f"rank {', '.join(failed)}: " if len(failed) < self.world else ""
@@ -525,10 +514,6 @@ def data_parallel(model, run_model, ranks):
     return parallel
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 class Stop:
     """Turns SIGINT or SIGTERM into a request to stop after the step. What is sent to a whole job comes twice, as torchrun passes it
     on: only a second Ctrl-C, more than a second later, ends the process at once."""
@@ -557,19 +542,6 @@ def refuse_nan(number, it, config, ranks, what="loss"):
             f"Try a smaller learning_rate (now {config.learning_rate:g}) or mem_learning_rate "
             f"(now {config.mem_learning_rate:g}), or a longer warmup_iters"
         )
-
-
-@contextlib.contextmanager
-def enough_memory():
-    """If there is not, say what takes it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|not enough memory|ALLOC_", str(error))):
-            raise
-        raise Refused(
-            f"out of memory ({first_line(error)}): lower batch_size (and raise gradient_accumulation_steps), block_size or mem_keys"
-        ) from error
 
 
 def train(model, optimizers, data, config, device, state, ranks):
@@ -670,11 +642,8 @@ def train(model, optimizers, data, config, device, state, ranks):
                 shown |= {"recall": f"{result['recall']:.1%}"} if "recall" in result else {}
                 shown |= {"mem": f"{result['mem_used']:.0%} used"} if "mem_used" in result else {}
             if first_rank:
-                try:
-                    with open(out_dir / "log.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-                except OSError as error:
-                    raise cannot_write(out_dir / "log.jsonl", error) from None
+                with room_for(out_dir / "log.jsonl"), open(out_dir / "log.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
             bar.set_postfix(shown)
             if evaluating and result["val_loss"] < state["best_val_loss"]:
                 state["best_val_loss"] = result["val_loss"]
@@ -746,12 +715,11 @@ def build_model(config, group, device):
 def complete_options(options, ranks):
     """Options of the command line -> all options: over a preset, or over those of the run that is resumed."""
     if ranks.began() and not options.get("resume"):  # torchrun --max-restarts
-        folder = Path(options.get("out_dir") or f"out/{options.get('preset', next(iter(PRESETS)))}")
-        if (folder / "ckpt.pt").exists():
-            options = {**options, "resume": True, "overwrite": False, "out_dir": str(folder)}
+        folder = options.get("out_dir", f"out/{options.get('preset', next(iter(PRESETS)))}")
+        options = {**options, "out_dir": folder, "overwrite": True}
+        if (Path(folder) / "ckpt.pt").exists():  # else it ended before its first checkpoint
+            options |= {"overwrite": False, "resume": True}
             options.pop("preset", None)
-        else:  # it ended before its first checkpoint
-            options = {**options, "overwrite": True}
     if not options.get("resume"):
         name = options.get("preset", next(iter(PRESETS)))
         if name not in PRESETS:
@@ -764,8 +732,9 @@ def complete_options(options, ranks):
     checkpoint = read_checkpoint(path)
     if "optimizers" not in checkpoint:
         raise ValueError(f"{path} has weights only, like a best.pt: it can be sampled from, but training cannot go on from it")
-    with blame(f"{path} has no options", "it was edited, damaged, or is of another version"):
+    with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         saved = checkpoint["train_config"] | checkpoint["model_config"]
+        make_configs(saved)
     fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
     for name in fixed & set(options):
         if name in saved and options[name] != saved[name]:
@@ -780,19 +749,17 @@ def prepare(config, options, device, ranks):
         hold(config)
     folder, path = find_folder(config.dataset), out_dir / "ckpt.pt"
     torch.manual_seed(config.seed)
-    checkpoint = None
+    model_config = make_configs(options, Dataset(folder).vocab_size)[1]
+    data, checkpoint = open_dataset(folder, model_config.block_size, config.seed), None
     if config.resume:
         checkpoint = load_checkpoint(path, device, ranks.group)
         model = checkpoint["model"]
-        if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
+        if checkpoint["fingerprint"] != data["fingerprint"]:
             raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
         if checkpoint["iter"] >= config.max_iters:
             done = checkpoint["iter"]
             raise ValueError(f"the run in {out_dir} is complete at step {done}; to go on, give a larger max_iters")
-        data = open_dataset(folder, model.config.block_size, config.seed)
     else:
-        model_config = make_configs(options, Dataset(folder).vocab_size)[1]
-        data = open_dataset(folder, model_config.block_size, config.seed)
         model = build_model(model_config, ranks.group, device)
     return model, make_optimizers(model, config), data, checkpoint
 
@@ -806,9 +773,8 @@ def hold(config):
     lock(out_dir)
     old = sorted(path for path in out_dir.iterdir() if re.fullmatch(RUN_FILES, path.name))
     if old and not (config.resume or config.overwrite):
-        names = ", ".join(path.name for path in old[:3])
-        way_out = "go on with it (--resume), " if (out_dir / "ckpt.pt").exists() else ""
-        raise ValueError(f"{out_dir} holds a run already ({names}): {way_out}replace it (--overwrite), or give another --out_dir")
+        way_out = "go on with it (--resume), " * (out_dir / "ckpt.pt").exists() + "replace it (--overwrite), or give another --out_dir"
+        raise ValueError(f"{out_dir} holds a run already ({old[0].name}): {way_out}")
     return old
 
 
@@ -864,23 +830,19 @@ def start(options, ranks):
     if checkpoint:
         state = {name: checkpoint[name] for name in state}
         with blame(f"{config.out_dir}/ckpt.pt: the state of its optimisers or random numbers is wrong", "go on from another one"):
-            restore(checkpoint, optimizers, ranks, device)
+            for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
+                optimizer.load_state_dict(saved_state | {"param_groups": groups})
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    moments = {**optimizer.state[p]}
+                    if int(moments.pop("step")) != state["iter"] or [m.shape for m in moments.values()] != [p.shape] * 2:
+                        raise ValueError("not two moments for each parameter, after as many steps as the run")
+            if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
+                cpu, cuda = checkpoint["random"][ranks.rank]
+                torch.set_rng_state(cpu)
+                if device.type == "cuda" and cuda is not None:
+                    torch.cuda.set_rng_state(cuda)
     return model, optimizers, data, config, device, state, ranks
-
-
-def restore(checkpoint, optimizers, ranks, device):
-    for optimizer, saved_state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        groups = optimizer.state_dict()["param_groups"]  # with the rates and decays of this command line
-        optimizer.load_state_dict(saved_state | {"param_groups": groups})
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            moments = {**optimizer.state[p]}
-            if int(moments.pop("step")) != checkpoint["iter"] or [moment.shape for moment in moments.values()] != [p.shape] * 2:
-                raise ValueError("not two moments for each parameter, after as many steps as the run")
-    if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
-        cpu, cuda = checkpoint["random"][ranks.rank]
-        torch.set_rng_state(cpu)
-        if device.type == "cuda" and cuda is not None:
-            torch.cuda.set_rng_state(cuda)
 
 
 def main(argv):
@@ -902,9 +864,9 @@ def main(argv):
         except RuntimeError as error:  # of a process that is gone, or does not answer
             if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            goes_on = "start again with --resume" if (Path(config.out_dir) / "ckpt.pt").exists() else "start again"
-            print(f"\ntrain.py: rank {ranks.rank} has lost another process ({first_line(error)}). ", end="", file=sys.stderr)
-            print(f"What {config.out_dir} holds is whole: {goes_on}", file=sys.stderr, flush=True)
+            way_out = "start again" + " with --resume" * (Path(config.out_dir) / "ckpt.pt").exists()
+            lost = f"rank {ranks.rank} has lost another process ({explain(error)}). What {config.out_dir} holds is whole: {way_out}"
+            print(f"\ntrain.py: {lost}", file=sys.stderr, flush=True)
             os._exit(1)  # a tidy end would wait for the other
     if speaks:
         summarize(model, result, config, state, data["questions"])

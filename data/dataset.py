@@ -10,7 +10,6 @@
 A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files and nothing of the others) works as it is.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.files import blame, lock, sweep, write_file
+from data.files import Refused, blame, lock, sweep, write_file
 
 FORMAT_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 PARTS = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl", "progress.json")
@@ -32,13 +31,6 @@ AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def to_folder(text):
-    """For argparse: an empty name, of a variable that is not set perhaps, is not the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must name a folder")
-    return Path(text)
 
 
 def claim(folder, overwrite):
@@ -98,7 +90,7 @@ def is_unfinished(folder):
 
 def check_ids(path, ids, vocab_size):
     if ids.max() >= vocab_size:
-        raise ValueError(f"{path} has token id {ids.max()}, but the vocabulary ends at {vocab_size - 1}; prepare it again")
+        raise Refused(f"{path} has token id {ids.max()}, but the vocabulary ends at {vocab_size - 1}; prepare it again")
 
 
 class Dataset:

@@ -1,9 +1,11 @@
 """What all programs here share: how an error becomes one line, a file is written whole, and a folder is held."""
 
+import argparse
 import contextlib
 import functools
 import io
 import os
+import pickle
 import re
 import sys
 import traceback
@@ -24,6 +26,8 @@ def explain(error):
     if os.environ.get("NANOMEM_DEBUG", "0") != "0":
         traceback.print_exception(error)
     text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch says at length how to load it nevertheless
+        text = "it holds more than tensors and plain values, and was not loaded"
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text[:300]}"
 
 
@@ -49,6 +53,18 @@ def one_line(program, kinds=Exception, speaks=True):
         sys.exit(f"{program}: {explain(error)}" if speaks else 1)
 
 
+@contextlib.contextmanager
+def enough_memory():
+    """If there is not, say what takes it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|not enough memory|ALLOC_", str(error))):
+            raise
+        way_out = "lower batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
+        raise Refused(f"out of memory ({explain(error)}): {way_out}") from None
+
+
 class Steady(io.FileIO):
     """A standard stream. That its reader goes away, or its disk is full, does not end what has run for hours."""
 
@@ -65,6 +81,13 @@ def steady_streams():
     for number, name in ((1, "stdout"), (2, "stderr")):
         raw = io.BufferedWriter(Steady(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(raw, errors="replace", line_buffering=True))
+
+
+def to_folder(text):
+    """For argparse: an empty name, of a variable that is not set perhaps, is not the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder")
+    return Path(text)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ SMALL = (
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
     "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
 ).split()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
 
 
 def run(*command, **options):
@@ -58,6 +58,10 @@ def wait_until(condition, process, seconds=60):
         time.sleep(0.01)
 
 
+def children(job):
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()]
+
+
 def steps_done(out):
     return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
 
@@ -82,8 +86,8 @@ def finished(facts, tmp_path_factory):
 def sharded(facts, tmp_path_factory):
     """The folder of a run of two processes that share the table."""
     out = tmp_path_factory.mktemp("sharded") / "out"
-    command = [*TORCHRUN, "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}", "--memory_parallel=2"]
-    done = start(*command, "--gradient_accumulation_steps=2")
+    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}"]
+    done = start(*command, "--memory_parallel=2", "--gradient_accumulation_steps=2")
     assert done.communicate(timeout=100) and done.returncode == 0
     return out
 
@@ -114,8 +118,8 @@ def test_a_restart_by_torchrun_does_not_touch_a_run_that_its_job_has_not_begun(f
     """That a restart goes on with one that it has begun: test_parallel.py."""
     shutil.copytree(finished, tmp_path / "out")
     before = contents(tmp_path)
-    job = start(*TORCHRUN, "--max-restarts=1", "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}",
-                "--max_iters=9", "--gradient_accumulation_steps=2")  # fmt: skip
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--max_iters=9"]
+    job = start(*TORCHRUN, "--nproc_per_node=1", "--max-restarts=1", "train.py", *options)
     errors = job.communicate(timeout=100)[1]
     assert job.returncode != 0 and errors.count("holds a run already") == 2, errors
     assert contents(tmp_path) == before
@@ -215,11 +219,13 @@ def test_parts_of_a_table_that_are_not_where_they_belong_are_refused(facts, shar
 
 
 def test_sigterm_to_torchrun_and_to_all_its_processes_saves(facts, tmp_path):
-    """As a scheduler sends it. Each process gets it twice, the second time from torchrun."""
+    """As a scheduler sends it. Each process gets it twice, the other time from torchrun."""
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", "--max_iters=100000"]
-    job = start(*TORCHRUN, "train.py", *options, "--eval_interval=100000", start_new_session=True)
-    wait_until(lambda: steps_done(tmp_path) > 3, job)
-    os.killpg(job.pid, signal.SIGTERM)
+    options += ["--eval_interval=100000", "--batch_size=200"]  # steps long enough for both to arrive in one
+    job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options)
+    wait_until(lambda: steps_done(tmp_path) > 1, job)
+    for process in (*children(job), job.pid):
+        os.kill(process, signal.SIGTERM)
     said, errors = job.communicate(timeout=60)
     step = train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
     assert f"Stopped by SIGTERM after step {step}" in said and steps_done(tmp_path) == step, errors
@@ -239,13 +245,13 @@ def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, 
     shutil.copytree(finished, tmp_path / "finished")
     before = contents(tmp_path / "finished")
     resume = ["--resume", f"--out_dir={tmp_path / 'finished'}", "--max_iters=9"]
-    done = run("train.py", *resume, preexec_fn=limit(resource.RLIMIT_FSIZE, 0))
+    done = run("train.py", *resume, preexec_fn=limit(resource.RLIMIT_FSIZE, 10))
     assert_refused(done, f"{tmp_path / 'finished' / 'log.jsonl'}")
     assert contents(tmp_path / "finished") == before
     done = prepare("--out", tmp_path / "data", preexec_fn=limit(resource.RLIMIT_FSIZE, 9000))
     assert_refused(done, "prepare.py: ", f"{tmp_path / 'data'}/", "File too large")
     shutil.rmtree(out)
-    done = run("train.py", *options, "--batch_size=4000", preexec_fn=limit(resource.RLIMIT_AS, 5 * 2**30))
+    done = run("train.py", *options, "--batch_size=40000", preexec_fn=limit(resource.RLIMIT_AS, 5 * 2**30))
     assert_refused(done, "out of memory", "lower batch_size", "block_size")
 
 
@@ -253,7 +259,8 @@ def test_a_checkout_that_cannot_be_written_to_says_where_facts_can_be_made(tmp_p
     for name in ("data/facts/prepare.py", "data/dataset.py", "data/files.py", "train.py", "kernels.py", "memory.py", "model.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    done = run(tmp_path / "train.py", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    limits = resource.RLIMIT_FSIZE, (10, 10)
+    done = run(tmp_path / "train.py", f"--out_dir={tmp_path / 'out'}", preexec_fn=lambda: resource.setrlimit(*limits))
     assert_refused(done, "prepare.py: ", "File too large", "train.py: ", "data/facts could not be made", "--out FOLDER")
 
 
@@ -300,16 +307,16 @@ def test_a_sample_that_cannot_be_printed_is_an_error(finished):
 def test_sampling_while_a_sharded_run_saves(facts, tmp_path):
     """Parts of a table are replaced by others: a reader who is in the middle of them begins anew."""
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--memory_parallel=2", "--gradient_accumulation_steps=2"]
-    job = start(*TORCHRUN, "train.py", *options, "--eval_interval=1", "--max_iters=100000")
+    job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options, "--eval_interval=1", "--max_iters=100000")
     wait_until((tmp_path / "ckpt.pt").exists, job)
     steps = {train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] for _ in range(400)}
     assert len(steps) > 20
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    processes = children(job)
     job.kill()  # torchrun itself: its processes save and end
     job.communicate()
     end = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < end and len(children) == 2
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < end and len(processes) == 2
         time.sleep(0.05)
     assert steps_done(tmp_path) == train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
 
@@ -445,8 +452,8 @@ ENVIRONMENTS = [
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
-    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "do not find each other"),
-    ({"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "http"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "'http'"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "do not find each other"),
 ]
 
 

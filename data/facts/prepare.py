@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import claim, describe_vocabulary, make_encoding, to_folder, write_dataset
-from data.files import one_line, steady_streams
+from data.dataset import claim, describe_vocabulary, make_encoding, write_dataset
+from data.files import one_line, steady_streams, to_folder
 
 # Words for names of people, places and firms, all made up: 16 * 6 * 18 = 1,728 of them, in a fixed shuffled order.
 ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()

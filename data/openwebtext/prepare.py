@@ -39,8 +39,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import load_json, make_encoding, to_folder, write_meta
-from data.files import atomic_write, explain, lock, steady_streams, sweep, write_file
+from data.dataset import load_json, make_encoding, write_meta
+from data.files import atomic_write, explain, lock, steady_streams, sweep, to_folder, write_file
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"

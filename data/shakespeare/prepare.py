@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import claim, describe_vocabulary, make_encoding, to_folder, write_dataset
-from data.files import blame, one_line, steady_streams
+from data.dataset import claim, describe_vocabulary, make_encoding, write_dataset
+from data.files import blame, one_line, steady_streams, to_folder
 
 # The checksum below says whether what arrives is the text everyone else compares on.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
