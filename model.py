@@ -305,7 +305,7 @@ def pick(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)
-    logits = (logits - logits[:, :1]) / temperature  # the largest is 0: no temperature is too small
+    logits = (logits - logits[:, :1]) / max(temperature, 1e-30)  # the largest is 0, and smaller numbers are 0 in float32
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probabilities = logits.softmax(-1)

@@ -773,7 +773,8 @@ def hold(config):
     lock(out_dir)
     old = sorted(path for path in out_dir.iterdir() if re.fullmatch(RUN_FILES, path.name))
     if old and not (config.resume or config.overwrite):
-        way_out = "go on with it (--resume), " * (out_dir / "ckpt.pt").exists() + "replace it (--overwrite), or give another --out_dir"
+        go_on = "go on with it (--resume), " * (out_dir / "ckpt.pt").exists()
+        way_out = f"{go_on}replace it (--overwrite), or give another --out_dir"
         raise ValueError(f"{out_dir} holds a run already ({old[0].name}): {way_out}")
     return old
 

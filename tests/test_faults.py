@@ -453,7 +453,7 @@ ENVIRONMENTS = [
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "'http'"),
-    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "do not find each other"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "do not find each other"),
 ]
 
 
@@ -522,6 +522,40 @@ def handlers():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["facts", "shakespeare", "openwebtext"])
+def test_prepare_py_names_a_folder_that_it_cannot_write_to(tmp_path, name):
+    (tmp_path / "file").write_text("a text that is long enough to train on")
+    options = {"shakespeare": [f"--file={tmp_path / 'file'}"], "openwebtext": [f"--source={tmp_path}", "--subsets=0"]}.get(name, [])
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert_refused(run(f"data/{name}/prepare.py", *options, "--out", out), "prepare.py: ", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "a text that is long enough to train on"
+
+
+def test_a_negative_seed_is_named(tmp_path):
+    assert_refused(prepare("--seed=-1", "--out", tmp_path / "out"), "--seed=-1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_very_low_temperature_is_greedy(finished, capsys):
+    said = []
+    for temperature in ("0", "1e-46", "1e-30"):
+        sample.main([f"--out_dir={finished}", "--device=cpu", "--num_samples=1", f"--temperature={temperature}"])
+        said.append(capsys.readouterr().out)
+    assert len(said[0]) > 20 and said[0] == said[1] == said[2]
+
+
+def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(facts, tmp_path, capsys, monkeypatch):
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"]
+    with monkeypatch.context() as patch:
+        patch.setenv("NANOMEM_DEBUG", "1")
+        with pytest.raises(SystemExit, match="too few for block_size"):
+            train.main([*options, "--block_size=1000000"])
+        assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr(train, "evaluate", lambda *_: {}["an error of our own"])
+    with handlers(), pytest.raises(KeyError, match="an error of our own"):
+        train.main(options)
 
 
 def test_questions_may_hold_any_character(facts, tmp_path):
