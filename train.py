@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+os.environ["NANOMEM_PARENT"] = str(os.getppid())  # before seconds of imports
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # Apple GPUs lack a few sparse operators: those run on the CPU
 import torch
 import torch.distributed as dist
@@ -143,35 +145,33 @@ def parse_options(argv):
     return vars(options)
 
 
-def make_configs(options, vocab_size=None):
+def make_configs(options):
     """{option: value} -> TrainConfig, GPTConfig. Raises ValueError for values that do not fit."""
     names = {f.name for f in dataclasses.fields(GPTConfig)}
-    train_options = {name: value for name, value in options.items() if name not in names}
-    model_options = {name: value for name, value in options.items() if name in names}
-    if vocab_size is not None:
-        model_options["vocab_size"] = vocab_size
-    return TrainConfig(**train_options), GPTConfig(**model_options)
+    training, model = ({name: value for name, value in options.items() if (name in names) == which} for which in (False, True))
+    return TrainConfig(**training), GPTConfig(**model)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 FORMAT = "nanomem-1"
+PART = r"-\d+-[0-9a-f]{8}-\d+of\d+"  # of a table: step, checkpoint, rank and how many
+RUN_FILES = rf"(ckpt|best)({PART})?\.pt|log\.jsonl"  # all that a run writes
 
 
 def save_checkpoint(path, checkpoint, ranks):
     """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves the checkpoint that was there.
 
     The table of memory_parallel=M goes into M files beside `path`, which names them and is written last: then they count."""
-
     def write(path, contents):
         with room_for(path), atomic_write(path) as f:
             torch.save(contents, f)
 
     path, names = Path(path), []
     if ranks.M > 1:
-        names = [f"{path.stem}-{checkpoint['iter']}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
-        save = ranks.gather(os.urandom(8).hex())[0]  # each part says which it is, and of what
+        save = ranks.gather(os.urandom(4).hex())[0]  # each part says which it is, and of what; and none takes the place of another
+        names = [f"{path.stem}-{checkpoint['iter']}-{save}-{i}of{ranks.M}.pt" for i in range(ranks.M)]
         part = {"format": FORMAT, "part": [ranks.rank, save], "values": checkpoint["model"].pop("pool.values")}
         if "optimizers" in checkpoint:
             network, table = checkpoint["optimizers"]
@@ -183,7 +183,7 @@ def save_checkpoint(path, checkpoint, ranks):
     ranks.together(ranks.rank == 0, lambda: write(path, checkpoint))
     if ranks.rank == 0:
         for old in path.parent.iterdir():
-            if re.fullmatch(rf"{path.stem}-\d+-\d+of\d+\.pt", old.name) and old.name not in names:
+            if re.fullmatch(rf"{path.stem}{PART}\.pt", old.name) and old.name not in names:
                 old.unlink()
 
 
@@ -193,7 +193,7 @@ def room_for(path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        kept = "There is no checkpoint yet: start again"
+        kept = "There is no checkpoint yet: start again with --overwrite"
         if path.with_name("ckpt.pt").exists():
             kept = "The last checkpoint is untouched: go on with --resume"
         raise OSError(f"could not write {path} ({explain(error)}). {kept} when there is room on the disk") from None
@@ -399,10 +399,12 @@ class Ranks:
                 self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
                 if sys.platform == "linux":
                     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun die, stop as if it had said so
+                if str(os.getppid()) != os.environ["NANOMEM_PARENT"]:
+                    raise ValueError("torchrun has died meanwhile")
 
-    def began(self):
+    def began(self, out_dir):
         """Whether this very job has begun the run in out_dir, and was restarted by torchrun since."""
-        return self.store is not None and self.store.check(["nanomem"])
+        return self.store is not None and self.store.check([f"nanomem {Path(out_dir).resolve()}"])
 
     def meet(self, device, backend, timeout):
         if not self.on:
@@ -562,6 +564,8 @@ def train(model, optimizers, data, config, device, state, ranks):
     micro_steps = config.gradient_accumulation_steps // ranks.world  # of this rank
 
     def save(name, with_optimizers=True):
+        if first_rank and not (not out_dir.exists() or not os.path.samestat(os.stat(out_dir), lock(out_dir))):
+            raise Refused(f"{out_dir} is not the folder that this run has begun in: it was moved, removed or replaced")
         # The loss of this step was that before its update.
         refuse_nan(ranks.total([largest_weight(model)])[0], state["iter"], config, ranks, "largest weight")
         checkpoint = {
@@ -627,7 +631,6 @@ def train(model, optimizers, data, config, device, state, ranks):
             if ranks.on:
                 sent = ranks.sent + (pool.sent if pool is not None else collections.Counter())
                 line |= {f"sent_{name}": count / (it - since) for name, count in sent.items()}  # bytes a step, by this rank
-                shown["sent"] = f"{sum(sent.values()) / (it - since) / 1e6:,.1f} MB"
             if peak:
                 line["mfu"] = line["tokens_per_s"] / tokens_per_step * flops_per_step / peak / ranks.world
                 shown["mfu"] = f"{line['mfu']:.1%}"
@@ -657,7 +660,8 @@ def train(model, optimizers, data, config, device, state, ranks):
             bar.close()
             if first_rank:
                 print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
-                print(f"Go on with: python train.py --resume --out_dir={out_dir}", flush=True)
+                launcher = "torchrun ..." if ranks.on else "python"
+                print(f"Go on with: {launcher} train.py --resume --out_dir={shlex.quote(str(out_dir))}", flush=True)
             sys.exit(128 + stopped_by)
     bar.close()
     return result
@@ -683,10 +687,9 @@ def summarize(model, result, config, state, questions):
     if "mem_used" in result:
         used, kl, top1 = (result[f"mem_{name}"] for name in ("used", "kl", "top1"))
         print(f"  memory       {used:.1%} of slots read; KL from even use {kl:.2f} nats; the busiest 1% get {top1:.1%} of reads")
-    sent = {name.removeprefix("sent_"): count for name, count in result.items() if name.startswith("sent_")}
+    sent = [f"{name.removeprefix('sent_')} {count / 1e6:,.2f} MB" for name, count in result.items() if name.startswith("sent_")]
     if sent:
-        parts = ", ".join(f"{name} {count / 1e6:,.2f} MB" for name, count in sent.items())
-        print(f"  sent         {parts} a step, by each process")
+        print(f"  sent         {', '.join(sent)} a step, by each process")
     print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
     print("\nNext:")
     print(f"  python sample.py --out_dir={config.out_dir}" + (" --recall" if "recall" in result else ""))
@@ -714,8 +717,8 @@ def build_model(config, group, device):
 
 def complete_options(options, ranks):
     """Options of the command line -> all options: over a preset, or over those of the run that is resumed."""
-    if ranks.began() and not options.get("resume"):  # torchrun --max-restarts
-        folder = options.get("out_dir", f"out/{options.get('preset', next(iter(PRESETS)))}")
+    folder = options.get("out_dir", f"out/{options.get('preset', next(iter(PRESETS)))}")
+    if ranks.began(folder) and not options.get("resume"):  # torchrun --max-restarts
         options = {**options, "out_dir": folder, "overwrite": True}
         if (Path(folder) / "ckpt.pt").exists():  # else it ended before its first checkpoint
             options |= {"overwrite": False, "resume": True}
@@ -735,36 +738,32 @@ def complete_options(options, ranks):
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         saved = checkpoint["train_config"] | checkpoint["model_config"]
         make_configs(saved)
+    asked = {name: value for config in make_configs(saved | options) for name, value in dataclasses.asdict(config).items()}
     fixed = {f.name for f in dataclasses.fields(GPTConfig)} | {"seed", "batch_size", "gradient_accumulation_steps"}
     for name in fixed & set(options):
-        if name in saved and options[name] != saved[name]:
+        if asked[name] != saved[name]:
             raise ValueError(f"{name}={options[name]}: the run in {path.parent} has {name}={saved[name]} and must keep it")
     return saved | options
 
 
 def prepare(config, options, device, ranks):
     """All that train() needs but the state of a run before. Raises ValueError or OSError for what is wrong with it."""
-    out_dir = Path(config.out_dir)
+    folder, out_dir = find_folder(config.dataset), Path(config.out_dir)
     if ranks.rank == 0 and out_dir.is_dir():
         hold(config)
-    folder, path = find_folder(config.dataset), out_dir / "ckpt.pt"
     torch.manual_seed(config.seed)
-    model_config = make_configs(options, Dataset(folder).vocab_size)[1]
+    model_config = make_configs(options | {"vocab_size": Dataset(folder).vocab_size})[1]
     data, checkpoint = open_dataset(folder, model_config.block_size, config.seed), None
     if config.resume:
-        checkpoint = load_checkpoint(path, device, ranks.group)
+        checkpoint = load_checkpoint(out_dir / "ckpt.pt", device, ranks.group)
         model = checkpoint["model"]
         if checkpoint["fingerprint"] != data["fingerprint"]:
-            raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that {path} was trained on")
+            raise ValueError(f"dataset={config.dataset}: {folder} does not hold the data that the run in {out_dir} was trained on")
         if checkpoint["iter"] >= config.max_iters:
-            done = checkpoint["iter"]
-            raise ValueError(f"the run in {out_dir} is complete at step {done}; to go on, give a larger max_iters")
+            raise ValueError(f"the run in {out_dir} is complete at step {checkpoint['iter']}; to go on, give a larger max_iters")
     else:
         model = build_model(model_config, ranks.group, device)
     return model, make_optimizers(model, config), data, checkpoint
-
-
-RUN_FILES = r"(ckpt|best)(-\d+-\d+of\d+)?\.pt|log\.jsonl"  # all that a run writes
 
 
 def hold(config):
@@ -774,8 +773,7 @@ def hold(config):
     old = sorted(path for path in out_dir.iterdir() if re.fullmatch(RUN_FILES, path.name))
     if old and not (config.resume or config.overwrite):
         go_on = "go on with it (--resume), " * (out_dir / "ckpt.pt").exists()
-        way_out = f"{go_on}replace it (--overwrite), or give another --out_dir"
-        raise ValueError(f"{out_dir} holds a run already ({old[0].name}): {way_out}")
+        raise ValueError(f"{out_dir} holds a run already: {go_on}replace it (--overwrite), or give another --out_dir")
     return old
 
 
@@ -791,20 +789,21 @@ def claim(config, resumed_at, ranks):
     old = hold(config)
     sweep(log.parent, RUN_FILES)
     if resumed_at is None:
-        for path in old:
+        for path in reversed(old):  # a checkpoint before the parts of its table
             path.unlink()
     elif log.exists():
         lines = log.read_bytes().splitlines(keepends=True)  # of which a kill can cut the last short
         write_file(log, b"".join(line for line in lines if line.endswith(b"\n") and not is_later(line)))
     if ranks.store:
-        ranks.store.set("nanomem", config.out_dir)  # see Ranks.began
+        ranks.store.set(f"nanomem {log.parent.resolve()}", "")  # see Ranks.began
 
 
 def start(options, ranks):
     """Everything that can be wrong is found here, before training. Returns the arguments of train()."""
     options = complete_options(options, ranks)
     config, model_config = make_configs(options)
-    device = choose_device(config.device, ranks.local if ranks.on else None)
+    with one_line(f"train.py: rank {ranks.rank}") if ranks.rank > 0 else contextlib.nullcontext():  # it may be the only one without
+        device = choose_device(config.device, ranks.local if ranks.on else None)
     ranks.meet(device, config.backend, config.timeout)
     for name, value in sorted(options.items()):
         ranks.same(f"{name}=", value)
@@ -815,7 +814,7 @@ def start(options, ranks):
         )
     M = config.memory_parallel if model_config.mem_layers else 1
     if ranks.world % M:
-        raise ValueError(f"memory_parallel={M} does not divide the {ranks.world} processes that torchrun has started")
+        raise ValueError(f"memory_parallel={M} does not divide the {ranks.world} processes; it need not be that of the run before")
     if model_config.mem_value_dim % M:
         raise ValueError(f"memory_parallel={M} does not divide the width of a value, {model_config.mem_value_dim}")
     ranks.share(M)
@@ -855,8 +854,7 @@ def main(argv):
         ranks = Ranks()
         model, optimizers, data, config, device, state, ranks = start(options, ranks)
     if speaks:
-        together = f", {ranks.world} processes" if ranks.on else ""
-        together += f" in groups of {ranks.M} that share the table" if ranks.M > 1 else ""
+        together = f", {ranks.world} processes" * ranks.on + f" in groups of {ranks.M} that share the table" * (ranks.M > 1)
         print(f"{describe(model)}; on {device}{together}", flush=True)
     with one_line("train.py", (Refused, OSError)):  # other errors are our own, and keep their traceback
         try:
@@ -865,7 +863,7 @@ def main(argv):
         except RuntimeError as error:  # of a process that is gone, or does not answer
             if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            way_out = "start again" + " with --resume" * (Path(config.out_dir) / "ckpt.pt").exists()
+            way_out = "start again with " + ("--resume" if (Path(config.out_dir) / "ckpt.pt").exists() else "--overwrite")
             lost = f"rank {ranks.rank} has lost another process ({explain(error)}). What {config.out_dir} holds is whole: {way_out}"
             print(f"\ntrain.py: {lost}", file=sys.stderr, flush=True)
             os._exit(1)  # a tidy end would wait for the other

@@ -208,16 +208,19 @@ def find_folder(name):
 def open_dataset(folder, block_size, seed):
     """All that training needs of a folder, checked: batches, the questions if there are any, and what goes into a checkpoint."""
     dataset = Dataset(folder)
-    train, val = dataset.tokens("train"), dataset.tokens("val")
-    return {
+    fingerprint, train, val = dataset.fingerprint(), dataset.tokens("train"), dataset.tokens("val")
+    data = {
         "train": Batches(train, block_size, seed, dataset.vocab_size),
         "train_eval": Batches(train, block_size, 0, dataset.vocab_size),
         "val_eval": Batches(val, block_size, 0, dataset.vocab_size),
         "questions": dataset.questions(),
         "vocabulary": dataset.vocabulary(),
         "separator": dataset.separator,
-        "fingerprint": dataset.fingerprint(),
+        "fingerprint": fingerprint,
     }
+    if Dataset(folder).fingerprint() != fingerprint:
+        raise ValueError(f"{folder} was prepared anew while it was read: start again")
+    return data
 
 
 class Batches:

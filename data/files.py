@@ -79,8 +79,8 @@ def steady_streams():
         pass
     os.close(number)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        raw = io.BufferedWriter(Steady(number, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(raw, errors="replace", line_buffering=True))
+        raw, encoding = io.BufferedWriter(Steady(number, "w", closefd=False)), getattr(getattr(sys, name), "encoding", None)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=True))
 
 
 def to_folder(text):
@@ -115,12 +115,18 @@ def write_file(path, data):
 
 @functools.cache  # what one holds one can ask for again
 def lock(folder, wait=False):
-    """Hold a folder for this process until it ends, however it ends. Raises ValueError if another one does; or waits for that."""
+    """Hold a folder for this process until it ends, however it ends. Raises ValueError if another one does, or waits for that.
+    Returns its os.stat, to know it by."""
     with contextlib.suppress(OSError):  # of a disk that has no locks
+        handle = fcntl and os.open(folder, os.O_RDONLY)
         try:
-            fcntl and fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}: let it end, or give another folder") from None
+            if not wait:
+                raise ValueError(f"another process is at work in {folder}: let it end, or give another folder") from None
+            print(f"Waiting for another process that is at work in {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    return os.stat(folder)
 
 
 def sweep(folder, names):

@@ -96,12 +96,13 @@ def sharded(facts, tmp_path_factory):
 
 
 def test_a_run_removes_what_a_run_has_written_and_nothing_else(facts, finished, tmp_path):
-    mine = ["ckpt-from-friend.pt", "best-of-all.pt", "draft.tmp", "ckpt.pt.old.tmp", "ckpt-10-proof2.pt", "log.jsonl.bak"]
+    mine = ["ckpt-from-friend.pt", "best-of-all.pt", "draft.tmp", "ckpt.pt.old.tmp", "ckpt-10-proof2.pt", "ckpt-8-0of2.pt"]
     for name in mine:
         (tmp_path / name).write_text(name)
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--max_iters=1"]
     assert run("train.py", *options).returncode == 0
-    ours = ["ckpt-8-0of2.pt", "best-8-1of2.pt", "ckpt.pt.77.tmp", "log.jsonl.77.tmp", "ckpt-9-1of2.pt.78.tmp"]
+    ours = ["ckpt-8-01234567-0of2.pt", "best-8-0123cdef-1of2.pt", "ckpt.pt.77.tmp", "log.jsonl.7.tmp"]
+    ours += ["ckpt-9-01ab4567-1of2.pt.8.tmp"]
     for name in ours:
         (tmp_path / name).write_text(name)
     assert run("train.py", *options, "--overwrite").returncode == 0
@@ -206,10 +207,10 @@ def test_of_two_prepare_py_at_once_one_makes_the_dataset(tmp_path):
 
 def test_parts_of_a_table_that_are_not_where_they_belong_are_refused(facts, sharded, tmp_path):
     shutil.copytree(sharded, tmp_path / "out")
-    parts = [tmp_path / "out" / f"ckpt-4-{i}of2.pt" for i in range(2)]
+    parts = sorted((tmp_path / "out").glob("ckpt-4-*of2.pt"))
     first, second = (part.read_bytes() for part in parts)
     other = torch.load(parts[0], weights_only=True)  # the same part of another run
-    torch.save(other | {"part": [0, "0123456789abcdef"]}, tmp_path / "other")
+    torch.save(other | {"part": [0, "01234567"]}, tmp_path / "other")
     for contents_of_parts in ((second, first), (first, first), ((tmp_path / "other").read_bytes(), second)):
         for part, text in zip(parts, contents_of_parts, strict=True):
             part.write_bytes(text)
@@ -241,7 +242,7 @@ def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, 
     out = tmp_path / "out"
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}"]
     done = run("train.py", *options, "--eval_interval=1000", "--max_iters=1000", preexec_fn=limit(resource.RLIMIT_FSIZE, 1000))
-    assert_refused(done, f"could not write {out / 'log.jsonl'}", "There is no checkpoint yet: start again")
+    assert_refused(done, f"could not write {out / 'log.jsonl'}", "There is no checkpoint yet: start again with --overwrite")
     shutil.copytree(finished, tmp_path / "finished")
     before = contents(tmp_path / "finished")
     resume = ["--resume", f"--out_dir={tmp_path / 'finished'}", "--max_iters=9"]
