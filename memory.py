@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+from data.files import steady_streams
 from kernels import lookup, triton_select, uses_triton
 
 
@@ -339,4 +340,5 @@ def main():
 
 
 if __name__ == "__main__":
+    steady_streams()
     main()

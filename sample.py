@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 from data.dataset import Dataset, find_folder, make_encoding
-from data.files import Refused, blame, enough_memory, one_line, steady_streams
+from data.files import blame, enough_memory, one_line, steady_streams
 from train import answer, choose_device, load_checkpoint, precision
 
 
@@ -58,10 +58,9 @@ def read_start(start):
         return text.read()
 
 
-def sample(model, encoding, separator, text, args):
-    """Print num_samples continuations of text, each token as soon as it is drawn."""
+def sample(model, encoding, separator, ids, args):
+    """Print num_samples continuations of the text that ids stand for, each token as soon as it is drawn."""
     device = next(model.parameters()).device
-    ids = encoding.encode(text, allowed_special="all")
     ids = ids if ids[:1] == [separator] else [separator, *ids]  # as at the beginning of a document
     prompt = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -120,12 +119,14 @@ def main(argv):
             if not questions:
                 raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
         text = read_start(args.start)
-    with one_line("sample.py", (OSError, Refused)), enough_memory(), precision(args.dtype, device), torch.inference_mode():
+        with blame("--start", f"the vocabulary in {path} cannot take it"):
+            ids = encoding.encode(text, allowed_special="all")
+    with one_line("sample.py"), enough_memory(), precision(args.dtype, device), torch.inference_mode():
         try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)
             else:
-                sample(model, encoding, separator, text, args)
+                sample(model, encoding, separator, ids, args)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed at exit
             if not isinstance(error, BrokenPipeError):  # a reader, say head, who has seen enough
@@ -134,5 +135,6 @@ def main(argv):
 
 if __name__ == "__main__":
     steady_streams()
+    parse(sys.argv[1:])  # says what is wrong with them, or --help
     sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115 (a reader who goes away ends this one)
     main(sys.argv[1:])

@@ -396,11 +396,11 @@ class Ranks:
                 if not 0 <= self.rank < self.world or "MASTER_ADDR" not in os.environ:
                     raise ValueError(f"rank {self.rank} of {self.world} at {os.environ.get('MASTER_ADDR')}")
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store, which outlives its processes
-                self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
                 if sys.platform == "linux":
                     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: should torchrun die, stop as if it had said so
                 if str(os.getppid()) != os.environ["NANOMEM_PARENT"]:
                     raise ValueError("torchrun has died meanwhile")
+                self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
 
     def began(self, out_dir):
         """Whether this very job has begun the run in out_dir, and was restarted by torchrun since."""
@@ -564,7 +564,7 @@ def train(model, optimizers, data, config, device, state, ranks):
     micro_steps = config.gradient_accumulation_steps // ranks.world  # of this rank
 
     def save(name, with_optimizers=True):
-        if first_rank and not (not out_dir.exists() or not os.path.samestat(os.stat(out_dir), lock(out_dir))):
+        if first_rank and not (out_dir.exists() and os.path.samestat(os.stat(out_dir), lock(out_dir))):
             raise Refused(f"{out_dir} is not the folder that this run has begun in: it was moved, removed or replaced")
         # The loss of this step was that before its update.
         refuse_nan(ranks.total([largest_weight(model)])[0], state["iter"], config, ranks, "largest weight")
@@ -585,8 +585,7 @@ def train(model, optimizers, data, config, device, state, ranks):
     first, end = (n * config.gradient_accumulation_steps for n in (state["iter"], config.max_iters))
     numbers = (range(n * config.batch_size, (n + 1) * config.batch_size) for n in range(first + ranks.rank, end, ranks.world))
     loader = prefetch(data["train"], numbers, device)
-    options = dict(unit="step", desc=out_dir.name, dynamic_ncols=True, disable=not first_rank)
-    bar = tqdm(total=config.max_iters, initial=state["iter"], **options)
+    bar = tqdm(None, out_dir.name, config.max_iters, initial=state["iter"], unit="step", dynamic_ncols=True, disable=not first_rank)
     shown, clock, since, waited = {}, time.perf_counter(), state["iter"], 0.0
     while state["iter"] < config.max_iters:
         it = state["iter"]
@@ -659,9 +658,9 @@ def train(model, optimizers, data, config, device, state, ranks):
         if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
             if first_rank:
+                again = f"{'torchrun ...' if ranks.on else 'python'} train.py --resume --out_dir={shlex.quote(str(out_dir))}"
                 print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; {out_dir / 'ckpt.pt'} is saved.")
-                launcher = "torchrun ..." if ranks.on else "python"
-                print(f"Go on with: {launcher} train.py --resume --out_dir={shlex.quote(str(out_dir))}", flush=True)
+                print(f"Go on with: {again}")
             sys.exit(128 + stopped_by)
     bar.close()
     return result
@@ -692,7 +691,7 @@ def summarize(model, result, config, state, questions):
         print(f"  sent         {', '.join(sent)} a step, by each process")
     print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
     print("\nNext:")
-    print(f"  python sample.py --out_dir={config.out_dir}" + (" --recall" if "recall" in result else ""))
+    print(f"  python sample.py --out_dir={shlex.quote(config.out_dir)}" + (" --recall" if "recall" in result else ""))
     if model.pool is not None and config.dataset == "facts":
         print("  python train.py --preset=facts-dense      # the same compute without a memory")
 
@@ -772,7 +771,7 @@ def hold(config):
     lock(out_dir)
     old = sorted(path for path in out_dir.iterdir() if re.fullmatch(RUN_FILES, path.name))
     if old and not (config.resume or config.overwrite):
-        go_on = "go on with it (--resume), " * (out_dir / "ckpt.pt").exists()
+        go_on = "go on (--resume), " * (out_dir / "ckpt.pt").exists()
         raise ValueError(f"{out_dir} holds a run already: {go_on}replace it (--overwrite), or give another --out_dir")
     return old
 
@@ -835,7 +834,9 @@ def start(options, ranks):
                 optimizer.load_state_dict(saved_state | {"param_groups": groups})
                 for p in (p for group in optimizer.param_groups for p in group["params"]):
                     moments = {**optimizer.state[p]}
-                    if int(moments.pop("step")) != state["iter"] or [m.shape for m in moments.values()] != [p.shape] * 2:
+                    step, wrong = moments.pop("step"), {"exp_avg", "exp_avg_sq"} != {*moments} != {"means", "squares"}
+                    kinds = {(m.shape, m.dtype, m.layout) for m in moments.values()}
+                    if wrong or step != state["iter"] or kinds != {(p.shape, torch.float32, torch.strided)}:
                         raise ValueError("not two moments for each parameter, after as many steps as the run")
             if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other noise
                 cpu, cuda = checkpoint["random"][ranks.rank]
@@ -846,8 +847,7 @@ def start(options, ranks):
 
 
 def main(argv):
-    rank = os.environ.get("RANK", "0")
-    speaks = not rank.isdigit() or int(rank) == 0  # for all
+    speaks = not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0"))  # for all
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         options = parse_options(argv)
     with one_line("train.py", speaks=speaks), enough_memory():

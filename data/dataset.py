@@ -119,15 +119,15 @@ class Dataset:
         with blame(must, AGAIN):
             self.encoding_name, self.dtype = meta["encoding"], FORMAT_DTYPES[meta["dtype"]]
             self.vocab_size, self.separator = meta["vocab_size"], meta["separator"]
-            kinds = type(self.encoding_name), type(self.vocab_size), type(self.separator)
-            if kinds != (str, int, int) or not 0 <= self.separator < self.vocab_size <= 256**self.dtype.itemsize:
+            kinds, most = (type(self.encoding_name), type(self.vocab_size), type(self.separator)), 256**self.dtype.itemsize
+            if kinds != (str, int, int) or "/" in self.encoding_name or not 0 <= self.separator < self.vocab_size <= most:
                 raise ValueError(f"not {self.encoding_name!r}, {self.vocab_size!r}, {self.separator!r}")
 
     def fingerprint(self):
-        """A hash of the sizes of both splits and of the first MiB of each: tells a folder that has been prepared anew."""
+        """A hash of the sizes and first MiB of tokens, meta.json and vocabulary: tells a folder that has been prepared anew."""
         digest = hashlib.sha256()
-        for name in ("train.bin", "val.bin"):
-            with open(self.folder / name, "rb") as f:
+        for path in (self.folder / name for name in PARTS[:4] if (self.folder / name).exists()):
+            with open(path, "rb") as f:
                 digest.update(f.read(2**20) + str(os.fstat(f.fileno()).st_size).encode())
         return digest.hexdigest()
 
@@ -179,8 +179,8 @@ def make_encoding(vocabulary):
     if vocabulary != "gpt2":
         with blame("the vocabulary is damaged", "run prepare.py again"):
             ranks, special = {t.encode("latin-1"): i for i, t in enumerate(vocabulary["tokens"])}, vocabulary["special_tokens"]
-            if not {bytes([i]) for i in range(256)} <= ranks.keys():
-                raise ValueError("single bytes are missing")
+            if not {bytes([i]) for i in range(256)} <= ranks.keys() or b"" in ranks or "" in special:
+                raise ValueError("single bytes are missing, or a token is empty")
             if sorted([*ranks.values(), *special.values()]) != list(range(len(vocabulary["tokens"]) + len(special))):
                 raise ValueError("two tokens are the same, or ids are missing")
             options = {"pat_str": vocabulary["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
@@ -197,7 +197,7 @@ def make_encoding(vocabulary):
 def find_folder(name):
     """A folder in data/, or a path. The facts, which are the default, are made if they are not there."""
     data = Path(__file__).resolve().parent
-    folder = data / name if (data / name).is_dir() else Path(name)
+    folder = data / name if Path(name).name == name and (data / name).is_dir() else Path(name)
     if folder == data / "facts" and (is_unfinished(folder) or not (folder / "meta.json").exists()):
         subprocess.run([sys.executable, folder / "prepare.py"])
         if not (folder / "meta.json").exists():

@@ -25,10 +25,11 @@ def explain(error):
     """One line that says what went wrong. With NANOMEM_DEBUG=1 the traceback goes to standard error."""
     if os.environ.get("NANOMEM_DEBUG", "0") != "0":
         traceback.print_exception(error)
-    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (ValueError, OSError)):
+        return str(error).replace("\n", " ")
     if isinstance(error, pickle.UnpicklingError):  # PyTorch says at length how to load it nevertheless
-        text = "it holds more than tensors and plain values, and was not loaded"
-    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text[:300]}"
+        return "it holds more than tensors and plain values, and was not loaded"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 @contextlib.contextmanager

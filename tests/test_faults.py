@@ -62,6 +62,13 @@ def children(job):
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()]
 
 
+def wait_for_end(processes, seconds):
+    end = time.monotonic() + seconds
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < end and len(processes) == 2
+        time.sleep(0.05)
+
+
 def steps_done(out):
     return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
 
@@ -118,12 +125,13 @@ def test_a_run_removes_what_a_run_has_written_and_nothing_else(facts, finished, 
 def test_a_restart_by_torchrun_does_not_touch_a_run_that_its_job_has_not_begun(facts, finished, tmp_path):
     """That a restart goes on with one that it has begun: test_parallel.py."""
     shutil.copytree(finished, tmp_path / "out")
-    before = contents(tmp_path)
-    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--max_iters=9"]
-    job = start(*TORCHRUN, "--nproc_per_node=1", "--max-restarts=1", "train.py", *options)
+    before = contents(tmp_path / "out")
+    program = f"{sys.executable} train.py {' '.join(SMALL)} --dataset={facts} --out_dir={tmp_path}"
+    programs = f"{program}/own --max_iters=1; {program}/out --max_iters=9"  # the job begins a run, though another one
+    job = start(*TORCHRUN, "--nproc_per_node=1", "--max-restarts=1", "--no-python", "bash", "-c", programs)
     errors = job.communicate(timeout=100)[1]
-    assert job.returncode != 0 and errors.count("holds a run already") == 2, errors
-    assert contents(tmp_path) == before
+    assert job.returncode != 0 and errors.count(f"{tmp_path / 'out'} holds a run already") == 2, errors
+    assert contents(tmp_path / "out") == before and (tmp_path / "own" / "ckpt.pt").exists()
 
 
 KILLED = """
@@ -193,6 +201,17 @@ def test_two_runs_do_not_share_a_folder(facts, tmp_path):
     assert iters == list(range(1, len(iters) + 1)) and train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] == iters[-1]
 
 
+def test_a_run_whose_folder_is_moved_does_not_write_to_another_one(facts, tmp_path):
+    """Perhaps to that of the run that has taken its place."""
+    process = start(sys.executable, "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'a'}", "--max_iters=100000")
+    wait_until((tmp_path / "a" / "ckpt.pt").exists, process)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and ("was moved, removed or replaced" in errors or "could not write" in errors), errors
+    assert not list((tmp_path / "a").glob("*.pt")) and train.load_checkpoint(tmp_path / "b" / "ckpt.pt")
+
+
 def test_of_two_prepare_py_at_once_one_makes_the_dataset(tmp_path):
     program = [sys.executable, "data/facts/prepare.py", "--people=300", "--out", tmp_path / "both"]
     programs = [[*program[:2], f"--seed={seed}", *program[2:]] for seed in (1, 2)]
@@ -219,6 +238,30 @@ def test_parts_of_a_table_that_are_not_where_they_belong_are_refused(facts, shar
         train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=9", "--memory_parallel=1"])
 
 
+SAVE_AGAIN = """
+import resource, sys, torch, train
+ranks = train.Ranks()
+ranks.meet(torch.device("cpu"), "gloo", 60)
+ranks.share(2)
+checkpoint = train.load_checkpoint(sys.argv[1], group=ranks.group)
+checkpoint["model"] = checkpoint["model"].state_dict()
+if ranks.rank == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+train.save_checkpoint(sys.argv[1], checkpoint, ranks)
+"""
+
+
+def test_a_part_that_cannot_be_written_spoils_no_checkpoint_of_the_same_step(sharded, tmp_path):
+    """As after a resume, which comes to the same step again."""
+    shutil.copytree(sharded, tmp_path / "out")
+    (tmp_path / "again.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SAVE_AGAIN}")
+    before = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    job = start(*TORCHRUN, "--nproc_per_node=2", tmp_path / "again.py", tmp_path / "out" / "ckpt.pt")
+    assert "rank 1: could not write" in job.communicate(timeout=100)[1] and job.returncode != 0
+    after = train.load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert after["save"] == before["save"] and torch.equal(after["model"].pool.values, before["model"].pool.values)
+
+
 def test_sigterm_to_torchrun_and_to_all_its_processes_saves(facts, tmp_path):
     """As a scheduler sends it. Each process gets it twice, the other time from torchrun."""
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", "--max_iters=100000"]
@@ -230,6 +273,19 @@ def test_sigterm_to_torchrun_and_to_all_its_processes_saves(facts, tmp_path):
     said, errors = job.communicate(timeout=60)
     step = train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
     assert f"Stopped by SIGTERM after step {step}" in said and steps_done(tmp_path) == step, errors
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_processes_do_not_outlive_a_torchrun_that_is_killed_early(facts, tmp_path, seconds):
+    """While they import: later, test_sampling_while_a_sharded_run_saves."""
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2", "--max_iters=100000"]
+    job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options)
+    wait_until(lambda: len(children(job)) == 2, job)
+    time.sleep(0.3 + seconds)  # Python has begun
+    processes = children(job)
+    job.kill()
+    wait_for_end(processes, 30)
+    job.communicate()
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -315,10 +371,7 @@ def test_sampling_while_a_sharded_run_saves(facts, tmp_path):
     processes = children(job)
     job.kill()  # torchrun itself: its processes save and end
     job.communicate()
-    end = time.monotonic() + 10
-    while any(Path(f"/proc/{process}").exists() for process in processes):
-        assert time.monotonic() < end and len(processes) == 2
-        time.sleep(0.05)
+    wait_for_end(processes, 10)
     assert steps_done(tmp_path) == train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
 
 
@@ -557,6 +610,14 @@ def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(facts, tmp_
     monkeypatch.setattr(train, "evaluate", lambda *_: {}["an error of our own"])
     with handlers(), pytest.raises(KeyError, match="an error of our own"):
         train.main(options)
+
+
+def test_a_resume_may_repeat_an_option_that_stands_for_another_value(finished, tmp_path):
+    """As a restart by torchrun does: 0 hidden units are a default, and blocks are put in order."""
+    shutil.copytree(finished, tmp_path / "out")
+    with handlers():
+        train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--n_ffn=0", "--mem_layers=1,1", "--mem_count=2"])
+    assert train.load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter"] == 5
 
 
 def test_questions_may_hold_any_character(facts, tmp_path):

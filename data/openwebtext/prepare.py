@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import load_json, make_encoding, write_meta
+from data.dataset import PARTS, load_json, make_encoding, write_meta
 from data.files import atomic_write, explain, lock, steady_streams, sweep, to_folder, write_file
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
@@ -326,7 +326,8 @@ def prepare(args):
     paths = {split: out / f"{split}.bin" for split in ("train", "val")}
     total, meta = sum(progress.values(), collections.Counter()), out / "meta.json"
     finished = {split: path.exists() for split, path in paths.items()}
-    if any(finished.values()) and not (progress and (not meta.exists() or load_json(meta).get("archives") == list(progress))):
+    ours = progress and (not meta.exists() or load_json(meta).get("archives") == list(progress))
+    if any((out / name).exists() for name in PARTS) and not ours:
         raise ValueError(f"{out} holds a dataset that this program has not made; give another --out")
     for split, path in paths.items():  # what is finished has its length; to what is not, archives may have been added in part
         file, committed = path if finished[split] else Path(f"{path}.partial"), 2 * total[f"{split}_tokens"]
