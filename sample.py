@@ -121,7 +121,8 @@ def main(argv):
         text = read_start(args.start)
         with blame("--start", f"the vocabulary in {path} cannot take it"):
             ids = encoding.encode(text, allowed_special="all")
-    with one_line("sample.py"), enough_memory(), precision(args.dtype, device), torch.inference_mode():
+    named = blame(f"{path} cannot be sampled from", "give another --checkpoint")
+    with one_line("sample.py"), named, enough_memory(), precision(args.dtype, device), torch.inference_mode():
         try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)

@@ -18,7 +18,7 @@ import torch
 
 import sample
 import train
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset, find_folder, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -454,6 +454,8 @@ DATA = [
     (vocabulary(tokens=[chr(i) for i in range(999)]), "vocab.json does not fit"),
     (vocabulary(pattern="("), "vocab.json does not fit"),
     (vocabulary(special_tokens={"<|endoftext|>": -1}), "vocab.json does not fit"),
+    (vocabulary(special_tokens={"": 1311}), "a token is empty"),  # with which tiktoken would never come to an end
+    (meta(encoding="../vocab.json"), "meta.json must give"),
     (lambda folder: (folder / "vocab.json").unlink(), "vocab.json"),
     (written("recall.jsonl", "null\n"), "recall.jsonl, line 1"),
     (written("recall.jsonl", '{"prompt": "a", "answer": "b"}\n\n{"prompt": 1, "answer": "b"}\n'), "recall.jsonl, line 3"),
@@ -487,6 +489,8 @@ RESUMED = [
     (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].update(step=torch.tensor(7.0))), "optimisers"),
     (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(3, 3))), "ckpt.pt"),
     (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(step="x")), "optimisers"),
+    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(256, 32).double())), "optimisers"),
+    (inside("optimizers", lambda optimizers: optimizers[0]["state"][0].update(x=optimizers[0]["state"][0].pop("step"))), "optim"),
     (lambda folder: (folder / "log.jsonl").unlink() or (folder / "log.jsonl").mkdir(), "log.jsonl"),
     (lambda folder: (folder / "ckpt.pt").unlink(), "no checkpoint"),
 ]
@@ -495,6 +499,8 @@ SAMPLED = [
     (edited(vocabulary="gpt2"), [], ""),  # where it can be had: tokens of another vocabulary; elsewhere: it cannot
     (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].clear()), [], "single bytes are missing"),
     (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].pop()), [], "ckpt.pt"),
+    (inside("vocabulary", lambda vocabulary: vocabulary.update(pattern="a*")), ["--start=hello"], "ckpt.pt cannot take it"),
+    (inside("model", lambda weights: weights["norm.weight"].fill_(3e38)), [], "cannot be sampled from"),  # numbers, but beyond all use
     (edited(), [f"--top_k={HUGE}"], ""),
     (edited(), ["--temperature=1e400"], ""),
     (edited(), ["--start=FILE:."], "'.'"),
@@ -503,6 +509,7 @@ SAMPLED = [
 ]
 ENVIRONMENTS = [
     ({"RANK": "abc"}, "RANK"),
+    ({"RANK": "²"}, "RANK"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
@@ -610,6 +617,23 @@ def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(facts, tmp_
     monkeypatch.setattr(train, "evaluate", lambda *_: {}["an error of our own"])
     with handlers(), pytest.raises(KeyError, match="an error of our own"):
         train.main(options)
+
+
+def test_a_resume_and_recall_refuse_another_vocabulary(facts, finished, tmp_path, capsys):
+    shutil.copytree(facts, tmp_path / "data")
+    shutil.copytree(finished, tmp_path / "out")
+    words = json.loads((tmp_path / "data" / "vocab.json").read_text())["tokens"]
+    vocabulary(tokens=words[:256] + words[:255:-1])(tmp_path / "data")
+    inside("train_config", lambda config: config.update(dataset=str(tmp_path / "data")))(tmp_path / "out")
+    assert "trained on" in refusal(train.main, ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"], capsys)
+    assert "trained on" in refusal(sample.main, ["--recall", f"--out_dir={tmp_path / 'out'}"], capsys)
+
+
+def test_a_path_is_a_path_and_a_name_is_a_folder_of_data(facts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(facts, tmp_path / "shakespeare")
+    assert find_folder("./shakespeare").resolve() == tmp_path / "shakespeare" and find_folder(".").resolve() == tmp_path
+    assert find_folder("shakespeare") == ROOT / "data" / "shakespeare"
 
 
 def test_a_resume_may_repeat_an_option_that_stands_for_another_value(finished, tmp_path):

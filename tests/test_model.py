@@ -376,7 +376,7 @@ def test_generation_is_repeatable_from_its_generator():
         (dict(dropout=1.0), "dropout=1.0"),
         (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: each half has only mem_keys=8"),
         (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
-        (dict(mem_layers=(1,), mem_dtype="float16"), "mem_dtype=float16: must be float32 or bfloat16"),
+        (dict(mem_layers=(1,), mem_dtype="float16"), "mem_dtype=float16: must be one of float32, bfloat16"),
         (dict(mem_layers=(1, 12)), "no block 12; n_layer=12 has blocks 0 to 11"),
         (dict(mem_layers=(-1,)), "no block -1"),
         (dict(mem_count=13), "mem_count=13"),

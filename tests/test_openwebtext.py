@@ -439,6 +439,11 @@ def test_a_folder_that_is_not_ours_is_left_alone(driver, folder, tmp_path):
     assert_refused(run(driver, *arguments), "has not made", "--out")
     assert (tmp_path / "train.bin").read_bytes() == b"precious"
     (tmp_path / "train.bin").unlink()
+    for name in ("meta.json", "vocab.json", "recall.jsonl"):
+        (tmp_path / name).write_text("{}")
+        assert_refused(run(driver, *arguments), "has not made", "--out")
+        assert (tmp_path / name).read_text() == "{}"
+        (tmp_path / name).unlink()
     for text in ("{", "[]", '{"urlsf_subset00.tar": {"bytes": "many"}}'):
         (tmp_path / "progress.json").write_text(text)
         assert_refused(run(driver, *arguments), "progress.json is damaged", "delete")
