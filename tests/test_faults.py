@@ -297,7 +297,7 @@ def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, 
 
     out = tmp_path / "out"
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}"]
-    done = run("train.py", *options, "--eval_interval=1000", "--max_iters=1000", preexec_fn=limit(resource.RLIMIT_FSIZE, 1000))
+    done = run("train.py", *options, "--eval_interval=1000", "--max_iters=1000", preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000))
     assert_refused(done, f"could not write {out / 'log.jsonl'}", "There is no checkpoint yet: start again with --overwrite")
     shutil.copytree(finished, tmp_path / "finished")
     (tmp_path / "finished" / "log.jsonl").write_text("#" * 100_000 + "\n")  # longer than what PyTorch 2.9 writes to /tmp
