@@ -5,8 +5,8 @@ pools of fixed size. Each attribute can be put in five sentences; for each perso
 random, is held out of training. recall.jsonl asks with the held-out one, so that recall measures the fact and not the
 sentence; val.bin states the facts in the held-out sentences.
 
-    python data/facts/prepare.py                     the default, made by train.py on first use
-    python data/facts/prepare.py --people=100000     more facts, for larger models
+    python data/facts/prepare.py                                            the default, made by train.py on first use
+    python data/facts/prepare.py --people=100000 --out data/facts100k       more facts, for larger models
 """
 
 import argparse
