@@ -587,7 +587,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("name", ["facts", "shakespeare", "openwebtext"])
-def test_prepare_py_names_a_folder_that_it_cannot_write_to(tmp_path, name):
+def test_prepare_py_names_a_folder_that_it_cannot_write_to(request, tmp_path, name):
+    if name == "openwebtext":
+        request.getfixturevalue("gpt2")
     (tmp_path / "file").write_text("a text that is long enough to train on")
     options = {"shakespeare": [f"--file={tmp_path / 'file'}"], "openwebtext": [f"--source={tmp_path}", "--subsets=0"]}.get(name, [])
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
