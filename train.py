@@ -462,7 +462,7 @@ class Ranks:
                 raise
             error = explain(caught)
         errors = self.gather(error)
-        failed = [str(rank) for rank, error in enumerate(errors) if error]
+        failed = [str(rank) for rank, error in enumerate(errors) if error is not None]
         if failed:
             where = f"rank {', '.join(failed)}: " if len(failed) < self.world else ""
             self.refuse(where + errors[int(failed[0])])
@@ -856,7 +856,7 @@ def main(argv):
     if speaks:
         together = f", {ranks.world} processes" * ranks.on + f" in groups of {ranks.M} that share the table" * (ranks.M > 1)
         print(f"{describe(model)}; on {device}{together}", flush=True)
-    with one_line("train.py", (Refused, OSError)):  # other errors are our own, and keep their traceback
+    with one_line("\ntrain.py", (Refused, OSError)):  # below the bar; other errors are our own, and keep their traceback
         try:
             with enough_memory():
                 result = train(model, optimizers, data, config, device, state, ranks)

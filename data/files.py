@@ -26,7 +26,7 @@ def explain(error):
     if os.environ.get("NANOMEM_DEBUG", "0") != "0":
         traceback.print_exception(error)
     if isinstance(error, (ValueError, OSError)):
-        return str(error).replace("\n", " ")
+        return str(error).replace("\n", " ") or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):  # PyTorch says at length how to load it nevertheless
         return "it holds more than tensors and plain values, and was not loaded"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
