@@ -29,7 +29,6 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
@@ -48,7 +47,7 @@ from memory import ring_bytes
 from model import GPT, GPTConfig, check_options, option
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How to train. Raises ValueError, naming the option, for a value that makes no sense."""
 
@@ -871,6 +870,7 @@ def main(argv):
         summarize(model, result, config, state, data["questions"])
     if ranks.on:
         dist.destroy_process_group()
+        os._exit(0)  # DDP keeps gloo's threads alive, and one that lets go of a tensor while Python ends would abort a finished run
 
 
 if __name__ == "__main__":
