@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import memory
+from bench.plan import plan
 from kernels import RowAdam
-from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, plan, product_topk, select, topk_columns
+from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select, topk_columns
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,7 +307,7 @@ def test_the_papers_largest_table_is_planned_and_built_without_memory():
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=24, n_head=16, n_embd=2048, mem_count=3, mem_keys=8192, mem_dtype="bfloat16"))
     assert model.pool.values.shape == (67_108_864, 2048) and model.parameter_counts()["pool"] == 137_438_953_472
-    command = [sys.executable, ROOT / "memory.py", "--slots=67108864", "--width=2048", "--gpus=64"]
+    command = [sys.executable, ROOT / "bench" / "plan.py", "--slots=67108864", "--width=2048", "--gpus=64"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "137.4e9 parameters" in printed and "each GPU 32 of the 2048 columns" in printed
     assert re.search(r"values +4.29 GB\n  moments +17.18 GB", printed) and "fits in 80 GB" in printed
@@ -324,5 +325,5 @@ def test_the_papers_largest_table_is_planned_and_built_without_memory():
     ],
 )
 def test_the_plan_names_what_cannot_be(options, words):
-    done = subprocess.run([sys.executable, ROOT / "memory.py", *options], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "bench" / "plan.py", *options], capture_output=True, text=True)
     assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assets.corpus import pack, tar
+from bench.corpus import pack, tar
 from data.dataset import Dataset, describe_vocabulary, make_encoding
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory import plan
+from bench.plan import plan
 from train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """The README's comparison on two CPU cores: each model at several learning rates and seeds, then the ablations.
 
-    python assets/compare.py                 train what out/compare lacks, two runs at a time; write assets/results.json
-    python assets/compare.py --only=main     the main table alone
+    python bench/compare.py                 train what out/compare lacks, two runs at a time; write assets/results.json
+    python bench/compare.py --only=main     the main table alone
 
 Every run is `python train.py --preset=... --out_dir=out/compare/...` on one thread, so that two share two cores fairly.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from assets.optimizers import VARIANTS
+from bench.optimizers import VARIANTS
 from data.dataset import find_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def run(job):
     log = folder / "log.jsonl"
     arguments = [f"--preset={preset}", f"--seed={seed}", *(f"--{key}={value}" for key, value in options.items())]
     if not (folder / "done").exists():
-        script = ROOT / ("assets/optimizers.py" if "variant" in options else "train.py")
+        script = ROOT / ("bench/optimizers.py" if "variant" in options else "train.py")
         command = [sys.executable, script, *arguments, f"--out_dir={folder}", "--overwrite", "--device=cpu"]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
@@ -65,7 +65,7 @@ def run(job):
         "group": group,
         "name": name,
         "seed": seed,
-        "command": f"python {'assets/optimizers' if 'variant' in options else 'train'}.py " + " ".join(arguments),
+        "command": f"python {'bench/optimizers' if 'variant' in options else 'train'}.py " + " ".join(arguments),
         "recall": evaluations[-1]["recall"],
         "val_loss": evaluations[-1]["val_loss"],
         "used": evaluations[-1].get("mem_used"),

@@ -1,6 +1,6 @@
 """How fast is data/openwebtext/prepare.py? Packs a text as OpenWebText is packed, and times the program on it.
 
-    python assets/corpus.py TEXT [TEXT ...]      text files; English ones, 1 MB or more
+    python bench/corpus.py TEXT [TEXT ...]      text files; English ones, 1 MB or more
 
 Against tiktoken alone on the same documents in as many processes, which neither decompresses nor writes anything.
 """

@@ -1,7 +1,7 @@
 """train.py with another Adam for the pool, to compare with RowAdam: what happens to a row's moments while no step reads it?
 
-    python assets/optimizers.py --variant=dense --out_dir=out/dense     the other options are those of train.py
-    python assets/compare.py --only="pool optimisers"                   all of them, with their seeds
+    python bench/optimizers.py --variant=dense --out_dir=out/dense     the other options are those of train.py
+    python bench/compare.py --only="pool optimisers"                   all of them, with their seeds
 
 In plain PyTorch and as slow as that is; nothing here is used by train.py.
 """
