@@ -1,25 +1,24 @@
-"""Memory layers: a feed-forward network that reads a few rows of a very large table instead of multiplying by a matrix.
+"""Memory layers: a feed-forward network that reads a few rows of a very large table instead of multiplying by
+a matrix.
 
-Memory Layers at Scale (Berges et al. 2024, arXiv:2412.09764), on the product keys of Lample et al. 2019 (arXiv:1907.05242).
-For one token x, and for each of H heads:
+Memory Layers at Scale (Berges et al. 2024, arXiv:2412.09764), on the product keys of Lample et al. 2019
+(arXiv:1907.05242). For one token x, and for each of H heads:
 
-    q1, q2  = the two halves of W_q x                                    query
-    s1, s2  = keys1 q1, keys2 q2                                         one score for each of N sub-keys, twice
-    slots   = the K best of the S = N * N sums s1[i] + s2[j]             slot i * N + j; found without making the S sums
-    p       = softmax of those K sums                                    weights
-    y       = sum over heads and their slots of p[slot] * values[slot]   the lookup (kernels.py)
-    out     = W_o (y * silu(W_g x))                                      silu gate, the "+" of Memory+
+    q1, q2  = the two halves of W_q x                                   query
+    s1, s2  = keys1 q1, keys2 q2                                        a score for each of N sub-keys, twice
+    slots   = the K best of the S = N * N sums s1[i] + s2[j]            slot i * N + j; S sums are never made
+    p       = softmax of those K sums                                   weights
+    y       = sum over heads and their slots of p[slot] * values[slot]  the lookup (kernels.py)
+    out     = W_o (y * silu(W_g x))                                     silu gate, the "+" of Memory+
 
-Memory+ further normalises q1, q2 and the sub-keys (then dividing scores by the square root of Q), and lets several layers
-read one pool of values. Without gate, W_o and norms, in one layer, this is the product-key memory (PKM) of 2019, except that
-it normalised queries over the batch.
+Memory+ also normalises q1, q2 and the sub-keys (then dividing scores by the square root of Q), and lets
+several layers read one pool of values. Without gate, W_o and norms, in one layer, this is the product-key
+memory (PKM) of 2019, except that it normalised queries over the batch.
 
-Letters: B batch, T time, C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N slots,
-D value width, Q width of half a query (a full key is 2Q wide), n = B * T tokens.
-Read in this order: product_topk, MemoryLayer.forward, ValuePool.
-"""
+Letters: B batch, T time, C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N
+slots, D value width, Q width of half a query (a full key is 2Q wide), n = B * T tokens, M ranks that share a
+table. """
 
-import collections
 import contextlib
 import math
 
@@ -29,176 +28,162 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import lookup, triton_select, uses_triton
+from kernels import lookup, sparse_rows, triton_select, uses_triton
 
-
-def topk_columns(scores, K):
-    """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact.
-
-    On a CPU numpy's vectorised sort takes a fifth of the time of torch.topk (2.5 ms against 11 ms on one core for 16 of 128 in
-    8,192 rows), but it moves numbers, not pairs of number and column. So put the column into the number: a float32 widened to
-    float64 has 29 zero bits at its low end, worth less than the smallest difference of two float32."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return scores.topk(K, dim=-1).indices
-    N, step = scores.size(-1), 512
-    rows = scores.reshape(-1, N).numpy()
-    best, buffer = np.empty((len(rows), K), np.int64), np.empty((min(step, len(rows)), N))
-    for start in range(0, len(rows), step):  # in parts that stay in the cache
-        part = rows[start : start + step]
-        packed = buffer[: len(part)]
-        packed[...] = part
-        packed.view(np.int64)[...] |= np.arange(N)
-        if N > 256:  # where a partition, which leaves the K largest at the end in any order, is cheaper than sorting them all
-            packed.partition(N - K, axis=-1)
-            packed = packed[:, N - K :]
-        packed.sort(axis=-1)
-        best[start : start + step] = packed.view(np.int64)[:, : -K - 1 : -1] & (2**29 - 1)
-    return torch.from_numpy(best).view(*scores.shape[:-1], K)
+# --- selecting slots ----------------------------------------------------------------------------------------
 
 
 def candidate_pairs(K):
     """Ranks (a, b) that can be among the K best sums of two sorted lists: (2, P) int64.
 
     (a, b) is beaten by all (a', b') with a' <= a and b' <= b, which are (a + 1)(b + 1) - 1 pairs. So it needs
-    (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32.
-    """
+    (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32."""
     return torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))]).T.contiguous()
 
 
-def product_topk(s, K, pairs):
-    """The slots of the K best sums s1[i] + s2[j] of each row, best first. s (2, ..., N): s1 and s2 -> i * N + j, (..., K) int64.
+def topk_columns(scores, K):
+    """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact.
 
-    pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the cost of two top-k of N and one of about K log K
-    (1907.05242, section 3.2).
-    """
+    On a CPU numpy's vectorised sort takes a quarter of the time of torch.topk (3 ms against 12 on one core,
+    16 of 128 in 8,192 rows), but it sorts numbers, not pairs of number and column. So put the column into the
+    number: a float32 widened to float64 ends in 29 zero bits, worth less than the smallest difference of two
+    float32."""
+    N = scores.size(-1)
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or N > 512:
+        return scores.topk(K, dim=-1).indices
+    packed = scores.double().numpy()
+    packed.view(np.int64)[...] |= np.arange(N)
+    packed.sort(axis=-1)
+    return torch.from_numpy(packed.view(np.int64)[..., : -K - 1 : -1] & (2**29 - 1))
+
+
+def product_topk(s, K, pairs):
+    """The slots of the K best sums s1[i] + s2[j] of each row, best first: i * N + j, (..., K) int64.
+
+    s (2, ..., N): s1 and s2; pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the cost of
+    two top-k of N and one of about K log K (1907.05242, section 3.2)."""
     columns = topk_columns(s, K)  # (2, ..., K), best first
     (a, b), (s1, s2), (i, j) = pairs, s.gather(-1, columns), columns
-    sums = torch.cat([s1[..., r : r + 1] + s2[..., : K // (r + 1)] for r in range(K)], dim=-1)  # (..., P), one a pair
+    sums = torch.cat([s1[..., r : r + 1] + s2[..., : K // (r + 1)] for r in range(K)], dim=-1)  # (..., P)
     best = topk_columns(sums, K)  # (..., K), each a number of a pair
     return i.gather(-1, a[best]) * s.size(-1) + j.gather(-1, b[best])
 
 
-@torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is, numpy and Triton inside
+@torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is
 def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
-    """Each head's K best slots. scores (2H, n, N), half 1 of all heads and then half 2; pairs: candidate_pairs(K)
-    -> slots (H, n, K) int64, the best first"""
-    if uses_triton(scores) and scores.size(1) > 0:
+    """Each head's K best slots. scores (2, H, n, N); pairs: candidate_pairs(K) -> (H, n, K) int64, best first"""
+    if uses_triton(scores) and scores.size(2) > 0:
         return triton_select(scores, pairs, K)
-    return product_topk(widen(scores).unflatten(0, (2, -1)), K, pairs)
+    return product_topk(widen(scores), K, pairs)
 
 
 @select.register_fake
 def _(scores, pairs, K):
-    return scores.new_empty(scores.size(0) // 2, scores.size(1), K, dtype=torch.int64)
+    return scores.new_empty(*scores.shape[1:3], K, dtype=torch.int64)
 
 
-class Usage:
-    """How evenly the slots are read (1907.05242, section 4.4), counted while ValuePool.record_usage() is on."""
-
-    def __init__(self, values):
-        self.reads = torch.zeros(len(values), device=values.device)  # (S,) times a slot was read
-        self.mass = torch.zeros(len(values), device=values.device)  # (S,) softmax weight it was read with
-
-    def add(self, slots, weights):
-        ones = torch.ones((), device=weights.device)
-        self.reads.index_put_((slots.flatten(),), ones, accumulate=True)
-        self.mass.index_put_((slots.flatten(),), weights.detach().float().flatten(), accumulate=True)
-
-    def summary(self):
-        """used: share of slots read at least once. kl, kl_weighted: KL from uniform in nats, log S + sum p log p, of reads
-        and of weights (0 = even, log S = one slot). top1: share of the reads that go to the most read 1% of slots."""
-
-        def kl(counts):
-            p = counts.cpu().double()
-            p /= p.sum().clamp(min=1e-9)
-            return math.log(len(p)) + torch.xlogy(p, p).sum().item()
-
-        top = self.reads.topk(max(1, len(self.reads) // 100)).values.sum() / self.reads.sum().clamp(min=1)
-        used = (self.reads > 0).float().mean().item()
-        return {"used": used, "kl": kl(self.reads), "kl_weighted": kl(self.mass), "top1": top.item()}
+def widen(x):
+    """bfloat16 to float32, for norms, sums of scores and softmax; wider numbers stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Exchange(torch.autograd.Function):
-    """x (M, ...) -> (M, ...): block j goes to rank j of the pool's group, block i of the result has come from rank i. So the
-    gradient of a block goes back to where the block came from: by the same exchange."""
+# --- the layer ----------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(ctx, x, pool):
-        ctx.pool, out = pool, torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, x.contiguous(), group=pool.group)
-        pool.sent["lookup"] += x[1:].numel() * x.element_size()  # one block stays here
-        return out
 
-    @staticmethod
-    def backward(ctx, grad):
-        return Exchange.apply(grad, ctx.pool), None
+class MemoryLayer(nn.Module):
+    """Replaces a block's feed-forward network. Has queries, keys, gate and output; the values are the pool's."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D, self.H, self.K = config.n_embd, config.mem_value_dim, config.mem_heads, config.mem_topk
+        self.N, self.Q = config.mem_keys, config.mem_key_dim // 2
+        self.query = nn.Linear(C, 2 * self.H * self.Q, bias=False)
+        self.keys = nn.Parameter(torch.empty(2 * self.H, self.N, self.Q))  # half 1 of all heads, then half 2
+        self.query_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
+        # With both sides normalised a score is Q cos(angle): divide by sqrt(Q), as in attention, for a spread
+        # of about 1. The keys begin with length 1: without norms, scores have that spread already.
+        self.scale = math.sqrt(self.Q) if config.mem_qk_norm else 1.0
+        self.register_buffer("pairs", candidate_pairs(self.K), persistent=False)
+        self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
+        self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
+
+    def forward(self, x, pool):
+        """x (B, T, C) -> (B, T, C)"""
+        B, T, C = x.shape
+        slots, weights = self.retrieve(x.view(B * T, C))
+        y = pool(slots, weights).view(B, T, -1)  # (B, T, D)
+        return y if self.gate is None else self.out(y * F.silu(self.gate(x)))
+
+    def retrieve(self, x):
+        """x (n, C) -> slots (n, H*K) int64, weights (n, H*K): each head's K best slots and their softmax."""
+        s = self.scores(x)  # (2, H, n, N)
+        slots = select(s.detach(), self.pairs, self.K)  # (H, n, K)
+        i = slots // self.N
+        # A sub-key can be in several of the K sums: its gradients add up in gather's backward pass, on a GPU
+        # by atomics, in any order.
+        halves = s.gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
+        p = widen(halves).sum(0).softmax(-1)
+        return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)
+
+    def scores(self, x):
+        """x (n, C) -> s1 and s2, the scores of all sub-keys: (2, H, n, N)"""
+        q = self.query_norm(widen(self.query(x)).view(len(x), 2 * self.H, self.Q))
+        keys = self.key_norm(self.keys) / self.scale  # (2H, N, Q)
+        return torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).unflatten(0, (2, self.H))
+
+
+# --- the values ---------------------------------------------------------------------------------------------
 
 
 class ValuePool(nn.Module):
-    """The table of S values of width D that all memory layers of a model read. The GPT owns it and hands it to them.
+    """The table of S values of width D that all memory layers of a model read. The GPT hands it to them.
 
-    With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has all S rows, but
-    D/M of their columns. Then all ranks of the group must call it together, with equally many tokens each."""
+    With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has
+    all S rows, but D/M of their columns. All ranks of the group must then call it together, with equally many
+    tokens."""
 
     def __init__(self, S, D, dtype=torch.float32, group=None):
         super().__init__()
         self.group, self.M = group, group.size() if group else 1
         i = group.rank() if group else 0
-        self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # of the whole table: those that are here
+        self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # those that are here
         self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
-        self.into = None  # once collect_gradients() was called: the sum of the gradients, and which rows have one
+        self.into = None  # after collect_gradients(): the sum of the gradients, and which rows have one
         self.usage = None
-        if group:
-            self.sharded_lookup = torch.compiler.disable(self.sharded_lookup)  # it talks to other processes
-        self.sent = collections.Counter()  # bytes that this process has sent: {"lookup": ..., "gradient": ...}
 
     @torch.no_grad()
     def initialize(self, std):
-        """The same first values however the table is sharded."""
-        for rows in self.values.split(4096):  # a multiple of 16: the random numbers are those of a table drawn in one piece
+        """The same numbers however the table is sharded."""
+        for rows in self.values.split(4096):  # a multiple of 16: as if drawn in one piece
             rows.copy_(torch.empty(len(rows), self.D, device=rows.device).normal_(std=std)[:, self.columns])
 
     def forward(self, slots, weights):
         """slots (n, H*K), weights (n, H*K) -> (n, D)"""
         if self.usage is not None:
             self.usage.add(slots, weights)
-        return lookup(self.values, slots, weights, self.into) if self.group is None else self.sharded_lookup(slots, weights)
-
-    def sharded_lookup(self, slots, weights):
-        """Each rank tells all what its tokens read, looks up its columns for all of them, and gets the others' for its own.
-
-        A rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward, and (M - 1) n (e D / M + 4 k) backward, for k = H*K slots a
-        token and e bytes a number: nothing depends on S. Gradients of the columns are complete without further exchange."""
-        n, k = slots.shape
-        slots = Exchange.apply(slots.int().expand(self.M, n, k), self)  # (M, n, k): of each rank's tokens
-        weights = Exchange.apply(weights.expand(self.M, n, k), self)  # whose gradient sums over the ranks, by that of expand
-        y = lookup(self.values, slots.flatten(0, 1), weights.flatten(0, 1), self.into)  # (M*n, D/M)
-        return Exchange.apply(y.view(self.M, n, -1), self).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+        if self.group is not None:
+            return sharded_lookup(self, slots, weights)
+        return lookup(self.values, slots, weights, self.into)
 
     def collect_gradients(self):
-        """From now on, layers and micro-steps add their gradients to one table, until combine_gradient() takes the sum out."""
-        self.into = torch.zeros_like(self.values), torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
+        """From now on layers and micro-steps add to one gradient; combine_gradient() takes the sum out."""
+        touched = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
+        self.into = torch.zeros_like(self.values), touched
 
     @torch.no_grad()
     def combine_gradient(self, replicas=None, world=1):
-        """Put what was collected, averaged over `world` ranks, into values.grad: a coalesced sparse tensor of the rows that any of
-        them has read. replicas: the group of those that hold the same columns; all of them get the same bits.
-
-        A byte a slot is exchanged, and then the gradients of those rows."""
+        """Put what was collected, averaged over `world` ranks, into values.grad: a coalesced sparse tensor of
+        the rows that any of them has read. replicas: the group of those that hold the same columns; all get
+        the same bits. They exchange a byte a slot, and then the gradients of those rows."""
         gradient, touched = self.into
-        count = replicas.size() if replicas else 1
-        if count > 1:
+        if replicas:
             dist.all_reduce(touched, dist.ReduceOp.MAX, group=replicas)
         rows = touched.nonzero().flatten()
         grads = gradient.index_select(0, rows)
-        if count > 1:
+        if replicas:
             dist.all_reduce(grads, group=replicas)
-            self.sent["gradient"] += ring_bytes(touched, count) + ring_bytes(grads, count)
-        if world > 1:
-            grads /= world
-        self.values.grad = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), grads, self.values.shape, is_coalesced=True, check_invariants=False
-        )
+        self.values.grad = sparse_rows(rows, grads / world if world > 1 else grads, self.values)
         gradient.index_fill_(0, rows, 0)
         touched.zero_()
 
@@ -212,56 +197,60 @@ class ValuePool(nn.Module):
             self.usage = None
 
 
-def ring_bytes(x, count):
-    """What each of `count` ranks sends when they sum x by the ring algorithm: twice all but one of its `count` parts."""
-    return 2 * (count - 1) * x.numel() * x.element_size() // count
+class Usage:
+    """How evenly the slots are read (1907.05242, section 4.4), while ValuePool.record_usage() is on."""
+
+    def __init__(self, values):
+        self.reads = torch.zeros(len(values), device=values.device)  # (S,) times a slot was read
+        self.mass = torch.zeros(len(values), device=values.device)  # (S,) softmax weight it was read with
+
+    def add(self, slots, weights):
+        ones = torch.ones((), device=weights.device)
+        self.reads.index_put_((slots.flatten(),), ones, accumulate=True)
+        self.mass.index_put_((slots.flatten(),), weights.detach().float().flatten(), accumulate=True)
+
+    def summary(self):
+        """used: share of slots read at least once. kl, kl_weighted: KL from uniform in nats, log S + sum p
+        log p, of reads and of weights (0 = even, log S = one slot). top1: share of the reads that the busiest
+        1% get."""
+
+        def kl(counts):
+            p = counts.cpu().double()
+            p /= p.sum().clamp(min=1e-9)
+            return math.log(len(p)) + torch.xlogy(p, p).sum().item()
+
+        top = self.reads.topk(max(1, len(self.reads) // 100)).values.sum() / self.reads.sum().clamp(min=1)
+        used = (self.reads > 0).float().mean().item()
+        return {"used": used, "kl": kl(self.reads), "kl_weighted": kl(self.mass), "top1": top.item()}
 
 
-def widen(x):
-    """bfloat16 to float32, for norms, sums of scores and softmax; wider numbers stay as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+# --- several GPUs -------------------------------------------------------------------------------------------
 
 
-class MemoryLayer(nn.Module):
-    """Takes the place of a block's feed-forward network. Holds queries, keys, gate and output; the values are the pool's."""
+class Exchange(torch.autograd.Function):
+    """x (M, ...) -> (M, ...): an all-to-all. Block j goes to rank j of the group; block i of the result has
+    come from rank i. The gradient of a block goes back to where the block came from: by the same exchange."""
 
-    def __init__(self, config):
-        super().__init__()
-        C, D, self.H, self.K = config.n_embd, config.mem_value_dim, config.mem_heads, config.mem_topk
-        self.N, self.Q = config.mem_keys, config.mem_key_dim // 2
-        self.query = nn.Linear(C, 2 * self.H * self.Q, bias=False)
-        self.keys = nn.Parameter(torch.empty(2 * self.H, self.N, self.Q))  # half 1 of all heads, then half 2
-        self.query_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.Q, eps=1e-6) if config.mem_qk_norm else nn.Identity()
-        # With both sides normalised a score is Q cos(angle): divide by sqrt(Q), as in attention, for a spread of about 1. The
-        # keys begin with length 1: without norms, scores have that spread already.
-        self.scale = math.sqrt(self.Q) if config.mem_qk_norm else 1.0
-        self.register_buffer("pairs", candidate_pairs(self.K), persistent=False)
-        self.kept = None  # what scaled_keys returns, while GPT.stream generates
-        self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
-        self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, out = group, torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
 
-    def forward(self, x, pool):
-        """x (B, T, C) -> (B, T, C)"""
-        B, T, C = x.shape
-        slots, weights = self.retrieve(x.view(B * T, C))
-        y = pool(slots, weights).view(B, T, -1)  # (B, T, D)
-        return y if self.gate is None else self.out(y * F.silu(self.gate(x)))
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, ctx.group), None
 
-    def retrieve(self, x):
-        """x (n, C) -> slots (n, H*K) int64, weights (n, H*K) float32: each head's K best slots and their softmax."""
-        n, H, K, Q = len(x), self.H, self.K, self.Q
-        q = self.query_norm(widen(self.query(x)).view(n, 2 * H, Q))
-        scores = torch.bmm(q.transpose(0, 1), self.scaled_keys().transpose(1, 2))  # (2H, n, N)
-        slots = select(scores.detach(), self.pairs, K)  # (H, n, K)
-        i = slots // self.N
-        # A sub-key can be in several of the K sums: its gradients add up in gather's backward pass, on a GPU in any order.
-        halves = scores.unflatten(0, (2, H)).gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
-        p = widen(halves).sum(0).softmax(-1)
-        return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)
 
-    def scaled_keys(self):
-        """The sub-keys as queries meet them: (2H, N, Q). GPT.stream keeps them, or each token would cost a pass over all keys."""
-        if self.kept is not None and not torch.is_grad_enabled():
-            return self.kept
-        return self.key_norm(self.keys) / self.scale
+@torch.compiler.disable  # it talks to other processes
+def sharded_lookup(pool, slots, weights):
+    """slots, weights (n, k), k = H*K -> (n, D). Each rank tells all what its tokens read, and looks up its
+    columns for all of them; an all-to-all returns each token's D/M columns to its rank.
+
+    A rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward and (M - 1) n (e D / M + 4 k) backward, for e
+    bytes a number: nothing depends on S. The columns' gradients are complete without further exchange."""
+    (n, k), M = slots.shape, pool.M
+    slots = Exchange.apply(slots.int().expand(M, n, k), pool.group)  # (M, n, k): of each rank's tokens
+    weights = Exchange.apply(weights.expand(M, n, k), pool.group)  # expand's gradient sums over the ranks
+    y = lookup(pool.values, slots.flatten(0, 1), weights.flatten(0, 1), pool.into)  # (M*n, D/M)
+    return Exchange.apply(y.view(M, n, -1), pool.group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)

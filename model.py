@@ -1,12 +1,11 @@
 """A small GPT whose feed-forward networks can be memory layers.
 
-The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases. Block i is
+The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases:
 
     x = x + attention(norm(x))
-    x = x + ffn(norm(x))          ffn: SwiGLU, or a memory layer (memory.py) where config.mem_layers says so
+    x = x + ffn(norm(x))          SwiGLU, or a memory layer (memory.py) in the blocks of config.mem_layers
 
 Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py.
-Read in this order: GPTConfig, Block, GPT.hidden, GPT.forward; then generate, and the counts.
 """
 
 import math
@@ -21,22 +20,8 @@ from memory import MemoryLayer, ValuePool
 
 
 def option(default, help, low=0, below=2**31, choices=()):
-    """A dataclass field with help text and limits, low <= value < below for numbers: train.py makes its command line from these."""
+    """A dataclass field with help text and limits, low <= number < below, for train.py's command line."""
     return field(default=default, metadata={"help": help, "low": low, "below": below, "choices": choices})
-
-
-def check_options(config):
-    """Raises ValueError, naming the option, for a value of another kind than its default, or beyond its limits."""
-    for f in fields(config):
-        value, kind, limits = getattr(config, f.name), type(f.default), f.metadata
-        if type(value) is int and kind is float:
-            object.__setattr__(config, f.name, value := float(value))
-        if type(value) is not kind or (kind is tuple and any(type(item) is not int for item in value)):
-            raise ValueError(f"{f.name}={value!r}: must be of type {kind.__name__}")
-        if kind in (int, float) and not limits["low"] <= value < limits["below"]:
-            raise ValueError(f"{f.name}={value}: must be at least {limits['low']} and below {limits['below']}")
-        if limits["choices"] and value not in limits["choices"]:
-            raise ValueError(f"{f.name}={value}: must be one of {', '.join(limits['choices'])}")
 
 
 @dataclass(frozen=True)
@@ -48,55 +33,22 @@ class GPTConfig:
     n_layer: int = option(12, "blocks", 1, 10_000)
     n_head: int = option(12, "attention heads", 1)
     n_embd: int = option(768, "model width C", 1)
-    n_ffn: int = option(0, "hidden width of the SwiGLU networks; 0: 8/3 of n_embd, rounded up to a multiple of 8")
-    dropout: float = option(0.0, "share of activations dropped after attention and feed-forward networks in training", below=1)
+    n_ffn: int = option(0, "hidden width of SwiGLU; 0: 8/3 of n_embd, rounded up to a multiple of 8")
+    dropout: float = option(0.0, "dropout after attention and feed-forward networks", below=1)
     mem_count: int = option(0, "memory layers, spread evenly over the depth; 0: a dense model")
-    mem_layers: tuple[int, ...] = option((), "which blocks, from 0, have a memory layer, as in 2,6,10; overrides mem_count")
+    mem_layers: tuple[int, ...] = option((), "blocks with a memory layer, as in 2,6,10; overrides mem_count")
     mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots", 1)
     mem_heads: int = option(4, "memory heads H", 1)
     mem_topk: int = option(32, "slots K that each memory head reads", 1)
     mem_key_dim: int = option(0, "width of a full key, two halves; 0: half of n_embd, at most 512")
     mem_value_dim: int = option(0, "width D of a value; 0: n_embd")
-    mem_dtype: str = option("float32", "of the values: bfloat16 halves what a lookup moves", choices=("float32", "bfloat16"))
+    mem_dtype: str = option("float32", "dtype of the values", choices=("float32", "bfloat16"))
     mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
     mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
 
     def __post_init__(self):
-        def default(name, value):
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)  # the documented way to fill in a frozen dataclass
-
-        def check(ok, message):
-            if not ok:
-                raise ValueError(message)
-
         check_options(self)
-        check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
-        check(
-            self.n_embd // self.n_head % 2 == 0,
-            f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions turn pairs of numbers, so it must be even",
-        )
-        default("n_ffn", -(-self.n_embd * 8 // 3 // 8) * 8)
-        check(self.mem_count <= self.n_layer, f"mem_count={self.mem_count}: the model has only n_layer={self.n_layer} blocks")
-        # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
-        count, L = self.mem_count, self.n_layer
-        default("mem_layers", tuple((2 * i + 1) * L // (2 * count) for i in range(count)))
-        object.__setattr__(self, "mem_layers", tuple(sorted(set(self.mem_layers))))
-        object.__setattr__(self, "mem_count", len(self.mem_layers))
-        for i in self.mem_layers:
-            check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
-        default("mem_key_dim", max(2, min(self.n_embd // 2, 512) // 2 * 2))
-        default("mem_value_dim", self.n_embd)
-        if self.mem_layers:
-            check(
-                self.mem_topk <= self.mem_keys,
-                f"mem_topk={self.mem_topk}: each half has only mem_keys={self.mem_keys} sub-keys to choose from",
-            )
-            check(self.mem_key_dim % 2 == 0, f"mem_key_dim={self.mem_key_dim}: a key has two halves, so it must be even")
-            check(
-                self.mem_gate or self.mem_value_dim == self.n_embd,
-                f"mem_value_dim={self.mem_value_dim}: without mem_gate values must be as wide as n_embd={self.n_embd}",
-            )
+        fill_in_and_check(self)
 
 
 class Attention(nn.Module):
@@ -107,21 +59,22 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, cache=None, start=0):
-        """x (B, T, C) at positions start to start + T - 1 -> (B, T, C). cache (2, B, heads, block_size, C/heads): keys and
-        values of the positions before start; those of x are added."""
+        """x (B, T, C) at positions start to start + T - 1 -> (B, T, C). cache (2, B, heads, block_size,
+        C/heads): keys and values of the positions before start; those of x are added."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, C/heads)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
+        dropout = self.dropout if self.training else 0.0
         # After a cached start there is one query, and it may look at every key.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn pair (x[c], x[c + half]) at position t by the angle t * 10000^(-c / half). x (B, heads, T, 2*half)"""
+    """Rotary positions: turn (x[c], x[c + half]) at position t by t * 10000^(-c / half). x (B, heads, T, 2 half)"""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -134,13 +87,14 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(config.n_ffn, config.n_embd, bias=False)
 
     def forward(self, x, pool):
-        return self.out(F.silu(self.gate(x)) * self.up(x))  # (B, T, C); the pool is for its sibling, MemoryLayer
+        """x (B, T, C) -> (B, T, C). The pool is for its sibling, MemoryLayer."""
+        return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config, i):
         super().__init__()
-        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.n_embd, eps=1e-6), nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.attn_norm, self.ffn_norm = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
         self.attn = Attention(config)
         self.ffn = MemoryLayer(config) if i in config.mem_layers else SwiGLU(config)
         self.drop = nn.Dropout(config.dropout)
@@ -150,24 +104,22 @@ class Block(nn.Module):
         return x + self.drop(self.ffn(self.ffn_norm(x), pool))
 
 
-# Attention while generating. PyTorch's first choice on an H100, cuDNN, may plan half a second for each new number of keys.
-GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 class GPT(nn.Module):
     def __init__(self, config, group=None, initialize=True):
-        """group: torch.distributed processes that share the table, each with a part of its columns; None: it is here as a whole.
+        """group: torch.distributed processes that share the table, each with a part of its columns.
         initialize=False: for weights that are about to be loaded. Drawing a large table takes seconds."""
         super().__init__()
         self.config = config
-        # Also the output matrix, transposed. A GPU multiplies by 32 rows and more at once: those past the vocabulary are zeros.
+        # Also the output matrix, transposed. GPUs multiply by 32 rows and more at once: the padding rows are
+        # zeros.
         self.embedding = nn.Embedding(-(-config.vocab_size // 32) * 32, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)
         self.pool = ValuePool(S, config.mem_value_dim, dtype, group) if config.mem_layers else None
         half = config.n_embd // config.n_head // 2
-        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # (block_size, half)
+        frequencies = 10000.0 ** (-torch.arange(half) / half)
+        angle = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         if initialize:
@@ -175,14 +127,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Every parameter's first value. Matrices keep the size of what they multiply (std 1 / sqrt(inputs)); those that add
-        to the residual stream are smaller, so that 2 n_layer additions sum to about 1 (GPT-2's rule)."""
-        residual = [m for b in self.blocks for m in (b.attn.out, b.ffn.out) if m is not None]
+        """Every parameter. Matrices keep the size of what they multiply (std 1 / sqrt(inputs)); those that
+        add to the residual stream are smaller, so that 2 n_layer additions sum to about 1 (GPT-2's rule)."""
+        residual = {m for block in self.blocks for m in (block.attn.out, block.ffn.out)}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                scale = 1 / math.sqrt(2 * self.config.n_layer) if any(module is m for m in residual) else 1.0
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if module in residual else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
-            elif isinstance(module, nn.Embedding):  # as output matrix, too, it keeps the size: logits have a spread of 1
+            elif isinstance(module, nn.Embedding):  # keeps the size as output matrix: logits of spread 1
                 nn.init.normal_(module.weight[: self.config.vocab_size], std=module.embedding_dim**-0.5)
                 nn.init.zeros_(module.weight[self.config.vocab_size :])
             elif isinstance(module, nn.RMSNorm):
@@ -192,8 +144,18 @@ class GPT(nn.Module):
             elif isinstance(module, ValuePool):
                 module.initialize(std=0.02)
 
+    def forward(self, idx, targets=None):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target
+        -1 is ignored. Beside a loss the logits carry no gradient: a compiled backward pass would read one of
+        zeros."""
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits.detach(), loss
+
     def hidden(self, idx, cache=None, start=0):
-        """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), ready for the output matrix."""
+        """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), to multiply by the output matrix."""
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
@@ -203,49 +165,35 @@ class GPT(nn.Module):
             x = block(x, self.pool, cos, sin, None if cache is None else cache[i], start)
         return self.norm(x)
 
-    def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target -1 is ignored.
-        Beside a loss the logits carry no gradient: a compiled backward pass would read one, of zeros, as large as they are."""
-        logits = self.logits(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits.detach(), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-
     def logits(self, x):
         """x (..., C) -> (..., V)"""
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
-    # --- generation ---------------------------------------------------------------------------------------------------
+    # --- generation ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yield max_new_tokens tensors (B,), one new token each, that continue idx (B, T). Temperature 0 is greedy.
+        """Yield max_new_tokens tensors (B,), one new token each, that continue idx (B, T). Temperature 0 is
+        greedy.
 
-        Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes on from there:
-        every token is drawn from between half a block and a whole block of context, as forward() on that window would.
-        """
-        B, block = len(idx), self.config.block_size
+        Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes
+        on from there: every token has between half a block and a whole block of context, as forward() on that
+        window would."""
+        B, block, device = len(idx), self.config.block_size, idx.device.type
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
-        autocast = torch.is_autocast_enabled(idx.device.type)
-        dtype = torch.get_autocast_dtype(idx.device.type) if autocast else self.embedding.weight.dtype
-        cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=idx.device, dtype=dtype)
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype
+        cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=device, dtype=dtype)
         window, start = idx[:, -block:], 0
-        memories = [b.ffn for b in self.blocks if isinstance(b.ffn, MemoryLayer)]
-        try:
-            for memory in memories:
-                memory.kept = memory.scaled_keys()
-            for _ in range(max_new_tokens):
-                if start + window.size(1) > block:
-                    window, start = idx[:, -max(1, block // 2) :], 0
-                with sdpa_kernel(GENERATION):
-                    x = self.hidden(window, cache, start)[:, -1]  # (B, C)
-                start += window.size(1)
-                window = pick(self.logits(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
-                idx = torch.cat((idx[:, -block:], window), dim=1)
-                yield window[:, 0]
-        finally:
-            for memory in memories:
-                memory.kept = None
+        for _ in range(max_new_tokens):
+            if start + window.size(1) > block:
+                window, start = idx[:, -max(1, block // 2) :], 0
+            with sdpa_kernel(GENERATION):
+                x = self.hidden(window, cache, start)[:, -1]  # (B, C)
+            start += window.size(1)
+            window = sample_token(self.logits(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
+            idx = torch.cat((idx[:, -block:], window), dim=1)
+            yield window[:, 0]
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
@@ -253,59 +201,64 @@ class GPT(nn.Module):
         return torch.cat([idx, *new], dim=1)
 
     def complete(self, prompts, lengths, batch_size=256):
-        """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add to each.
-        Returns the new tokens, list by list."""
+        """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add
+        to each. Returns the new tokens, list by list."""
         device, new = self.embedding.weight.device, [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        while order:
-            batch = [i for i in order[:batch_size] if len(prompts[i]) == len(prompts[order[0]])]  # one length: no padding
+        while order:  # prompts of one length at a time: no padding
+            batch = [i for i in order[:batch_size] if len(prompts[i]) == len(prompts[order[0]])]
             order = order[len(batch) :]
             idx = torch.tensor([prompts[i] for i in batch], device=device)
-            rows = self.generate(idx, max(lengths[i] for i in batch), temperature=0)[:, idx.size(1) :].tolist()
-            for i, row in zip(batch, rows, strict=True):
+            rows = self.generate(idx, max(lengths[i] for i in batch), temperature=0)[:, idx.size(1) :]
+            for i, row in zip(batch, rows.tolist(), strict=True):
                 new[i] = row[: lengths[i]]
         return new
 
-    # --- counts and parameter groups ----------------------------------------------------------------------------------
+    # --- counts and parameter groups ------------------------------------------------------------------------
 
     def parameter_groups(self):
-        """{"matrices": [...], "gains": [...], "pool": [...]}: each parameter in one group, by the role it plays.
+        """{"matrices", "norm_weights", "pool"}: lists; each parameter in one of them, by the role it plays.
 
-        Matrices (embedding, projections, sub-keys) are decayed; gains (vectors) are not; the pool has its own optimiser."""
-        groups = {"matrices": [], "gains": [], "pool": [] if self.pool is None else [self.pool.values]}
+        Matrices (embedding, projections, sub-keys) are decayed; the pool has its own optimiser."""
+        groups = {"matrices": [], "norm_weights": [], "pool": [] if self.pool is None else [self.pool.values]}
         for name, parameter in self.named_parameters():
             if name != "pool.values":
-                groups["gains" if parameter.ndim == 1 else "matrices"].append(parameter)
+                groups["norm_weights" if parameter.ndim == 1 else "matrices"].append(parameter)
         return groups
 
     def parameter_counts(self):
-        """{"dense": ..., "pool": ...}: numbers in the network, and in the table beside it."""
+        """{"dense": ..., "pool": ...}: numbers in the network, and in the whole table beside it."""
         pool, M = (0, 1) if self.pool is None else (self.pool.values.numel(), self.pool.M)
         return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool * M}
 
     def flops_per_token(self, T):
-        """{"attention": ..., "ffn": ..., "memory": ..., "head": ...}: forward FLOPs a token in a sequence of T, by part.
+        """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T.
 
-        Counted from what runs: 2 for each multiply-add of the matrix products, of attention over the (T + 1) / 2 positions that
-        a token sees on average, and of the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
-        Training costs three times this: the backward pass makes two products for each one of the forward pass.
-        """
+        Counted from what runs: 2 for each multiply-add of the matrix products, of attention over the (T + 1)
+        / 2 positions that a token sees on average, and of the lookup. Norms, softmax, comparisons of the
+        top-k are left out, as is usual. Training costs three times this: the backward pass makes two products
+        for each one."""
         c = self.config
         C, D, H, K, N, key = c.n_embd, c.mem_value_dim, c.mem_heads, c.mem_topk, c.mem_keys, c.mem_key_dim
-        gate = 2 * C * D if c.mem_gate else 0
-        memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup, gate and output
+        gate = 2 * C * D if c.mem_gate else 0  # and output
+        memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup
         attention, M = 4 * C * C + C * (T + 1), len(c.mem_layers)
-        ffn, head = 3 * C * c.n_ffn, C * self.embedding.num_embeddings
-        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * ffn, "memory": M * memory, "head": head}
+        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * 3 * C * c.n_ffn}
+        adds |= {"memory": M * memory, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """Draw one token a row. logits (B, V) -> (B, 1). top_k: among the k likeliest; top_p: among the fewest that hold p."""
+# Attention while generating. PyTorch's first choice on an H100, cuDNN, may plan half a second for each
+# length.
+GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> (B, 1). top_k: the k likeliest only; top_p: the fewest that hold p (nucleus sampling)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)
-    logits = (logits - logits[:, :1]) / max(temperature, 1e-30)  # the largest is 0, and smaller numbers are 0 in float32
+    logits = (logits - logits[:, :1]) / max(temperature, 1e-30)  # the largest is 0; below, 0 in float32
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probabilities = logits.softmax(-1)
@@ -313,3 +266,51 @@ def pick(logits, temperature, top_k, top_p, generator):
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill((before >= top_p) & (before > 0), 0.0)
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
+
+
+# --- checks of a configuration --------------------------------------------------------------------------
+
+
+def check_options(config):
+    """Raises ValueError for an option of another type than its default, or beyond its limits."""
+    for f in fields(config):
+        value, kind, limits = getattr(config, f.name), type(f.default), f.metadata
+        if type(value) is int and kind is float:
+            object.__setattr__(config, f.name, value := float(value))
+        if type(value) is not kind or (kind is tuple and any(type(item) is not int for item in value)):
+            raise ValueError(f"{f.name}={value!r}: must be of type {kind.__name__}")
+        if kind in (int, float) and not limits["low"] <= value < limits["below"]:
+            raise ValueError(f"{f.name}={value}: must be at least {limits['low']}, below {limits['below']}")
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(f"{f.name}={value}: must be one of {', '.join(limits['choices'])}")
+
+
+def fill_in_and_check(c):
+    """Fill in what 0 or () stands for. Raises ValueError for options that do not fit together."""
+
+    def check(fits, message):
+        if not fits:
+            raise ValueError(message)
+
+    L, count, even = c.n_layer, c.mem_count, "rotary positions turn pairs of numbers, so it must be even"
+    check(c.n_embd % c.n_head == 0, f"n_embd={c.n_embd} must be divisible by n_head={c.n_head}")
+    check(c.n_embd // c.n_head % 2 == 0, f"n_embd / n_head = {c.n_embd // c.n_head}: {even}")
+    check(count <= L, f"mem_count={count}: the model has only n_layer={L} blocks")
+    # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
+    layers = sorted(set(c.mem_layers)) or [(2 * i + 1) * L // (2 * count) for i in range(count)]
+    values = {
+        "n_ffn": c.n_ffn or -(-c.n_embd * 8 // 3 // 8) * 8,
+        "mem_layers": tuple(layers),
+        "mem_count": len(layers),
+        "mem_key_dim": c.mem_key_dim or max(2, min(c.n_embd // 2, 512) // 2 * 2),
+        "mem_value_dim": c.mem_value_dim or c.n_embd,
+    }
+    for name, value in values.items():
+        object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
+    for i in layers:
+        check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
+    if layers:
+        subkeys, same = f"each half has only mem_keys={c.mem_keys} sub-keys", c.mem_value_dim == c.n_embd
+        check(c.mem_topk <= c.mem_keys, f"mem_topk={c.mem_topk}: {subkeys} to choose from")
+        check(c.mem_key_dim % 2 == 0, f"mem_key_dim={c.mem_key_dim}: a key has two halves, so it must be even")
+        check(c.mem_gate or same, f"mem_value_dim={c.mem_value_dim}: without mem_gate it must be n_embd={c.n_embd}")

@@ -1,8 +1,8 @@
 """Text from a checkpoint, or answers to the closed-book questions of its dataset.
 
     python sample.py                                             samples from the default run, out/facts-memory
-    python sample.py --out_dir=out/mine --start="Once upon a"    go on from a text; FILE:path reads a file, - standard input
-    python sample.py --recall                                    ask for every fact that training stated in other words
+    python sample.py --out_dir=out/mine --start="Once upon a"    continue a text; FILE:path reads a file, - stdin
+    python sample.py --recall                                    ask for the facts in words that training did not use
 """
 
 import argparse
@@ -22,32 +22,30 @@ from train import answer, choose_device, load_checkpoint, precision
 
 
 def parse(argv):
-    def number(kind, low, high=10**9):
-        def convert(text):
-            if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-            return kind(text)
-
-        convert.__name__ = kind.__name__  # argparse names it when the text is no number at all
-        return convert
-
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--checkpoint", default="ckpt.pt", help="ckpt.pt: the last; best.pt: of the lowest validation loss (default: %(default)s)")
-    add("--start", default="", help="text to go on from; FILE:path reads it from a file, - from standard input (default: none)")
-    add("--num_samples", type=number(int, 1), default=3, help="how many texts (default: %(default)s)")
-    add("--max_new_tokens", type=number(int, 1), default=200, help="length of each, in tokens (default: %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.8, help="below 1 likelier text, 0 the likeliest (default: %(default)s)")
-    add("--top_k", type=number(int, 1), default=None, help="draw among the k likeliest tokens only")
-    add("--top_p", type=number(float, 0, 1), default=None, help="draw among the fewest tokens that hold this probability")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the draws (default: %(default)s)")
+    add("--checkpoint", default="ckpt.pt", help="or best.pt, of the lowest validation loss (default: %(default)s)")
+    add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
+    add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="length of each, in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="below 1 likelier text, 0 greedy (default: %(default)s)")
+    add("--top_k", type=int, default=None, help="draw among the k likeliest tokens only")
+    add("--top_p", type=float, default=None, help="nucleus sampling: among the fewest tokens that hold p")
+    add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="precision (default: bfloat16 where a GPU has it)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead, and print a table")
-    add("--rows", type=number(int, 0), default=20, help="questions shown in that table; all count (default: %(default)s)")
-    return parser.parse_args(argv)
+    add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
+    args = parser.parse_args(argv)
+    limits = {"num_samples": (1, 10**9), "max_new_tokens": (1, 10**9), "temperature": (0, 10**9), "rows": (0, 10**9)}
+    limits |= {"top_k": (1, 10**9), "top_p": (0, 1), "seed": (0, 2**63 - 1)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name}={value}: must be from {low} to {high}")
+    return args
 
 
 def read_start(start):
@@ -70,7 +68,7 @@ def sample(model, encoding, separator, ids, args):
         if number > 0:
             print("\n" + "-" * 40)
         print(encoding.decode(ids[1:]), end="", flush=True)
-        characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end in the middle of a character
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end within a character
         for token in model.stream(prompt, args.max_new_tokens, **options):
             print(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
         print(characters.decode(b"", final=True))
@@ -80,31 +78,28 @@ def sample(model, encoding, separator, ids, args):
 
 def print_recall(model, encoding, separator, questions, rows):
     """Ask all questions; show the first of them, and the accuracy for each kind."""
-    answers = answer(model, questions, separator)
-    show = questions[: rows or None]
-    width = max(len(q["prompt"]) for q in show)
+    shown, score = questions[: rows or None], collections.defaultdict(list)
+    width = max(len(q["prompt"]) for q in shown)
     print(f"{'prompt':{width}}  {'expected':24}  {'got':24}")
-    score = collections.defaultdict(list)
-    for i, (question, ids) in enumerate(zip(questions, answers, strict=True)):
+    for i, (question, ids) in enumerate(zip(questions, answer(model, questions, separator), strict=True)):
         right = ids == question["answer_ids"]
         score[question["attribute"]].append(right)
-        if i < len(show):
-            got = " ".join(encoding.decode(ids).split())
-            print(f"{question['prompt']:{width}}  {question['answer']:24}  {got:24}  {'right' if right else 'wrong'}")
-    if len(show) < len(questions):
-        print(f"... {len(questions) - len(show):,} more (--rows=0 shows all)")
+        if i < len(shown):
+            row = f"{question['prompt']:{width}}  {question['answer']:24}  {' '.join(encoding.decode(ids).split()):24}"
+            print(f"{row}  {'right' if right else 'wrong'}")
+    if len(shown) < len(questions):
+        print(f"... {len(questions) - len(shown):,} more (--rows=0 shows all)")
     print()
+    score["all"] = [right for results in score.values() for right in results]
     for attribute, results in score.items():
         print(f"{attribute:12} {sum(results) / len(results):6.1%} of {len(results):,}")
-    results = [right for kind in score.values() for right in kind]
-    print(f"{'all':12} {sum(results) / len(results):6.1%} of {len(results):,}")
 
 
 def main(argv):
     args = parse(argv)
+    path = Path(args.out_dir) / args.checkpoint
     with one_line("sample.py"):
         device = choose_device(args.device)
-        path = Path(args.out_dir) / args.checkpoint
         checkpoint = load_checkpoint(path, device)
         model, separator = checkpoint["model"].eval(), checkpoint["separator"]
         with blame(f"{path}", "give another --checkpoint"):
@@ -137,5 +132,5 @@ def main(argv):
 if __name__ == "__main__":
     steady_streams()
     parse(sys.argv[1:])  # says what is wrong with them, or --help
-    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115 (a reader who goes away ends this one)
+    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115 (its errors count here)
     main(sys.argv[1:])

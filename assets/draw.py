@@ -1,194 +1,230 @@
-"""Draws the README's pictures: python assets/draw.py. Plain SVG, nothing but Python's standard library is needed."""
+"""Draws the README's pictures: python assets/draw.py. Plain SVG; it needs Python's standard library only."""
 
 import json
-import random
-import statistics
 from html import escape
 from pathlib import Path
+from statistics import mean
 
 ASSETS = Path(__file__).resolve().parent
-INK, SOFT, BLUE, ORANGE, GREEN, PALE = "#1f2933", "#7b8794", "#2f6fde", "#e8710a", "#2e9e5b", "#eef2f7"
+INK, SOFT, FAINT, GRID = "#1f2933", "#5b6673", "#8a94a0", "#d5dbe3"
+BLUE, ORANGE, PALE, PALE_BLUE, PALE_ORANGE = "#1f5fd0", "#c2570a", "#eef2f7", "#e1ebff", "#fde3cb"
+MARKED = {"fill": PALE_ORANGE, "stroke": ORANGE}
 
 
-def text(x, y, words, size=14, color=INK, anchor="middle", weight="normal"):
-    return (
-        f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}" font-weight="{weight}">'
-        f"{escape(words)}</text>"
-    )
+def tag(name, content="", **attributes):
+    """<name a-b="1">content</name> from tag(name, content, a_b=1); attributes that are "" are left out."""
+    words = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items() if value != "")
+    return f"<{name}{words}>{content}</{name}>"
 
 
-def box(x, y, w, h, fill=PALE, stroke=SOFT, radius=4, width=1):
-    shape = f'x="{x}" y="{y}" width="{w}" height="{h}" rx="{radius}"'
-    return f'<rect {shape} fill="{fill}" stroke="{stroke}" stroke-width="{width}"/>'
+def text(x, y, words, size=14, color=INK, anchor="middle", weight="", upward=False):
+    look = {"font_size": size, "fill": color, "text_anchor": anchor, "font_weight": weight}
+    return tag("text", escape(words), x=x, y=y, **look, transform=f"rotate(-90 {x} {y})" if upward else "")
 
 
-def labelled(x, y, w, h, words, below="", fill=PALE, stroke=SOFT):
-    """A box with a line of text in it, and a smaller line (a shape, or the name of a function) under that."""
-    middle = y + h / 2 + (5 if not below else -3)
-    return box(x, y, w, h, fill, stroke) + text(x + w / 2, middle, words) + text(x + w / 2, middle + 17, below, 12, SOFT)
+def box(x, y, w, h, fill=PALE, stroke=SOFT, radius=4, dash=""):
+    shape = {"x": x, "y": y, "width": w, "height": h, "rx": radius}
+    return tag("rect", **shape, fill=fill, stroke=stroke, stroke_dasharray=dash)
 
 
-def line(points, color=INK, width=1.5, arrow=False, dash=""):
+def labelled(x, y, w, h, words, below="", **look):
+    """A box with a line of text in it, and a smaller line (a shape, or what is done) under that."""
+    parts = [box(x, y, w, h, **look), text(x + w / 2, y + h / 2 + (-3 if below else 5), words)]
+    parts += [text(x + w / 2, y + h / 2 + 14, below, 12, SOFT)] if below else []
+    return "".join(parts)
+
+
+def line(*points, color=INK, width=1.5, arrow=False, dash=""):
     path = " ".join(f"{x},{y}" for x, y in points)
-    end = f' marker-end="url(#{"arrow" + color[1:]})"' if arrow else ""
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" stroke-dasharray="{dash}"{end}/>'
+    look = {"stroke_dasharray": dash, "marker_end": f"url(#arrow{color[1:]})" if arrow else ""}
+    return tag("polyline", points=path, fill="none", stroke=color, stroke_width=width, **look)
 
 
 def arrow(x1, y1, x2, y2, color=INK, width=1.5):
-    return line([(x1, y1), (x2, y2)], color, width, arrow=True)
+    return line((x1, y1), (x2, y2), color=color, width=width, arrow=True)
 
 
-def save(name, width, height, *parts):
-    heads = "".join(
-        f'<marker id="arrow{c[1:]}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0,0 L8,4 L0,8 z" fill="{c}"/></marker>'
-        for c in (INK, SOFT, BLUE, ORANGE, GREEN)
-    )
-    (ASSETS / name).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="Helvetica, Arial, sans-serif"><defs>{heads}</defs>'
-        f'<rect width="{width}" height="{height}" fill="white"/>' + "".join(parts) + "</svg>\n"
-    )
+def down(x, *ends, color=INK):
+    """Arrows downwards, each from one of the heights to the next: down(x, from, to, from, to)."""
+    return "".join(arrow(x, y1, x, y2, color) for y1, y2 in zip(ends[::2], ends[1::2], strict=True))
+
+
+def save(name, width, height, parts):
+    """Dark ink on a white card with round corners, which reads well on GitHub's light and dark pages."""
+    look = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "orient": "auto", "markerUnits": "userSpaceOnUse"}
+    look |= {"markerWidth": 10, "markerHeight": 10}
+    heads = {c[1:]: tag("path", d="M0,0.5 L8,4 L0,7.5 z", fill=c) for c in (INK, SOFT, BLUE, ORANGE)}
+    markers = tag("defs", "".join(tag("marker", head, id=f"arrow{c}", **look) for c, head in heads.items()))
+    drawing = "\n".join([markers, box(0.5, 0.5, width - 1, height - 1, "white", GRID, 10), *parts])
+    page = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}", "width": width}
+    page |= {"height": height, "font_family": "Helvetica, Arial, sans-serif"}
+    (ASSETS / name).write_text(tag("svg", drawing, **page) + "\n", "utf-8")
 
 
 def draw_model():
-    """Four blocks; one of them has a memory layer; the pool stands outside and could serve more of them."""
-    parts = [text(140, 26, "the model", 15, weight="bold"), text(560, 26, "a memory layer", 15, weight="bold")]
-    for i in range(4):
-        y = 250 - 62 * i
-        memory = i == 2
-        parts += [box(30, y, 220, 50, "white", SOFT), text(16, y + 30, str(i), 12, SOFT)]
-        parts += [labelled(38, y + 8, 96, 34, "attention")]
-        name, fill, edge = ("memory", "#fdebd9", ORANGE) if memory else ("SwiGLU", PALE, SOFT)
-        parts += [labelled(146, y + 8, 96, 34, name, fill=fill, stroke=edge)]
-        parts += [arrow(140, y + 62, 140, y + 52, SOFT)]
-    parts += [text(140, 330, "tokens x (B, T, C)", 13, SOFT), arrow(140, 64, 140, 46, SOFT)]
-    parts += [line([(242, 142), (290, 142), (290, 50), (300, 50)], ORANGE, 1.5, dash="4 3")]
-    # inside the layer, from left to right
-    parts += [box(300, 40, 540, 262, "white", ORANGE, 6)]
-    parts += [labelled(316, 150, 62, 44, "x", "(C)", fill="white")]
-    parts += [labelled(412, 84, 120, 44, "query W_q", "(H, 2, Q)")]
-    parts += [labelled(412, 150, 120, 44, "sub-keys", "(H, 2, N, Q)")]
-    parts += [labelled(566, 84, 120, 110, "top-k", "product_topk")]
-    parts += [text(626, 178, "H·K slots, weights", 12, SOFT)]
-    parts += [labelled(412, 232, 120, 44, "silu(W_g x)", "(D)")]
-    parts += [labelled(720, 117, 104, 44, "lookup", "(D)", fill="#fdebd9", stroke=ORANGE)]
-    parts += [labelled(720, 232, 104, 44, "output W_o", "(C)")]
-    parts += [arrow(378, 165, 410, 112), arrow(378, 182, 410, 246), arrow(532, 106, 564, 120), arrow(532, 172, 564, 160)]
-    parts += [arrow(686, 139, 718, 139), arrow(772, 161, 772, 196)]
-    parts += [text(772, 216, "×", 24), arrow(772, 220, 772, 230)]
-    parts += [line([(532, 254), (640, 254), (640, 210), (758, 210)], arrow=True)]
-    # the pool
-    parts += [labelled(380, 326, 460, 44, "pool: S = N · N values of width D", "one table, read by every memory layer")]
-    parts[-1] = parts[-1].replace(PALE, "#e7efff").replace(SOFT, BLUE, 1)
-    parts += [line([(840, 348), (862, 348), (862, 139), (828, 139)], BLUE, 2, arrow=True)]
-    save("model.svg", 880, 390, *parts)
+    """Six blocks, two of them with a memory layer; the one pool that both read; the inside of a layer."""
+    parts = [text(142, 32, "the model", 15, weight="bold"), text(142, 66, "tokens, (B, T, C)", 13, SOFT)]
+    for i in range(6):
+        y, look = 92 + 74 * i, MARKED if i in (1, 4) else {}
+        parts += [down(142, y - 20, y, color=SOFT), text(24, y + 31, str(i), 13, SOFT)]
+        parts += [box(36, y, 212, 54, "white"), labelled(44, y + 8, 82, 38, "attention")]
+        parts += [labelled(148, y + 8, 92, 38, "memory" if look else "SwiGLU", **look)]
+        parts += [arrow(126, y + 27, 148, y + 27, SOFT)]
+        parts += [arrow(290, y + 34, 240, y + 34, BLUE, 2)] if look else []
+    parts += [down(142, 516, 536, color=SOFT), text(142, 554, "to the output matrix, (B, T, C)", 13, SOFT)]
+    parts += [text(142, 602, "norms and residual sums are not drawn", 12, SOFT)]
+    # the pool, with a few of its rows being read
+    parts += [box(290, 160, 104, 338, PALE_BLUE, BLUE), text(342, 186, "ValuePool", weight="bold")]
+    parts += [text(342, 206, "S = N·N rows", 12), text(342, 223, "(S, D)", 12, SOFT)]
+    for row in range(22):
+        parts += [box(302, 234 + 11.5 * row, 80, 8, BLUE if row in (2, 9, 14, 19) else "white", BLUE, 1)]
+    parts += [text(342, 518, "one table for all", 12, SOFT), text(342, 534, "memory layers", 12, SOFT)]
+    # a layer from top to bottom: on the left what finds and reads slots, on the right the gate
+    parts += [text(648, 32, "MemoryLayer, shapes for one token", 15, weight="bold")]
+    parts += [box(432, 46, 432, 536, "white", ORANGE, 6)]
+    parts += [line((240, 180), (264, 180), (264, 73), (432, 73), color=ORANGE, dash="4 3")]
+    parts += [labelled(448, 56, 136, 34, "x (C)", fill="white"), down(516, 90, 112)]
+    for x, name, shape, rows in ((448, "query W_q x", "(H, 2, Q)", 1), (600, "sub-keys", "(H, 2, N, Q)", 4)):
+        h, middle = 62 + 7.5 * rows, x + 68
+        parts += [box(x, 112, 136, h), text(middle, 129, name), text(middle, 146, shape, 12, SOFT)]
+        for half, left in ((1, x + 10), (2, x + 74)):
+            parts += [text(left + 26, 163, f"half {half}", 12)]
+            parts += [box(left, 169 + 7.5 * row, 52, 5.5, "white", radius=0) for row in range(rows)]
+        parts += [down(middle, 112 + h, 222, 250, 268), labelled(x, 222, 136, 28, "RMSNorm")]
+    parts += [text(743, 240, "qk-norm", 12, SOFT, "start")]
+    parts += [labelled(448, 268, 288, 42, "scores: sub-key · query / √Q", "N for each half: (H, 2, N)")]
+    parts += [labelled(448, 328, 288, 42, "product_topk", "the K best of the N·N sums s1[i] + s2[j]")]
+    parts += [labelled(536, 388, 200, 42, "softmax over the K scores", "H·K weights")]
+    parts += [labelled(448, 448, 288, 42, "lookup: Σ weight · values[slot]", "over H·K slots: (D)", **MARKED)]
+    parts += [text(486, 405, "H·K", 12, SOFT, "end"), text(486, 421, "slots", 12, SOFT, "end")]
+    parts += [arrow(394, 469, 448, 469, BLUE, 2), down(492, 370, 448), down(636, 370, 388, 430, 448)]
+    parts += [line((584, 73), (804, 73), (804, 268), arrow=True)]
+    parts += [labelled(756, 268, 96, 42, "silu(W_g x)", "gate: (D)")]
+    parts += [line((804, 310), (804, 511), (602, 511), arrow=True), down(592, 310, 328, 490, 501, 521, 534)]
+    parts += [box(582, 501, 20, 20, "white", INK, 10), line((588, 507), (596, 515))]
+    parts += [line((588, 515), (596, 507)), labelled(524, 534, 136, 34, "output W_o (C)")]
+    parts += [down(592, 568, 596), text(592, 612, "out, added to the block's x: (B, T, C)", 13, SOFT)]
+    save("model.svg", 880, 626, parts)
 
 
 def draw_product_keys():
     """K = 8 best of the sums of two sorted lists: the staircase that holds every possible winner."""
-    K, cell, left, top = 8, 38, 130, 96
-    generator = random.Random(4)
-    s1, s2 = (sorted((generator.gauss(0, 1) for _ in range(24)), reverse=True)[:K] for _ in range(2))
-    ranked = sorted(((s1[a] + s2[b], a, b) for a in range(K) for b in range(K)), reverse=True)
+    half1, half2 = [27, 25, 22, 15, 9, 4, 3, 1], [30, 26, 19, 13, 10, 9, 5, 1]  # in tenths, for exact sums
+    K, cell, left, top = len(half1), 38, 96, 76
+    ranked = sorted(((half1[a] + half2[b], a, b) for a in range(K) for b in range(K)), reverse=True)
     winners = {(a, b) for _, a, b in ranked[:K]}
-    parts = [text(left + K * cell / 2, 28, "best K scores of half 2, sorted", 14), text(left - 78, top - 14, "half 1", 14)]
-    for i in range(K):
-        parts += [text(left + i * cell + cell / 2, top - 12, f"{s2[i]:.1f}", 13, BLUE)]
-        parts += [text(left - 12, top + i * cell + cell / 2 + 5, f"{s1[i]:.1f}", 13, BLUE, "end")]
-        for j in range(K):
-            candidate, won = (i + 1) * (j + 1) <= K, (i, j) in winners
-            fill = ORANGE if won else "#fdebd9" if candidate else "#fafbfc"
-            parts += [box(left + j * cell, top + i * cell, cell, cell, fill, "#d5dbe3", 0)]
-            if candidate:
-                color = "white" if won else INK
-                parts += [text(left + j * cell + cell / 2, top + i * cell + cell / 2 + 5, f"{s1[i] + s2[j]:.1f}", 12, color)]
-    x, pairs = left + K * cell + 40, sum(K // (a + 1) for a in range(K))
+    parts = [text(left + K * cell / 2, 34, f"half 2: the K = {K} best of its N scores, sorted")]
+    parts += [text(38, top + K * cell / 2, f"half 1: the K = {K} best of its N scores, sorted", upward=True)]
+    for a in range(K):
+        parts += [text(left + (a + 0.5) * cell, top - 12, str(half2[a] / 10), 13, BLUE)]
+        parts += [text(left - 12, top + (a + 0.5) * cell + 5, str(half1[a] / 10), 13, BLUE, "end")]
+        for b in range(K):
+            x, y, inside, won = left + b * cell, top + a * cell, (a + 1) * (b + 1) <= K, (a, b) in winners
+            parts += [box(x, y, cell, cell, ORANGE if won else PALE_ORANGE if inside else "white", GRID, 0)]
+            if inside:
+                look = {"color": "white", "weight": "bold"} if won else {}
+                parts += [text(x + cell / 2, y + cell / 2 + 5, str((half1[a] + half2[b]) / 10), 13, **look)]
     notes = [
-        (INK, "Each slot has a key of two halves, one of N"),
-        (INK, "sub-keys for each: N · N slots from 2 N keys."),
-        (INK, ""),
-        (INK, "A slot's score is s1[i] + s2[j]. The best K of all"),
-        (INK, "N · N sums lie among the K best of each list,"),
-        (INK, "and, as both are sorted, on the staircase"),
-        (INK, "(a + 1)(b + 1) ≤ K: any other sum is beaten by"),
-        (INK, "K sums above it and to its left."),
-        (INK, ""),
-        (ORANGE, f"■ the {K} best"),
-        ("#b9793a", f"■ candidates: {pairs} of {K * K} (K = 32: 119 of 1,024)"),
+        "2N sub-keys, N for each half, make N·N slots:",
+        "the score of slot (i, j) is s1[i] + s2[j].",
+        "",
+        "The K best of the N·N sums lie on the staircase",
+        "(a + 1)(b + 1) ≤ K of the two sorted lists, with",
+        "row a and column b from 0: any other sum is",
+        "beaten by K or more, above it and to its left.",
     ]
-    parts += [text(x, top + 20 + 24 * i, words, 14, color, "start") for i, (color, words) in enumerate(notes)]
-    save("product_keys.svg", 860, 420, *parts)
+    x, pairs = left + K * cell + 40, sum(K // (a + 1) for a in range(K))
+    parts += [text(x, top + 38 + 23 * i, words, anchor="start") for i, words in enumerate(notes)]
+    marks = {ORANGE: f"the {K} best", PALE_ORANGE: f"candidates: {pairs} of {K * K} (K = 32: 119 of 1,024)"}
+    for y, (fill, words) in zip((top + 222, top + 250), marks.items(), strict=True):
+        parts += [box(x, y, 16, 16, fill, GRID, 0), text(x + 26, y + 13, words, anchor="start")]
+    save("product_keys.svg", 800, 404, parts)
 
 
 def draw_lookup():
     """Forward: a token reads rows. Backward: a row collects from tokens. The same picture, turned round."""
-    parts = []
-    halves = (40, "forward", "y = W V: a token adds up k rows"), (460, "backward", "dV = Wᵀ dY: a row adds up its tokens")
-    for x0, title, formula in halves:
-        parts += [text(x0 + 180, 28, title, 15, weight="bold"), text(x0 + 180, 50, formula, 14, SOFT)]
-        parts += [text(x0 + 40, 84, "tokens", 13, SOFT), text(x0 + 300, 84, "values (S, D)", 13, SOFT)]
-        reads = {0: (1, 4, 6), 1: (2, 4, 5), 2: (0, 4, 7)}
+    weights = {(0, 1): 0.5, (0, 4): 0.2, (0, 6): 0.3, (1, 2): 0.5, (1, 4): 0.3, (1, 5): 0.2}
+    weights |= {(2, 0): 0.1, (2, 4): 0.6, (2, 7): 0.3}  # (token, row): weight
+    parts = [line((430, 24), (430, 376), color=GRID, width=1)]
+    forward = 36, "forward: y = W V", "a token adds up the rows that it reads", "", "not read"
+    backward = 466, "backward: dV = Wᵀ dY", "a row adds up the tokens that read it", "d", "no gradient"
+    for x0, title, words, d, unread in (forward, backward):
+        chosen = {(i, s): weight for (i, s), weight in weights.items() if (s == 4 if d else i == 1)}
+        terms = [f"{weight} dy[{i}]" if d else f"{weight} V[{s}]" for (i, s), weight in chosen.items()]
+        total = ("dV[4] = " if d else "y[1] = ") + " + ".join(terms)
+        parts += [text(x0 + 180, 34, title, 15, weight="bold"), text(x0 + 180, 56, words, color=SOFT)]
+        parts += [text(x0 + 180, 366, total, color=ORANGE, weight="bold")]
+        parts += [text(x0 + 40, 88, "tokens (n, D)", 12, SOFT), text(x0 + 300, 88, "values (S, D)", 12, SOFT)]
+        for i, s in sorted(weights, key=chosen.__contains__):  # the chosen ones last, over the others
+            token, row, mark = (x0 + 80, 142 + 72 * i), (x0 + 240, 111 + 30 * s), (i, s) in chosen
+            ends = (token, row) if d else (row, token)
+            parts += [line(*ends, color=ORANGE if mark else FAINT, width=2.2 if mark else 1, arrow=mark)]
+        for (i, s), weight in chosen.items():  # on its line, near to where that begins
+            share = 0.25 if d else 0.8
+            x, y = x0 + 80 + 160 * share, round((142 + 72 * i) * (1 - share) + (111 + 30 * s) * share)
+            parts += [box(x - 13, y - 9, 26, 18, "white", "none")]
+            parts += [text(x, y + 5, str(weight), 13, ORANGE, weight="bold")]
         for i in range(3):
-            mark = x0 == 40 and i == 1
-            parts += [box(x0, 112 + 72 * i, 80, 26, "#fdebd9" if mark else PALE, ORANGE if mark else SOFT)]
+            parts += [labelled(x0, 128 + 72 * i, 80, 28, f"{d}y[{i}]", **({} if d or i != 1 else MARKED))]
         for s in range(8):
-            mark = x0 != 40 and s == 4
-            parts += [box(x0 + 240, 98 + 26 * s, 120, 22, "#fdebd9" if mark else PALE, ORANGE if mark else SOFT)]
-        for i, slots in reads.items():
-            for s in slots:
-                here = (x0 == 40 and i == 1) or (x0 != 40 and s == 4)
-                ends = (x0 + 240, 109 + 26 * s, x0 + 82, 125 + 72 * i)
-                ends = ends if x0 == 40 else (ends[2], ends[3], ends[0] - 2, ends[1])
-                parts += [arrow(*ends, ORANGE if here else SOFT, 2.2 if here else 0.8)]
-    save("lookup.svg", 860, 330, *parts)
+            read = any((i, s) in weights for i in range(3))
+            look = MARKED if d and s == 4 else {} if read else {"fill": "white", "dash": "4 3"}
+            words = f"{d}V[{s}]" if read else f"V[{s}]: {unread}"
+            parts += [labelled(x0 + 240, 98 + 30 * s, 130, 26, words, **look)]
+    save("lookup.svg", 870, 388, parts)
 
 
-def axes(x0, y0, w, h, x_ticks, title, x_title):
-    """Frame of a chart of recall from 0 to 100%. x_ticks: [(share of the width, label)]."""
-    parts = [text(x0 + w / 2, y0 - 16, title, 15, weight="bold"), text(x0 + w / 2, y0 + h + 44, x_title, 13, SOFT)]
+def place(x0, share, recall):
+    """Where in a chart with its left edge at x0 a recall is drawn; share: of the chart's width."""
+    return round(x0 + 290 * share, 1), round(82 + 250 * (1 - recall), 1)
+
+
+def axes(x0, ticks, title, note, x_title):
+    """Frame of a chart of recall from 0 to 100%. ticks: [(share of the width, label)]."""
+    parts = [text(x0 + 145, 38, title, weight="bold"), text(x0 + 145, 60, note, 13, SOFT)]
+    parts += [text(x0 + 145, 374, x_title, 13), text(x0 - 48, 207, "recall of facts", 13, upward=True)]
     for percent in range(0, 101, 20):
-        y = y0 + h * (1 - percent / 100)
-        parts += [line([(x0, y), (x0 + w, y)], "#dde3ea", 1), text(x0 - 8, y + 5, f"{percent}%", 12, SOFT, "end")]
-    parts += [text(x0 + share * w, y0 + h + 20, label, 12, SOFT) for share, label in x_ticks]
-    return parts
+        (_, y), right = place(x0, 0, percent / 100), place(x0, 1, percent / 100)
+        parts += [line((x0, y), right, color=GRID, width=1)]
+        parts += [text(x0 - 8, y + 4, f"{percent}%", 12, SOFT, "end")]
+    return parts + [text(place(x0, share, 0)[0], 352, label, 12, SOFT) for share, label in ticks]
 
 
 def draw_results():
-    """Recall while training, and recall against the number of slots, from results.json (written by compare.py)."""
+    """Recall while training, and recall against the number of slots: results.json, of bench/compare.py."""
     results = json.loads((ASSETS / "results.json").read_text())
-    x0, y0, w, h = 70, 50, 320, 240
-    best = {}
-    for preset in ("facts-memory", "facts-dense"):
-        names = {r["name"] for r in results if r["group"] == "main" and r["name"].startswith(preset)}
-        best[preset] = max(names, key=lambda n: statistics.mean(r["recall"] for r in results if r["name"] == n))
-    last = max(step for r in results if r["group"] == "main" for step, _ in r["curve"])
-    ticks = [(step / last, f"{step:,}") for step in range(0, last + 1, 500)]
-    parts = axes(x0, y0, w, h, ticks, "the same compute, three seeds each", "training steps of 1,024 tokens")
-    for preset, color, label in (("facts-memory", ORANGE, "Memory+"), ("facts-dense", BLUE, "dense")):
-        runs = [r for r in results if r["name"] == best[preset]]
-        for r in runs:
-            parts += [line([(x0 + w * step / last, y0 + h * (1 - recall)) for step, recall in [[0, 0], *r["curve"]]], color, 2)]
-        end = statistics.mean(r["recall"] for r in runs)
-        parts += [text(x0 + w + 6, y0 + h * (1 - end) + 5, label, 13, color, "start")]
-    x0 = 530
-    means = {}
+    recalls = {}  # name: recall with each seed
     for r in results:
-        if r["group"] == "slots" or r["name"] == best["facts-memory"]:
-            N = int(r["name"][2:]) if r["group"] == "slots" else 128
-            means.setdefault(N, []).append(r["recall"])
-    order = sorted(means)
-    place = {N: (i + 0.5) / len(order) for i, N in enumerate(order)}
-    parts += axes(x0, y0, w, h, [(place[N], f"{N * N:,}") for N in order], "more slots, compute within 5%", "slots in the memory")
-    for N in order:
-        parts += [f'<circle cx="{x0 + w * place[N]}" cy="{y0 + h * (1 - r)}" r="4" fill="{ORANGE}"/>' for r in means[N]]
-    parts += [line([(x0 + w * place[N], y0 + h * (1 - statistics.mean(means[N]))) for N in order], ORANGE, 2)]
-    save("results.svg", 880, 350, *parts)
+        recalls.setdefault(r["name"], []).append(r["recall"])
+    last = max(step for r in results if r["group"] == "main" for step, _ in r["curve"])
+    ticks = [(step / last, f"{step:,}") for step in range(0, last + 1, 300)]
+    title, note = "equal compute, each at its best learning rate", "each thin line a seed, thick: their mean"
+    parts = axes(84, ticks, title, note, "training steps of 1,024 tokens")
+    for preset, color, label in (("facts-dense", BLUE, "dense"), ("facts-memory", ORANGE, "Memory+")):
+        names = {r["name"] for r in results if r["group"] == "main" and r["name"].startswith(preset)}
+        best = max(sorted(names), key=lambda name: mean(recalls[name]))
+        curves = [r["curve"] for r in results if r["name"] == best]
+        average = [(seeds[0][0], mean(y for _, y in seeds)) for seeds in zip(*curves, strict=True)]
+        for curve, width in [*((curve, 0.9) for curve in curves), (average, 3.2)]:
+            parts += [line(*(place(84, step / last, y) for step, y in curve), color=color, width=width)]
+        x, y = place(84, 1, average[-1][1])
+        parts += [text(x + 8, y, label, 14, color, "start", "bold")]
+        parts += [text(x + 8, y + 16, "mean", 12, color, "start")]
+    slots = {int(r["name"][2:]): recalls[r["name"]] for r in results if r["group"] == "slots"}
+    slots[128] = recalls[best]  # of Memory+, the last of the loop above
+    shares = {N: (i + 0.5) / len(slots) for i, N in enumerate(sorted(slots))}
+    ticks = [(share, f"{N * N:,}") for N, share in shares.items()]
+    title, note = "more slots, compute within 5%", "Memory+; each dot a seed, the line their mean"
+    parts += axes(550, ticks, title, note, "slots in the memory")
+    means = [place(550, share, mean(slots[N])) for N, share in shares.items()]
+    parts += [line(*means, color=ORANGE, width=3.2)]
+    for x, y in (place(550, share, recall) for N, share in shares.items() for recall in slots[N]):
+        parts += [tag("circle", cx=x, cy=y, r=4, fill="white", stroke=ORANGE, stroke_width=1.5)]
+    save("results.svg", 872, 396, parts)
 
 
 if __name__ == "__main__":
     draw_model()
     draw_product_keys()
     draw_lookup()
-    if (ASSETS / "results.json").exists():
-        draw_results()
+    draw_results()

@@ -1,18 +1,18 @@
-"""The README's comparison on two CPU cores: each model at several learning rates and seeds, then the ablations.
+"""The README's comparison on two CPU cores: both models at several learning rates and seeds, and ablations.
 
-    python bench/compare.py                 train what out/compare lacks, two runs at a time; write assets/results.json
+    python bench/compare.py                 train what out/compare lacks, and write assets/results.json
     python bench/compare.py --only=main     the main table alone
 
-Every run is `python train.py --preset=... --out_dir=out/compare/...` on one thread, so that two share two cores fairly.
+Two runs at a time, each `python train.py --preset=... --out_dir=out/compare/...` on one thread.
 """
 
-import argparse
 import concurrent.futures
 import json
 import os
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +30,8 @@ RATES = (4e-3, 6e-3, 8e-3, 1.2e-2)
 # group -> {name: (preset, options)}; every name is trained with each seed of the group
 GROUPS = {
     "main": {
-        f"{preset} {rate:g}": (preset, {"learning_rate": rate}) for rate in RATES for preset in ("facts-memory", "facts-dense")
+        f"{preset} {rate:g}": (preset, {"learning_rate": rate})
+        for rate in RATES for preset in ("facts-memory", "facts-dense")
     },
     # a dense model takes 1.5 times as many steps in the seconds of a memory model: see speed()
     "same seconds": {"facts-dense, 2,700 steps": ("facts-dense", {"max_iters": 2700})},
@@ -43,55 +44,55 @@ GROUPS = {
     },
     "pool optimisers": {name: ("facts-memory", {"variant": name}) for name in VARIANTS},
 }
-MORE_SEEDS = {"dense": (4, 5, 6), "lazy": (4, 5, 6), "row-wise": (4, 5)}  # where three were too few to tell
+MORE_SEEDS = {"dense": (4, 5, 6), "lazy": (4, 5, 6), "row-wise": (4, 5)}  # of the pool optimisers
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def train(script, *arguments):
+    command = [sys.executable, ROOT / script, *arguments, "--overwrite", "--device=cpu"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
 
 
 def run(job):
-    """Train one model unless its log says that it is done. Returns what it came to."""
+    """Train one model unless that was done before. Returns its results."""
     group, name, preset, options, seed = job
     folder = OUT / f"{name} seed {seed}".replace(" ", "_").replace(",", "").replace(":", "")
-    log = folder / "log.jsonl"
-    arguments = [f"--preset={preset}", f"--seed={seed}", *(f"--{key}={value}" for key, value in options.items())]
+    arguments = [f"--{key}={value}" for key, value in {"preset": preset, "seed": seed, **options}.items()]
+    script = "bench/optimizers.py" if "variant" in options else "train.py"
     if not (folder / "done").exists():
-        script = ROOT / ("bench/optimizers.py" if "variant" in options else "train.py")
-        command = [sys.executable, script, *arguments, f"--out_dir={folder}", "--overwrite", "--device=cpu"]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+        train(script, *arguments, f"--out_dir={folder}")
         (folder / "done").touch()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    evaluations = [line for line in lines if "recall" in line]
+    evaluations = [line for line in read_log(folder) if "recall" in line]
+    last = evaluations[-1]
     return {
-        "group": group,
-        "name": name,
-        "seed": seed,
-        "command": f"python {'bench/optimizers' if 'variant' in options else 'train'}.py " + " ".join(arguments),
-        "recall": evaluations[-1]["recall"],
-        "val_loss": evaluations[-1]["val_loss"],
-        "used": evaluations[-1].get("mem_used"),
+        "group": group, "name": name, "seed": seed, "command": f"python {script} {' '.join(arguments)}",
+        "recall": last["recall"], "val_loss": last["val_loss"], "used": last.get("mem_used"),
         "curve": [[line["iter"], line["recall"]] for line in evaluations],
-    }
+    }  # fmt: skip
 
 
 def speed(repeats=5):
-    """Print training tokens/s of both models on one thread, taken in turns so that both meet the same disturbances."""
+    """Print training tokens/s of both models on one thread, in turns: both meet the same disturbances."""
     rates = {"facts-memory": [], "facts-dense": []}
     for _ in range(repeats):
         for preset, measured in rates.items():
-            folder = OUT / f"speed_{preset}"
-            options = ["--max_iters=100", "--eval_iters=1", f"--out_dir={folder}", "--overwrite", "--device=cpu"]
-            command = [sys.executable, ROOT / "train.py", f"--preset={preset}", *options]
-            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            measured.append(statistics.median(line["tokens_per_s"] for line in lines))
+            folder, options = OUT / f"speed_{preset}", ["--max_iters=100", "--eval_iters=1"]
+            train("train.py", f"--preset={preset}", *options, f"--out_dir={folder}")
+            measured.append(statistics.median(line["tokens_per_s"] for line in read_log(folder)))
     for preset, measured in rates.items():
-        print(f"{preset}: {statistics.median(measured):,.0f} tokens/s on one thread ({min(measured):,.0f} to {max(measured):,.0f})")
+        low, median, high = min(measured), statistics.median(measured), max(measured)
+        print(f"{preset}: {median:,.0f} tokens/s on one thread ({low:,.0f} to {high:,.0f})")
     ratios = sorted(memory / dense for memory, dense in zip(*rates.values(), strict=True))
     print(f"memory / dense: {ratios[repeats // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 def table(results, group):
-    """Mean over the seeds of each name, and each of them: lines of Markdown."""
+    """A group's results as lines of Markdown."""
     lines = ["| model | recall: mean (each seed) | validation loss |", "|---|---|---|"]
     for name in dict.fromkeys(r["name"] for r in results if r["group"] == group):
         rows = [r for r in results if r["group"] == group and r["name"] == name]
@@ -102,8 +103,9 @@ def table(results, group):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*GROUPS, "speed"], action="append", help="one group of runs (default: all)")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    groups = [*GROUPS, "speed"]
+    parser.add_argument("--only", choices=groups, action="append", help="one group of runs (default: all)")
     args = parser.parse_args()
     if "speed" in (args.only or ["speed"]):
         speed()
@@ -112,14 +114,14 @@ def main():
         for group in GROUPS
         if group in (args.only or GROUPS)
         for name, (preset, options) in GROUPS[group].items()
-        for seed in SEEDS + (MORE_SEEDS.get(name, ()) if group == "pool optimisers" else ())
+        for seed in SEEDS + MORE_SEEDS.get(name, ())
     ]
     find_folder("facts")  # made once, before two runs would make it at the same time
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         results = list(tqdm(pool.map(run, jobs), total=len(jobs), unit="run"))
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    done = {(r["group"], r["name"], r["seed"]) for r in results}
-    results = [r for r in old if r["group"] in GROUPS and (r["group"], r["name"], r["seed"]) not in done] + results
+    old, new = ({(r["group"], r["name"], r["seed"]): r for r in part} for part in (old, results))
+    results = [r for key, r in old.items() if r["group"] in GROUPS and key not in new] + results
     results.sort(key=lambda r: list(GROUPS).index(r["group"]))  # stable
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in results) + "\n]\n")
     for group in GROUPS:

@@ -1,12 +1,13 @@
-"""train.py with another Adam for the pool, to compare with RowAdam: what happens to a row's moments while no step reads it?
+"""train.py with another Adam for the pool: what should happen to the moments of rows without a gradient?
 
     python bench/optimizers.py --variant=dense --out_dir=out/dense     the other options are those of train.py
-    python bench/compare.py --only="pool optimisers"                   all of them, with their seeds
+    python bench/compare.py --only="pool optimisers"                   all variants, with their seeds
 
-In plain PyTorch and as slow as that is; nothing here is used by train.py.
+Plain PyTorch, not fast; train.py uses nothing of this.
 """
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 
 VARIANTS = {
-    "dense": "Adam: every row moves at every step, those without a gradient by what is left of their mean",
-    "lazy": "RowAdam: moments stand still while a row sleeps, and one count of steps corrects the bias of all rows",
-    "own steps": "lazy, but each row counts its own steps for the correction of the bias",
-    "decayed": "lazy, but on waking both moments have decayed as they would have in Adam",
-    "square decayed": "lazy, but the second moment has",
-    "deferred": "decayed, and what Adam would have moved the row by meanwhile is added when it wakes",
-    "row-wise": "square decayed, and one second moment a row, the mean over its width: 4 bytes of state less an element",
+    "dense": "Adam: every row moves at every step, without a gradient by what is left of its first moment",
+    "lazy": "RowAdam: moments of rows without a gradient are kept; bias correction by the global step",
+    "own steps": "lazy, with bias correction by a row's own number of steps",
+    "decayed": "lazy, but both moments decay in the steps without a gradient, as in Adam",
+    "square decayed": "lazy, but the second moment decays",
+    "deferred": "decayed, and the updates that Adam would have made meanwhile are added at the next gradient",
+    "row-wise": "square decayed, with one second moment a row (mean over its width): 4 bytes an element less",
 }
 
 
@@ -46,20 +47,21 @@ class PoolAdam(torch.optim.Optimizer):
         if self.variant == "dense":
             rows, g = torch.arange(len(p)), grad.to_dense()
         mean, square, last = state["mean"][rows], state["square"][rows], state["last"][rows]
-        slept = step - 1 - last
+        idle = step - 1 - last  # steps without a gradient
         if self.variant == "deferred":
-            # Adam's steps without a gradient shrink by beta1 / sqrt(beta2) each: a geometric series.
+            # Adam's updates without a gradient shrink by beta1 / sqrt(beta2) each: a geometric series.
             ratio, last = beta1 / beta2**0.5, last.clamp(min=1)
             missed = mean / (1 - beta1**last) / ((square / (1 - beta2**last)).sqrt() + eps)
-            p[rows] -= lr * ratio * (1 - ratio**slept) / (1 - ratio) * missed
+            p[rows] -= lr * ratio * (1 - ratio**idle) / (1 - ratio) * missed
         if self.variant in ("decayed", "deferred"):
-            mean = mean * beta1**slept
+            mean = mean * beta1**idle
         if self.variant in ("decayed", "deferred", "square decayed", "row-wise"):
-            square = square * beta2**slept
+            square = square * beta2**idle
         if self.variant == "own steps":
             step = state["steps"][rows] + 1
         mean = beta1 * mean + (1 - beta1) * g
-        square = beta2 * square + (1 - beta2) * (g.square().mean(1, True) if self.variant == "row-wise" else g.square())
+        g2 = g.square().mean(1, True) if self.variant == "row-wise" else g.square()
+        square = beta2 * square + (1 - beta2) * g2
         state["mean"][rows], state["square"][rows] = mean, square
         state["steps"][rows] += 1
         state["last"][rows] = state["step"]
@@ -67,18 +69,21 @@ class PoolAdam(torch.optim.Optimizer):
 
 
 def main(argv):
-    variant = next((a.removeprefix("--variant=") for a in argv if a.startswith("--variant=")), None)
+    parser = ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--variant")
+    args, argv = parser.parse_known_args(argv)
+    variant, make = args.variant, train.make_optimizers
     if variant not in VARIANTS:
-        sys.exit("optimizers.py: --variant= must be one of\n" + "\n".join(f"  {name:15} {text}" for name, text in VARIANTS.items()))
-    make = train.make_optimizers
+        lines = [f"  {name:15} {text}" for name, text in VARIANTS.items()]
+        sys.exit("\n".join(["optimizers.py: --variant= must be one of", *lines]))
 
     def make_optimizers(model, config):
-        betas = (config.beta1, config.beta2)
-        return [make(model, config)[0], PoolAdam(variant, [model.pool.values], config.mem_learning_rate, betas)]
+        rate, betas = config.mem_learning_rate, (config.beta1, config.beta2)
+        return [make(model, config)[0], PoolAdam(variant, [model.pool.values], rate, betas)]
 
     if variant != "lazy":  # RowAdam is that
         train.make_optimizers = make_optimizers
-    train.main([a for a in argv if not a.startswith("--variant=")])
+    train.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,34 @@
-"""How large a table fits, and what it costs: memory of one GPU, traffic of one token, by count.
+"""Does a table fit, and what limits it? Counts memory of one GPU and traffic of one token.
 
-    python bench/plan.py --slots 67108864 --width 2048 --gpus 64        what a table of 137e9 numbers takes on 64 GPUs
+    python bench/plan.py --slots 67108864 --width 2048 --gpus 64        137e9 numbers on 64 GPUs
 """
 
-import argparse
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 
-def plan(slots, width, gpus=1, memory_parallel=1, layers=3, heads=4, topk=32, tokens=16384, bytes_per_number=2):
-    """What a table of slots rows of `width` numbers takes. tokens: in a micro-step of one GPU. Returns {name: count or bytes};
-    memory is of one GPU, traffic of one token in all layers, forward and backward. A test compares it with real tensors."""
+def plan(
+    slots, width, gpus=1, memory_parallel=1, layers=3, heads=4, topk=32, tokens=16384, bytes_per_number=2
+):
+    """{name: count or bytes}. tokens: in a micro-step of one GPU. Memory is of one GPU, traffic of one token
+    in all layers, forward and backward; combine is of a step. Tests compare it with real tensors."""
     M, k, row = memory_parallel, heads * topk, width // memory_parallel * bytes_per_number
     reads = tokens * M * k * layers  # rows that a micro-step of the group reads, with repetitions
     return {
         "parameters": slots * width,
         "values": slots * row,
         "moments": slots * width // M * 8,  # two of RowAdam, in float32
-        "gradient": slots * row + slots + min(slots, reads) * row,  # ValuePool.into, and at most the rows that are taken out of it
-        "lookup": layers * (k * width * bytes_per_number * 2 + 2 * width * bytes_per_number),  # rows read twice; y and dY
+        "gradient": slots * row + slots + min(slots, reads) * row,  # ValuePool.into; the rows taken out
+        "lookup": layers * 2 * (k + 1) * width * bytes_per_number,  # rows read twice; y and dY
         "exchange": layers * (M - 1) * (12 * k + 2 * row),  # ValuePool.sharded_lookup
-        "combine": (2 * slots * (row + 1) if gpus > M else 0),  # a step, if all rows were read: ValuePool.combine_gradient
+        "combine": 2 * slots * (row + 1) if gpus > M else 0,  # combine_gradient, if all rows were read
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How much memory and traffic a table needs (ValuePool, RowAdam).")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--slots", type=int, default=2**20, help="rows S of the table, a square number (default: %(default)s)")
+    add("--slots", type=int, default=2**20, help="rows S, a square number (default: %(default)s)")
     add("--width", type=int, default=1024, help="numbers D in a row (default: %(default)s)")
     add("--gpus", type=int, default=1, help="in all (default: %(default)s)")
     add("--memory_parallel", type=int, help="GPUs that share one table (default: all)")
@@ -34,39 +36,44 @@ def main():
     add("--heads", type=int, default=4, help="memory heads (default: %(default)s)")
     add("--topk", type=int, default=32, help="slots that a head reads (default: %(default)s)")
     add("--tokens", type=int, default=16384, help="of a micro-step on one GPU (default: %(default)s)")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the values (default: %(default)s)")
+    size = {"bfloat16": 2, "float32": 4}
+    add("--dtype", choices=list(size), default="bfloat16", help="of the values (default: %(default)s)")
     add("--gpu_memory", type=float, default=80, help="of one GPU, GB (default: %(default)s)")
-    add("--memory_speed", type=float, default=3350, help="of its memory, GB/s (default: %(default)s, an H100's data sheet)")
-    add("--link_speed", type=float, default=50, help="that a GPU sends at, GB/s (default: %(default)s, 400 Gb/s; NVLink: 450)")
+    add("--memory_speed", type=float, default=3350, help="of it, GB/s (default: %(default)s, of an H100)")
+    add("--link_speed", type=float, default=50, help="GB/s (default: %(default)s, 400 Gb/s; NVLink: 450)")
     args = parser.parse_args()
     M = args.memory_parallel or args.gpus
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value <= 0:
             parser.error(f"--{name}={value}: must be above 0")
     if math.isqrt(args.slots) ** 2 != args.slots:
-        parser.error(f"--slots={args.slots}: product keys address N * N slots; {math.isqrt(args.slots) ** 2} would do")
-    if args.gpus % M:
-        parser.error(f"--memory_parallel={M} does not divide --gpus={args.gpus}")
-    if args.width % M:
-        parser.error(f"--memory_parallel={M} does not divide --width={args.width}")
-    size = {"bfloat16": 2, "float32": 4}[args.dtype]
-    p = plan(args.slots, args.width, args.gpus, M, args.layers, args.heads, args.topk, args.tokens, size)
+        square = math.isqrt(args.slots) ** 2
+        parser.error(f"--slots={args.slots}: product keys address N * N slots; {square} would do")
+    for name in ("gpus", "width"):
+        if getattr(args, name) % M:
+            parser.error(f"--memory_parallel={M} does not divide --{name}={getattr(args, name)}")
+    shape = args.slots, args.width, args.gpus, M, args.layers, args.heads, args.topk, args.tokens
+    p = plan(*shape, size[args.dtype])
     total = p["values"] + p["moments"] + p["gradient"]
     keys = math.isqrt(args.slots)
-    print(f"{p['parameters'] / 1e9:,.1f}e9 parameters: {args.slots:,} slots of width {args.width:,} ({keys:,} sub-keys a half)")
-    print(f"{args.gpus} GPUs in {args.gpus // M} groups of {M}, each GPU {args.width // M} of the {args.width} columns\n")
+    print(f"{p['parameters'] / 1e9:,.1f}e9 parameters: {args.slots:,} slots of width {args.width:,}", end="")
+    print(f" ({keys:,} sub-keys a half)\n{args.gpus} GPUs in {args.gpus // M} groups of {M}", end="")
+    print(f", each GPU {args.width // M} of the {args.width} columns\n")
     print("memory of one GPU, for the table alone")
     for name in ("values", "moments", "gradient"):
         print(f"  {name:22}{p[name] / 1e9:10,.2f} GB" + ("  at most" if name == "gradient" else ""))
-    verdict = "fits" if total < args.gpu_memory * 1e9 else "DOES NOT FIT"
-    print(f"  {'all':22}{total / 1e9:10,.2f} GB  {verdict} in {args.gpu_memory:g} GB, {total / args.gpu_memory / 1e7:.0f}% of it")
+    share = total / args.gpu_memory / 1e9
+    verdict = "fits" if share < 1 else "DOES NOT FIT"
+    print(f"  {'all':22}{total / 1e9:10,.2f} GB  {verdict} in {args.gpu_memory:g} GB, {share:.0%} of it")
     print(f"\ntraffic of one GPU in {args.layers} layers, forward and backward")
     for name, speed in (("lookup", args.memory_speed), ("exchange", args.link_speed)):
         ms = 1e3 * args.tokens * p[name] / (speed * 1e9)
-        print(f"  {name:22}{p[name] / 1e3:10,.1f} KB a token, {ms:8.2f} ms for {args.tokens:,} tokens at {speed:g} GB/s")
+        print(f"  {name:22}{p[name] / 1e3:10,.1f} KB a token, {ms:8.2f} ms ", end="")
+        print(f"for {args.tokens:,} tokens at {speed:g} GB/s")
     if p["combine"]:
         ms = p["combine"] / args.link_speed / 1e6
-        print(f"  {'combine, once a step':22}{p['combine'] / 1e9:10,.2f} GB at most, {ms:8.2f} ms at {args.link_speed:g} GB/s")
+        print(f"  {'combine, once a step':22}{p['combine'] / 1e9:10,.2f} GB at most, {ms:8.2f} ms ", end="")
+        print(f"at {args.link_speed:g} GB/s")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
-"""How fast is the whole layer? On a CPU times in turns, so that all meet the same disturbances; on a GPU, which is steady but has
-less memory, one after the other.
+"""How fast are the lookup, the whole layer, training and generation, against straightforward or dense ones?
 
-    python bench/speed.py                   the layer's training step against a straightforward one and against SwiGLU;
-                                            tables of 2^14 to 2^20 slots; training and generation against the dense model
+    python bench/speed.py                   all of them, with tables of 2^14 and 2^20 slots
     python bench/speed.py --compile         also train with torch.compile (minutes)
 
-On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, width 1,024, a million slots, bfloat16.
+On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, width 1,024, a million slots,
+bfloat16. A CPU times in turns, so that all meet the same disturbances; a GPU, which is steady but has less
+memory, one after the other.
 """
 
-import argparse
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
-from bench.lookup import random_problem, timed
+from bench.lookup import embedding_bag, random_problem, timed
 from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
@@ -29,7 +28,7 @@ from model import GPT, GPTConfig, SwiGLU
 
 class PlainPool(ValuePool):
     def forward(self, slots, weights):  # its gradient has the size of the table
-        return bag(self.values, slots, weights)
+        return embedding_bag(self.values, slots, weights)
 
 
 class PlainLayer(MemoryLayer):
@@ -61,7 +60,7 @@ def in_turns(makers, device, repeats):
 
 
 def layer_step(config, kind, x, grad, context):
-    """Makes a training step of one layer: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
+    """Makes a layer's training step: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
     torch.manual_seed(0)
     layer = {"memory": MemoryLayer, "plain": PlainLayer, "swiglu": SwiGLU}[kind](config)
     pool, optimizers = None, []
@@ -92,20 +91,21 @@ def layer_step(config, kind, x, grad, context):
 def layer_times(config, device, tokens, context, repeats):
     x, grad = (torch.randn(1, tokens, config.n_embd, device=device) for _ in range(2))
     kinds = "memory", "plain", "swiglu"
-    t = in_turns({kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}, device, repeats)
-    t = {kind: 1e3 * seconds for kind, seconds in t.items()}
-    print(f"\nTraining step of one layer (forward, backward, optimiser), {tokens:,} tokens of width {config.n_embd:,}:")
-    print(f"  Memory+, {config.mem_keys**2:9,} slots       {t['memory']:9.2f} ms")
-    print(f"  the same, straightforward       {t['plain']:9.2f} ms, {t['plain'] / t['memory']:.2f} times as long as Memory+")
-    ratio = t["memory"] / t["swiglu"]
-    print(f"  SwiGLU of width {config.n_ffn:6}          {t['swiglu']:9.2f} ms; Memory+ takes {ratio:.2f} times as long", flush=True)
-    return {f"{kind}_ms": ms for kind, ms in t.items()}
+    makers = {kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}
+    memory, plain, swiglu = (1e3 * seconds for seconds in in_turns(makers, device, repeats).values())
+    print("\nTraining step of one layer (forward, backward, optimiser), ", end="")
+    print(f"{tokens:,} tokens of width {config.n_embd:,}:")
+    print(f"  Memory+, {config.mem_keys**2:9,} slots       {memory:9.2f} ms")
+    print(f"  the same, straightforward       {plain:9.2f} ms, {plain / memory:.2f} times as long as Memory+")
+    print(f"  SwiGLU of width {config.n_ffn:6}          {swiglu:9.2f} ms; ", end="")
+    print(f"Memory+ takes {memory / swiglu:.2f} times as long", flush=True)
+    return {"memory_ms": memory, "plain_ms": plain, "swiglu_ms": swiglu}
 
 
 def lookup_run(S, n, k, D, dtype, device, run, optimize):
-    """lookup or its like, forward and backward, with RowAdam or without; the same reads of a table of any size S."""
+    """lookup or its like, forward and backward, with RowAdam or without. Any size S, the same reads."""
     _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
-    slots = torch.randperm(S, device=device)[slots]  # the pattern is that of 2^14 slots, strewn over the table
+    slots = torch.randperm(S, device=device)[slots]  # the reads of 2^14 slots, scattered over the table
     pool, weights = ValuePool(S, D, dtype).to(device), weights.requires_grad_()
     pool.initialize(1.0)
     pool.collect_gradients()
@@ -121,25 +121,26 @@ def lookup_run(S, n, k, D, dtype, device, run, optimize):
     return step
 
 
-def bag(values, slots, weights):
-    return F.embedding_bag(slots, values, per_sample_weights=weights.to(values.dtype), mode="sum")
-
-
 def lookup_times(config, device, tokens, repeats):
     """lookup against embedding_bag, and a whole step of a table of two sizes."""
-    shape = tokens, config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype), device
-    kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, bag, False), "14": (2**14, lookup, True), "20": (2**20, lookup, True)}
-    t = in_turns({name: partial(lookup_run, S, *shape, run, opt) for name, (S, run, opt) in kinds.items()}, device, repeats)
-    t = {name: 1e3 * seconds for name, seconds in t.items()}
-    print(f"\nThe lookup, {shape[0]:,} tokens read {shape[1]} slots each of width {shape[2]:,} (Zipf):")
-    print(f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {t['bag'] / t['lookup']:.2f} times as long")
+    k, D, dtype = config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype)
+    kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, embedding_bag, False)}
+    kinds |= {"14": (2**14, lookup, True), "20": (2**20, lookup, True)}
+    makers = {
+        name: partial(lookup_run, S, tokens, k, D, dtype, device, run, optimize)
+        for name, (S, run, optimize) in kinds.items()
+    }
+    t = {name: 1e3 * seconds for name, seconds in in_turns(makers, device, repeats).items()}
+    bag, growth = t["bag"] / t["lookup"], t["20"] / t["14"]
+    print(f"\nThe lookup, {tokens:,} tokens read {k} slots each of width {D:,} (Zipf):")
+    print(f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {bag:.2f} times as long")
     print(f"  and RowAdam, table of 2^14 rows {t['14']:9.2f} ms")
-    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {t['20'] / t['14']:.2f} times as long", flush=True)
+    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {growth:.2f} times as long", flush=True)
     return {f"{name}_ms": ms for name, ms in t.items()}
 
 
-class StrewnPool(ValuePool):
-    """A table of 2^20 rows, of which those are read that a smaller one would read: what does its size alone cost?"""
+class ScatteredPool(ValuePool):
+    """A table of 2^20 rows, read in the pattern of a smaller one: what does its size alone cost?"""
 
     def __init__(self, S, D, dtype):
         super().__init__(2**20, D, dtype)
@@ -150,13 +151,14 @@ class StrewnPool(ValuePool):
         return super().forward(self.places[slots], weights)
 
 
-def model_step(config, device, idx, context, strewn=False, compiled=False):
+def model_step(config, device, idx, context, scattered=False, compiled=False):
     """Makes a training step of a model."""
     torch.manual_seed(0)
     with device:
         model = GPT(config)
-        if strewn:
-            model.pool = StrewnPool(config.mem_keys**2, config.mem_value_dim, getattr(torch, config.mem_dtype))
+        if scattered:
+            dtype = getattr(torch, config.mem_dtype)
+            model.pool = ScatteredPool(config.mem_keys**2, config.mem_value_dim, dtype)
     if model.pool is not None:
         model.pool.collect_gradients()
     optimizers = train.make_optimizers(model, train.TrainConfig())
@@ -177,24 +179,27 @@ def model_step(config, device, idx, context, strewn=False, compiled=False):
 
 def model_times(memory, dense, device, tokens, context, repeats, compiled):
     """Training throughput of two models."""
-    idx = torch.randint(memory.vocab_size, (max(1, tokens // memory.block_size), memory.block_size), device=device)
-    makers = {name: partial(model_step, config, device, idx, context) for name, config in (("memory", memory), ("dense", dense))}
-    makers["strewn"] = partial(model_step, memory, device, idx, context, strewn=True)
+    T = memory.block_size
+    idx = torch.randint(memory.vocab_size, (max(1, tokens // T), T), device=device)
+    configs = {"memory": memory, "dense": dense}
+    makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
+    makers["scattered"] = partial(makers["memory"], scattered=True)
     if compiled:
-        makers |= {f"{name}, compiled": partial(makers[name], compiled=True) for name in ("memory", "dense")}
+        makers |= {f"{name}, compiled": partial(makers[name], compiled=True) for name in configs}
     t = in_turns(makers, device, repeats)
     rates = {name: idx.numel() / seconds for name, seconds in t.items()}
-    print(f"\nThe model ({memory.n_layer} blocks of width {memory.n_embd}, one with memory), tokens a second:")
+    shape = f"{memory.n_layer} blocks of width {memory.n_embd}, one with memory"
+    print(f"\nThe model ({shape}), tokens a second:")
     for form in ("", ", compiled") if compiled else ("",):
         a, b = rates["memory" + form], rates["dense" + form]
         print(f"  {'training' + form:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
-    growth = t["strewn"] / t["memory"]
-    print(f"  a training step that reads the same slots of a table of 2^20 rows takes {growth:.2f} times as long", flush=True)
+    growth = t["scattered"] / t["memory"]
+    print(f"  a step with the same slots of a table of 2^20 rows: {growth:.2f} times as long", flush=True)
     return rates | {"growth": growth}
 
 
 def generation_times(memory, dense, device, context, new_tokens, repeats=5):
-    """Tokens a second at batch 1. The first text is slower: kernels are compiled or loaded, and attention may make plans."""
+    """Tokens a second at batch 1. The first text is slower: kernels are compiled or loaded."""
     result = {}
     print(f"\nGenerating {new_tokens} tokens at batch 1, tokens a second:")
     for name, config in (("memory", memory), ("dense", dense)):
@@ -202,7 +207,8 @@ def generation_times(memory, dense, device, context, new_tokens, repeats=5):
             model = GPT(config).eval()
         idx = torch.zeros(1, 8, dtype=torch.int64, device=device)
         with context, torch.inference_mode():
-            t = [timed(lambda model=model, idx=idx: model.generate(idx, new_tokens, temperature=0), device) for _ in range(repeats)]
+            generate = partial(model.generate, idx, new_tokens, temperature=0)
+            t = [timed(generate, device) for _ in range(repeats)]
         first, later = new_tokens / t[0], new_tokens / statistics.median(t[1:])
         result |= {f"{name}_first": first, f"{name}_later": later}
         print(f"  {name:8} {first:9,.0f} the first text, {later:9,.0f} those after it", flush=True)
@@ -211,7 +217,7 @@ def generation_times(memory, dense, device, context, new_tokens, repeats=5):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
@@ -222,10 +228,12 @@ def main():
         shape = dict(n_layer=8, n_head=16, n_embd=1024, block_size=1024, mem_dtype="bfloat16")
         tokens, memory = 16384, GPTConfig(**shape, mem_count=1)
     else:
-        preset = {name: value for name, value in train.FACTS.items() if name in GPTConfig.__dataclass_fields__}
-        tokens, memory = 1024, GPTConfig(vocab_size=1312, **preset, mem_count=1)
-    print(f"PyTorch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}", end="")
-    print(f", {torch.get_num_threads()} threads; medians of {args.repeats}")
+        preset, names = train.PRESETS["facts-memory"], GPTConfig.__dataclass_fields__
+        shape = {name: value for name, value in preset.items() if name in names}
+        tokens, memory = 1024, GPTConfig(vocab_size=1312, **shape)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else device
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"PyTorch {torch.__version__}, {card}, {threads}; medians of {args.repeats}")
     lookup_times(memory, device, tokens, args.repeats)
     layer_times(memory, device, tokens, context, args.repeats)
     dense = replace(memory, mem_layers=(), mem_count=0)

@@ -1,4 +1,4 @@
-"""What all programs here share: how an error becomes one line, a file is written whole, and a folder is held."""
+"""What all programs here share: errors in one line, files that are written whole, folders that are locked."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ except ImportError:  # Windows: nothing keeps two processes from writing to one 
 
 
 class Refused(ValueError):  # noqa: N818
-    """What was asked for, a file, or the machine is at fault, however late it comes to light: no traceback would help."""
+    """The request, a file or the machine is at fault, however late that shows: a traceback does not help."""
 
 
 def explain(error):
@@ -34,7 +34,7 @@ def explain(error):
 
 @contextlib.contextmanager
 def blame(what, way_out):
-    """Whatever goes wrong inside becomes a ValueError that names the file or option at fault. An OSError does that itself."""
+    """An error inside becomes a ValueError that names the file or option at fault. (OSErrors do already.)"""
     try:
         yield
     except (OSError, KeyboardInterrupt, SystemExit):
@@ -56,18 +56,19 @@ def one_line(program, kinds=Exception, speaks=True):
 
 @contextlib.contextmanager
 def enough_memory():
-    """If there is not, say what takes it."""
+    """If there is not, the error says which options to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or re.search("allocate memory|out of memory|not enough memory|ALLOC_", str(error))):
+        words = "allocate memory|out of memory|not enough memory|ALLOC_"
+        if not (isinstance(error, MemoryError) or re.search(words, str(error))):
             raise
         way_out = "lower batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
         raise Refused(f"out of memory ({explain(error)}): {way_out}") from None
 
 
 class Steady(io.FileIO):
-    """A standard stream. That its reader goes away, or its disk is full, does not end what has run for hours."""
+    """A standard stream that ignores errors: a closed pipe or a full disk must not end a run of hours."""
 
     def write(self, data):
         with contextlib.suppress(OSError):
@@ -76,24 +77,35 @@ class Steady(io.FileIO):
 
 
 def steady_streams():
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # of a closed stream: else the next file gets it, and what is printed
+    # else the next file to be opened would get the number of a closed stream, and what is printed to it
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        raw, encoding = io.BufferedWriter(Steady(number, "w", closefd=False)), getattr(getattr(sys, name), "encoding", None)
+        raw = io.BufferedWriter(Steady(number, "w", closefd=False))
+        encoding = getattr(getattr(sys, name), "encoding", None)
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=True))
 
 
 def to_folder(text):
-    """For argparse: an empty name, of a variable that is not set perhaps, is not the current folder."""
+    """For argparse: an empty name, perhaps of an unset variable, does not mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a folder")
     return Path(text)
 
 
 @contextlib.contextmanager
+def writing(path):
+    """Every error names the file. (That of a full disk does not, and PyTorch's is a RuntimeError.)"""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"could not write {path} ({explain(error)})") from None
+
+
+@contextlib.contextmanager
 def atomic_write(path):
-    """Open a temporary file for writing bytes and rename it at the end: whoever finds `path` finds all of it, or the old one."""
+    """Open a temporary file for bytes and rename it at the end: at any moment `path` is whole, new or old."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -102,7 +114,8 @@ def atomic_write(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # that of a full disk has none
+        if error.errno and not error.filename:  # a full disk
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,25 +127,26 @@ def write_file(path, data):
         f.write(data.encode() if isinstance(data, str) else data)
 
 
-@functools.cache  # what one holds one can ask for again
+@functools.cache  # a process may lock a folder again
 def lock(folder, wait=False):
-    """Hold a folder for this process until it ends, however it ends. Raises ValueError if another one does, or waits for that.
-    Returns its os.stat, to know it by."""
-    with contextlib.suppress(OSError):  # of a disk that has no locks
+    """Lock a folder for this process until it ends, in whatever way. If another process has locked it, raise
+    ValueError or wait. Returns the os.stat of the folder, to recognise it by."""
+    with contextlib.suppress(OSError):  # of a disk without locks
         handle = fcntl and os.open(folder, os.O_RDONLY)
         try:
             fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise ValueError(f"another process is at work in {folder}: let it end, or give another folder") from None
+                way_out = "let it end, or give another folder"
+                raise ValueError(f"another process is at work in {folder}: {way_out}") from None
             print(f"Waiting for another process that is at work in {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
     return os.stat(folder)
 
 
 def sweep(folder, names):
-    """Remove what killed processes have left of files that they were writing. names: of these files, a regular expression. For the
-    one who holds the folder: others may be at work."""
+    """Remove the temporary files of killed processes. names: a regular expression for the names of the files
+    proper. Only for a process that has locked the folder, as another one might be writing."""
     for path in folder.iterdir():
         if re.fullmatch(rf"({names})\.\d+\.tmp", path.name):
             path.unlink()

@@ -52,12 +52,12 @@ def compile_all(capability, D, e):
     inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", out=value, grad_weights="*fp32")
     yield "backward", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
 
-    constants = dict(D=D, BLOCK_P=16, BLOCK_D=min(256, triton.next_power_of_2(D)))
-    inputs = dict(partial="*fp32", firsts="*i64", out=value)
-    yield "combine", compile_kernel(kernels.combine_kernel, capability, 4, constants, **inputs, **pair)
+    inputs |= dict(grad="*fp32")  # partial sums of a row that was split
+    constants |= dict(k=1)
+    yield "backward-2", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
 
     constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
-    inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, seed="i32")
+    inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, bits="*i16")
     inputs |= dict.fromkeys(("rate", "beta1", "beta2", "eps"), "fp32")
     yield "adam", compile_kernel(kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair)
 

@@ -381,10 +381,10 @@ def test_rows_past_2_to_31_elements_are_addressed_right(path, index_dtype):
     [
         (dict(values=torch.zeros(4)), "wants values"),
         (dict(indices=torch.zeros(2, 4, dtype=torch.int64)), "wants values"),
-        (dict(indices=torch.zeros(2, 3)), "int32 or int64"),
-        (dict(weights=torch.zeros(2, 3, dtype=torch.int64)), "floating-point"),
-        (dict(values=torch.zeros(4, 8, device="meta")), "one device"),
-        (dict(values=torch.zeros(1).expand(2**31, 1)), "32 bits"),
+        (dict(indices=torch.zeros(2, 3)), r"not \(4, 8\) torch.float32 on cpu, \(2, 3\) torch.float32"),
+        (dict(weights=torch.zeros(2, 3, dtype=torch.int64)), "torch.int64 on cpu$"),
+        (dict(values=torch.zeros(4, 8, device="meta")), "not .* on meta"),
+        (dict(values=torch.zeros(1).expand(2**31, 1)), r"not \(2147483648, 1\)"),
     ],
 )
 def test_wrong_inputs_are_refused_with_a_reason(change, message):
@@ -402,7 +402,7 @@ def test_kernels_compile_without_spills_and_load_16_bytes(capability, D, types):
     assert done.returncode == 0, done.stderr
     print(done.stdout)  # registers and loads of each kernel: pytest -rP shows them
     report = [line.split() for line in done.stdout.splitlines()]
-    assert {"forward", "backward", "combine", "adam", "select-1024"} <= {line[0] for line in report}
+    assert {"forward", "backward", "backward-2", "adam", "select-1024"} <= {line[0] for line in report}
     for name, dtype, registers, spilled, wide, narrow in report:
         assert int(registers) <= 168 and spilled == "0", f"{name} of {dtype} spills {spilled} bytes"
         if "select" not in name:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import RowAdam
-from model import GPT, GPTConfig, pick
+from model import GPT, GPTConfig, sample_token
 from train import PRESETS, make_configs
 
 DENSE = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16)
@@ -81,7 +81,7 @@ def test_pool_appears_once():
 def test_each_parameter_is_in_one_group():
     groups = make(MEMORY).parameter_groups()
     dimensions = {name: {p.ndim for p in group} for name, group in groups.items()}
-    assert dimensions == {"matrices": {2, 3}, "gains": {1}, "pool": {2}}
+    assert dimensions == {"matrices": {2, 3}, "norm_weights": {1}, "pool": {2}}
     everything = [id(p) for group in groups.values() for p in group]
     assert len(everything) == len(set(everything)) == len(list(make(MEMORY).parameters()))
     assert [p.shape for p in groups["pool"]] == [(81, 12)]
@@ -255,19 +255,21 @@ def test_flops_equal_what_pytorch_counts_while_running(config):
     "presets",
     [
         "facts-dense facts-memory facts-pkm",
-        "shakespeare-dense shakespeare-memory",
         "gpt2 gpt2-memory",
-        "gpt2-small gpt2-small-memory",
+        "shakespeare-memory",
+        "gpt2-small-memory",
     ],
 )
 def test_presets_of_a_family_have_equal_flops_within_3_percent(presets):
-    def flops(preset):
-        config = make_configs(PRESETS[preset] | {"vocab_size": 50257 if "gpt2" in preset else 1312})[1]
+    def flops(preset, **options):
+        options |= {"vocab_size": 50257 if "gpt2" in preset else 1312}
+        config = make_configs(PRESETS[preset] | options)[1]
         with torch.device("meta"):
             return sum(GPT(config).flops_per_token(config.block_size).values())
 
-    dense, *others = map(flops, presets.split())
-    assert others and all(abs(other / dense - 1) < 0.03 for other in others)
+    presets = presets.split()
+    dense = flops(presets[0], mem_count=0)
+    assert all(0 < abs(flops(preset) / dense - 1) < 0.03 for preset in presets if preset not in ("gpt2", "facts-dense"))
 
 
 def test_memory_layers_are_centred_with_a_stride():
@@ -341,7 +343,7 @@ def test_complete_equals_one_prompt_at_a_time():
 def draws(logits, number=4000, **options):
     options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
     generator = torch.Generator().manual_seed(0)
-    ids = pick(torch.tensor([logits]).expand(number, -1), generator=generator, **options)
+    ids = sample_token(torch.tensor([logits]).expand(number, -1), generator=generator, **options)
     return torch.bincount(ids.flatten(), minlength=len(logits)) / number
 
 

@@ -1,5 +1,6 @@
-"""data/openwebtext/prepare.py as a user runs it: a miniature corpus in the nested format, served over HTTP by a server that drops
-connections, truncates what it sends, and lies; kills at random moments; folders that are damaged, full, or someone else's."""
+"""data/openwebtext/prepare.py as a user runs it: a miniature corpus in the nested format, served over HTTP by
+a server that drops connections, truncates what it sends, and lies; kills at random moments; folders that are
+damaged, full, or someone else's."""
 
 import contextlib
 import functools
@@ -47,7 +48,7 @@ def held_out(document):
 
 
 def as_bytes(documents, split):
-    """The split's file, written down independently: each document as the hub gives it, 50256 before it, one byte a token."""
+    """The file of a split, written down independently: 50256 before each document, one byte for one token."""
     ids = []
     for document in documents:
         if held_out(document) == (split == "val"):
@@ -57,7 +58,7 @@ def as_bytes(documents, split):
 
 @functools.cache
 def corpus():
-    """{name: archive} of three archives of 80 documents, two in each for validation, some with trouble in them; all documents."""
+    """{name: archive} of three archives of 80 documents, two in each for validation; all documents."""
     generator, archives, documents = random.Random(0), {}, []
     for number, name in enumerate(NAMES):
         here = [b"", "  über \n\n\n\n\n\U0001f600<|endoftext|>\r\n ".encode()]
@@ -80,7 +81,8 @@ def assert_result(out, want):
     for split, data in want.items():
         assert (out / f"{split}.bin").read_bytes() == data
     meta = json.loads((out / "meta.json").read_text())
-    assert (meta["encoding"], meta["dtype"], meta["vocab_size"], meta["separator"]) == ("gpt2", "uint16", 50257, 50256)
+    assert (meta["encoding"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "uint16", 50257)
+    assert meta["separator"] == 50256
     assert not list(out.glob("*.partial")) and not list(out.glob("*.tmp"))
 
 
@@ -100,7 +102,14 @@ def folder(tmp_path):
 
 
 def run(command, *arguments, **options):
-    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run([*command, *map(str, arguments)], **options)
+
+
+def start(command):
+    """In a session of its own, to which signals can be sent as a terminal does."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def assert_refused(done, *words):
@@ -129,12 +138,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Linked-Etag", f'"{trouble.sha256 or hashlib.sha256(body).hexdigest()}"')
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        begin = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0])[0]) if trouble.ranges else 0
+        asked_for = re.findall(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        begin = int(asked_for[0]) if asked_for and trouble.ranges else 0
         if trouble.page:
             body, begin = b"<!DOCTYPE html><p>Log in to use this network." * 300, 0
         self.send_response(206 if begin else 200)
         if begin:
-            self.send_header("Content-Range", f"Bytes {begin}-{len(body) - 1}/{'*' if begin % 2 else len(body)}")
+            size = "*" if begin % 2 else len(body)
+            self.send_header("Content-Range", f"Bytes {begin}-{len(body) - 1}/{size}")
         if trouble.length:
             self.send_header("Content-Length", len(body) - begin)
         self.end_headers()
@@ -160,18 +171,18 @@ def server():
         server.shutdown()
 
 
-# --- the same bytes, whatever happens ---------------------------------------------------------------------------------
+# --- the same bytes, whatever happens ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_dropped_connections_and_kills_at_random_moments_change_nothing(driver, server, tmp_path, whole, workers):
+def test_dropped_connections_and_kills_at_any_moment_change_nothing(driver, server, tmp_path, whole, workers):
     server.trouble.cuts = random_cuts()
     generator, kills, finished = random.Random(workers), 0, []
     for seconds in [generator.uniform(0, 0.7) for _ in range(5)] + [60]:
         server.asked.clear()
-        command = [*driver, f"--source={server.url}", "--subsets=0-2", f"--workers={workers}", f"--out={tmp_path}"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        while len(server.asked) <= 3 - len(finished) and process.poll() is None:  # it still looks at the sizes
+        command = [*driver, f"--source={server.url}", "--subsets=0-2"]
+        process = start([*command, f"--workers={workers}", f"--out={tmp_path}"])
+        while len(server.asked) <= 3 - len(finished) and process.poll() is None:  # it looks at the sizes
             time.sleep(0.01)
         try:
             _, errors = process.communicate(timeout=seconds)
@@ -186,7 +197,8 @@ def test_dropped_connections_and_kills_at_random_moments_change_nothing(driver, 
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
         for split, data in whole.items():  # what has the name of a finished file is one
-            assert not (tmp_path / f"{split}.bin").exists() or (tmp_path / f"{split}.bin").read_bytes() == data
+            file = tmp_path / f"{split}.bin"
+            assert not file.exists() or file.read_bytes() == data
         assert not any(name in server.asked for name in finished)  # what is done is not even asked for
         progress = tmp_path / "progress.json"
         finished = list(json.loads(progress.read_text())) if progress.exists() else []
@@ -211,22 +223,22 @@ def test_a_killed_finish_is_finished_by_the_next_call(driver, folder, tmp_path, 
 def test_ctrl_c_stops_and_the_next_call_goes_on(driver, server, tmp_path, whole):
     server.trouble.cuts = random_cuts()
     arguments = (f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}")
-    process = subprocess.Popen([*driver, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start([*driver, *arguments])
     while not (tmp_path / "progress.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors and "go on" in errors
+    assert process.returncode == 130 and "Traceback" not in errors and "the same command continues" in errors
     assert run(driver, *arguments).returncode == 0
     assert_result(tmp_path, whole)
 
 
 def test_an_early_ctrl_c_is_quiet(driver, folder, tmp_path):
     for seconds in (0, 0.1, 0.2, 0.3):  # while workers start
-        command = [*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={tmp_path / str(seconds)}"]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while not (tmp_path / str(seconds)).exists():
+        out = tmp_path / str(seconds)
+        process = start([*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={out}"])
+        while not out.exists():
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(seconds)
@@ -248,7 +260,8 @@ def test_what_is_kept_is_what_was_sent_and_a_source(driver, server, tmp_path, wh
 
 
 def test_a_server_that_begins_anew_is_read_on_where_it_broke(driver, server, tmp_path, whole):
-    server.trouble.ranges, server.trouble.cuts = False, iter([0, 0, 0, 9_000, 4_000, 40_000])  # the first three: sizes
+    server.trouble.ranges = False
+    server.trouble.cuts = iter([0, 0, 0, 9_000, 4_000, 40_000])  # the first three: sizes
     done = run(driver, f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert_result(tmp_path, whole)
@@ -262,16 +275,25 @@ def test_one_archive_can_be_followed_by_more(driver, folder, tmp_path, whole):
     assert_refused(done, "begins with urlsf_subset00.tar", "--subsets must name these, too", "--out")
     assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
     (folder / NAMES[0]).unlink()  # it is not needed again
+    damaged = (folder / NAMES[2]).read_bytes()[:-30_000]
+    (folder / NAMES[2]).write_bytes(damaged)
+    assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}"), NAMES[2])
+    done = run(driver, f"--source={folder}", "--subsets=0-1", f"--out={out}")  # gives back what there was
+    assert done.returncode == 0, done.stderr
+    assert_result(out, {split: as_bytes(corpus()[1][:160], split) for split in ("train", "val")})
+    (folder / NAMES[2]).write_bytes(corpus()[0][NAMES[2]])
     done = run(driver, f"--source={folder}", "--subsets=2,0-1", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert_result(out, whole)
     shutil.rmtree(folder)
-    assert run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}").returncode == 0  # there is nothing left to do
+    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}")  # there is nothing left to do
+    assert done.returncode == 0, done.stderr
     assert_result(out, whole)
 
 
 def test_gpt2_tokens_are_those_of_tiktoken(folder, tmp_path, gpt2):
-    done = run([sys.executable, "data/openwebtext/prepare.py"], f"--source={folder}", "--subsets=0,1", f"--out={tmp_path / 'out'}")
+    command = [sys.executable, "data/openwebtext/prepare.py"]
+    done = run(command, f"--source={folder}", "--subsets=0,1", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     dataset = Dataset(tmp_path / "out")
     for split in ("train", "val"):
@@ -283,7 +305,7 @@ def test_gpt2_tokens_are_those_of_tiktoken(folder, tmp_path, gpt2):
         assert dataset.tokens(split).tolist() == want
 
 
-# --- what cannot be taken for data ------------------------------------------------------------------------------------
+# --- what cannot be taken for data ------------------------------------------------------------------------
 
 
 def members(archive):
@@ -297,20 +319,33 @@ def with_member(number, content):
     return tar(parts | {list(parts)[number]: content(parts[list(parts)[number]])})
 
 
+def end_of_first_member(archive):
+    return 512 + -(-len(next(iter(members(archive).values()))) // 512) * 512
+
+
+def damage_second_header(archive):
+    begin = end_of_first_member(archive)
+    return archive[:begin] + b"?" + archive[begin + 1 :]
+
+
 FLIP = 2_000  # a byte in the middle of a compressed member
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda a: a[:30_000], ["not a whole tar archive: it ends early"]),
-        (lambda a: a[: 512 + -(-len(members(a)[next(iter(members(a)))]) // 512) * 512], ["it ends early (byte"]),  # after a member
-        (lambda a: b"", ["it ends early"]),
-        (lambda a: b"<html>" + bytes(600), ["a header is not one of a tar archive"]),
-        (lambda a: a[:100] + b"9" + a[101:], ["a header is not one of a tar archive"]),
+        (lambda a: a[:30_000], ["incomplete", "truncated file (30,000 of 30,000 bytes read)"]),
+        (lambda a: a[:30_720], ["incomplete", "truncated file (30,720 of 30,720 bytes read)"]),
+        (lambda a: a[:700], ["incomplete", "truncated file (700 of 700 bytes read)"]),
+        (lambda a: a[:200], ["incomplete", "truncated header (200 of 200 bytes read)"]),
+        (lambda a: a[: end_of_first_member(a)], ["incomplete", "empty header ("]),
+        (lambda a: b"", ["incomplete", "empty header (0 of 0 bytes read)"]),
+        (lambda a: b"<html>" + bytes(600), ["not an archive of OpenWebText: bad checksum (512 of 606"]),
+        (lambda a: a[:100] + b"9" + a[101:], ["damaged", "bad checksum (512 of"]),
+        (damage_second_header, ["damaged", "bad checksum ("]),
         (lambda a: a[:FLIP] + bytes([a[FLIP] ^ 1]) + a[FLIP + 1 :], ["urlsf_subset01-1_data.xz"]),
         (lambda a: with_member(3, lambda xz: xz[:-20]), ["urlsf_subset01-4_data.xz"]),
-        (lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad.txt": b"\xff\xfe"}))), ["bad.txt", "UTF-8"]),
+        (lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad": b"\xff"}))), ["bad is not UTF-8"]),
         (lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)), ["urlsf_subset01-9_data.xz"]),
         (lambda a: tar({"readme.txt": b"hello"}), ["no documents"]),
         (lambda a: tar({"a" * 120 + "_data.xz": b"hello"}), ["a long name"]),
@@ -335,7 +370,7 @@ def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(driver, folder, tm
     [
         ({"page": True}, ["urlsf_subset00.tar: it should have one size"]),
         ({"linked_size": 5}, ["urlsf_subset00.tar: it should have one size"]),
-        ({"sha256": "0" * 64}, ["urlsf_subset00.tar has arrived damaged", "SHA-256"]),
+        ({"sha256": "0" * 64}, ["urlsf_subset00.tar is incomplete, damaged,", "its SHA-256 is"]),
         ({"refuse": [1]}, ["urlsf_subset00.tar", "503"]),
     ],
 )
@@ -356,17 +391,20 @@ def test_a_server_without_checksums_will_do(driver, server, tmp_path, whole):
     assert_result(tmp_path, whole)
     server.trouble.page = True  # a page instead of data, and nothing to compare its size with
     done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
-    assert_refused(done, "urlsf_subset00.tar is not a whole tar archive: a header is not one")
+    assert_refused(done, "urlsf_subset00.tar is incomplete, damaged, or not an archive", "invalid header")
     server.trouble.length = False
     done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
     assert_refused(done, "urlsf_subset00.tar: it should have one size, not none")
 
 
-def test_a_server_that_is_busy_is_asked_again_and_one_that_stays_so_is_given_up(driver, server, tmp_path, whole):
+def test_a_busy_server_is_asked_again_and_then_given_up(driver, server, tmp_path, whole):
     server.trouble.cuts = itertools.repeat(50_000)  # two requests an archive, after three for the sizes
-    arguments = (f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}")
+    arguments = (f"--source={server.url}", "--subsets=0-2", f"--keep={tmp_path}", f"--out={tmp_path}")
     server.trouble.refuse = range(5, 100)
-    assert_refused(run(driver, *arguments), "urlsf_subset00.tar", "503", "attempt 3 of 4", "at byte 50,000")
+    done = run(driver, *arguments)
+    assert_refused(done, "attempt 3 of 4", "at byte 50,000")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"prepare.py: {server.url}/urlsf_subset00.tar: ") and "503" in last
     server.asked.clear()
     server.trouble.refuse = (5, 6, 8, 9)  # in the middle of an archive, and at the beginning of one
     assert run(driver, *arguments).returncode == 0
@@ -374,12 +412,25 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_stays_so_is_given_up(
     assert_result(tmp_path, whole)
 
 
+def test_a_file_that_changes_during_its_download_is_refused(driver, server, tmp_path):
+    def cuts():
+        yield 0  # its size
+        server.trouble.linked_size = 5
+        yield 20_000
+
+    server.trouble.cuts = cuts()
+    done = run(driver, f"--source={server.url}", "--subsets=0", f"--out={tmp_path}")
+    assert_refused(done, "urlsf_subset00.tar: it should have one size, not [5, ")
+
+
 def test_no_server_and_no_such_file_are_said_at_once(driver, server, tmp_path):
     began = time.monotonic()
-    assert_refused(run(driver, f"--source={server.url}", "--subsets=1-3", f"--out={tmp_path}"), "urlsf_subset03.tar", "404")
+    done = run(driver, f"--source={server.url}", "--subsets=1-3", f"--out={tmp_path}")
+    assert_refused(done, "urlsf_subset03.tar", "404")
     done = run(driver, "--source=http://127.0.0.1:9/x", "--subsets=0", f"--out={tmp_path}")
     assert_refused(done, "127.0.0.1:9/x/urlsf_subset00.tar", "refused")
-    assert_refused(run(driver, f"--source={tmp_path}/no", "--subsets=0", f"--out={tmp_path}"), "No such file", "urlsf_subset00.tar")
+    done = run(driver, f"--source={tmp_path}/no", "--subsets=0", f"--out={tmp_path}")
+    assert_refused(done, "No such file", "urlsf_subset00.tar")
     assert time.monotonic() - began < 30
     assert not list(tmp_path.glob("*.bin*"))
 
@@ -397,14 +448,17 @@ def test_a_full_disk_is_foreseen_and_one_that_fills_up_loses_nothing(driver, ser
 
     done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}", preexec_fn=little_room)
     assert_refused(done, "File too large", str(out))
-    assert list(json.loads((out / "progress.json").read_text())) == NAMES[:2] and not (out / "train.bin").exists()
+    assert list(json.loads((out / "progress.json").read_text())) == NAMES[:2]
+    assert not (out / "train.bin").exists()
     assert run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}").returncode == 0
     assert_result(out, whole)
 
 
 def test_a_vocabulary_that_cannot_be_fetched_is_said_before_anything_else(folder, tmp_path):
-    nowhere = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
-    environment = os.environ | nowhere | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "NO_PROXY": "", "no_proxy": ""}
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    nowhere = {name: "http://127.0.0.1:9" for name in proxies}
+    environment = os.environ | nowhere | {"NO_PROXY": "", "no_proxy": ""}
+    environment["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
     command = [sys.executable, "data/openwebtext/prepare.py"]
     done = run(command, f"--source={folder}", "--subsets=0", f"--out={tmp_path / 'out'}", env=environment)
     assert_refused(done, "GPT-2's vocabulary could not be fetched", "TIKTOKEN_CACHE_DIR")
@@ -450,25 +504,29 @@ def test_a_folder_that_is_not_ours_is_left_alone(driver, folder, tmp_path):
     (tmp_path / "progress.json").unlink()
     assert run(driver, *arguments).returncode == 0
     val = (tmp_path / "val.bin").read_bytes()
-    for contents in (b"", val + b"00", None):  # other than progress.json counts on
-        (tmp_path / "val.bin").write_bytes(contents) if contents is not None else (tmp_path / "val.bin").unlink()
+    for contents in (b"", val + b"00", None):  # not what progress.json says
+        (tmp_path / "val.bin").unlink()
+        if contents is not None:
+            (tmp_path / "val.bin").write_bytes(contents)
         for subsets in ("0", "0,1"):
             done = run(driver, f"--source={folder}", f"--subsets={subsets}", f"--out={tmp_path}")
-            assert_refused(done, "val.bin", "to begin anew, delete progress.json and what begins with train.bin and val.bin")
+            assert_refused(done, "val.bin", "to start over, delete progress.json and all files")
     (tmp_path / "val.bin").write_bytes(val)
     (tmp_path / "meta.json").write_text('{"encoding": "gpt2"}')  # written over by another program
     assert_refused(run(driver, *arguments), "has not made", "--out")
-    assert (tmp_path / "val.bin").read_bytes() == val and (tmp_path / "mine.tmp").read_text() == "not ours to delete"
+    assert (tmp_path / "val.bin").read_bytes() == val
+    assert (tmp_path / "mine.tmp").read_text() == "not ours to delete"
 
 
 def test_two_at_once_do_not_write_to_one_folder(driver, server, folder, tmp_path, whole):
     server.trouble.cuts = random_cuts()
     command = [*driver, f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = start(command)
     while not (tmp_path / "train.bin.partial").exists():
         assert first.poll() is None
         time.sleep(0.01)
-    assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={tmp_path}"), "another process is at work")
+    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={tmp_path}")
+    assert_refused(done, "another process is at work")
     assert first.wait(60) == 0
     first.communicate()
     assert_result(tmp_path, whole)

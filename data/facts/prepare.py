@@ -1,12 +1,12 @@
 """Fictional biographies: facts that can be counted, and asked for.
 
-After bioS (Allen-Zhu & Li, arXiv:2309.14316, 2404.05405). Every person has a unique name and six attributes, drawn from
-pools of fixed size. Each attribute can be put in five sentences; for each person and attribute one of the five, chosen at
-random, is held out of training. recall.jsonl asks with the held-out one, so that recall measures the fact and not the
-sentence; val.bin states the facts in the held-out sentences.
+After bioS (Allen-Zhu & Li, arXiv:2309.14316, 2404.05405). Every person has a unique name and six attributes,
+drawn from pools of fixed size. Each attribute can be stated in five sentences; for each person and attribute
+one of the five, chosen at random, is held out of training. recall.jsonl asks with the held-out sentence, so
+that recall measures the fact and not the sentence; val.bin states the facts in the held-out sentences.
 
-    python data/facts/prepare.py                                            the default, made by train.py on first use
-    python data/facts/prepare.py --people=100000 --out data/facts100k       more facts, for larger models
+    python data/facts/prepare.py                                        the default; train.py runs this itself
+    python data/facts/prepare.py --people=100000 --out data/facts100k   more facts, for larger models
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import claim, describe_vocabulary, make_encoding, write_dataset
 from data.files import one_line, steady_streams, to_folder
 
-# Words for names of people, places and firms, all made up: 16 * 6 * 18 = 1,728 of them, in a fixed shuffled order.
+# Made-up words for names of people, places and firms: 16 * 6 * 18 = 1,728, in a fixed shuffled order.
 ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()
 MIDDLES = "a e i o u ai".split()
 CODAS = "bor dan fel gar kin lam mor nar pel ras sen tov vin wick zan dell rik lund".split()
@@ -32,65 +32,62 @@ random.Random(0).shuffle(WORDS)
 FIRST, MIDDLE, LAST, CITIES = WORDS[:100], WORDS[100:200], WORDS[200:400], WORDS[400:600]
 MONTHS = "January February March April May June July August September October November December".split()
 FIELDS = "Biology Chemistry Economics Geology History Law Linguistics Mathematics Music Physics".split()
-BRANCHES = "Ancient Applied Comparative Computational Experimental General Industrial Marine Modern Theoretical".split()
+BRANCHES = (
+    "Ancient Applied Comparative Computational Experimental General Industrial Marine Modern Theoretical"
+).split()
+SCHOOLS = "University College Institute Academy School".split()
+DAYS, YEARS = range(1, 29), range(1800, 2000)
+FIRMS = "Foods Motors Press Systems".split()
 
-# attribute -> (pool of values, five sentences; the name comes first and the value last, so that a prompt is a beginning)
-ATTRIBUTES = {
-    "birth date": (
-        [f"{month} {day}, {year}" for month in MONTHS for day in range(1, 29) for year in range(1800, 2000)],
-        ["was born on", "came into the world on", "has a birthday on", "first saw light on", "entered life on"],
-    ),
-    "birth city": (
-        CITIES,
-        ["was born in", "came into the world in", "is a native of", "hails from", "spent the first years in"],
-    ),
-    "university": (
-        [f"{word} {kind}" for word in WORDS[600:660] for kind in ("University", "College", "Institute", "Academy", "School")],
-        ["studied at", "graduated from", "was a student of", "received a diploma from", "went for higher learning to"],
-    ),
-    "major": (
-        [f"{branch} {subject}" for branch in BRANCHES for subject in FIELDS],
-        ["majored in", "holds a degree in", "wrote a thesis on", "took courses in", "specialised in"],
-    ),
-    "employer": (
-        [f"{word} {kind}" for word in WORDS[700:766] for kind in ("Foods", "Motors", "Press", "Systems")][:263],
-        ["works for", "is employed by", "has a position with", "draws a salary from", "reports every day to"],
-    ),
-    "work city": (
-        CITIES,
-        ["works in", "has an office in", "commutes to", "earns a living in", "sits at a desk in"],
-    ),
-}  # fmt: skip
-BITS = sum(math.log2(len(pool)) for pool, _ in ATTRIBUTES.values())  # of facts a person
+# A fact is a sentence of name, phrase and value, in this order: without its value it is a prompt.
+POOLS = {  # of values
+    "birth date": [f"{month} {day}, {year}" for month in MONTHS for day in DAYS for year in YEARS],
+    "birth city": CITIES,
+    "university": [f"{word} {kind}" for word in WORDS[600:660] for kind in SCHOOLS],
+    "major": [f"{branch} {subject}" for branch in BRANCHES for subject in FIELDS],
+    "employer": [f"{word} {kind}" for word in WORDS[700:766] for kind in FIRMS][:263],
+    "work city": CITIES,
+}
+PHRASES = {
+    "birth date": "was born on, came into the world on, has a birthday on, first saw light on, "
+    "entered life on",
+    "birth city": "was born in, came into the world in, is a native of, hails from, spent the first years in",
+    "university": "studied at, graduated from, was a student of, received a diploma from, "
+    "went for higher learning to",
+    "major": "majored in, holds a degree in, wrote a thesis on, took courses in, specialised in",
+    "employer": "works for, is employed by, has a position with, draws a salary from, reports every day to",
+    "work city": "works in, has an office in, commutes to, earns a living in, sits at a desk in",
+}
+ATTRIBUTES = {name: (pool, PHRASES[name].split(", ")) for name, pool in POOLS.items()}
+BITS = sum(math.log2(len(pool)) for pool, _ in ATTRIBUTES.values())  # of facts per person
 
-# Words with the space before them, single bytes so that any text can be encoded, and the end of a sentence in one piece.
+# A token is a word with the space before it, the end of a sentence, or a byte: any text can be encoded.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\.\n|[^A-Za-z0-9]"
 SEPARATOR = "<|endoftext|>"
 
 
 def build_vocabulary():
-    """Every word that a biography can have. Returns the list of tokens, as bytes; it does not depend on people or seed."""
-    text = " ".join(sentence for _, sentences in ATTRIBUTES.values() for sentence in sentences)
-    text += " " + " ".join(value for pool, _ in ATTRIBUTES.values() for value in pool) + " " + " ".join(MIDDLE + LAST)
-    words = sorted({" " + word for word in text.replace(",", "").split()})
+    """The list of tokens, as bytes: every word that a biography can have, whatever people and seed are."""
+    texts = [*PHRASES.values(), *(value for pool in POOLS.values() for value in pool), *MIDDLE, *LAST]
+    words = sorted({" " + word for word in " ".join(texts).replace(",", "").split()})
     return [bytes([i]) for i in range(256)] + [word.encode() for word in [*FIRST, *words, ".\n"]]
 
 
 def make_people(count, generator):
-    """count people: list of (name, {attribute: value}, {attribute: held-out sentence}). No two have the same name."""
+    """list of (name, {attribute: value}, {attribute: held-out phrase}); all names are different."""
     size = len(FIRST) * len(MIDDLE) * len(LAST)
     people = []
     for number in generator.choice(size, count, replace=False):
         rest, last = divmod(int(number), len(LAST))
         name = f"{FIRST[rest // len(MIDDLE)]} {MIDDLE[rest % len(MIDDLE)]} {LAST[last]}"
         values = {a: pool[generator.integers(len(pool))] for a, (pool, _) in ATTRIBUTES.items()}
-        held_out = {a: sentences[generator.integers(len(sentences))] for a, (_, sentences) in ATTRIBUTES.items()}
+        held_out = {a: phrases[generator.integers(len(phrases))] for a, (_, phrases) in ATTRIBUTES.items()}
         people.append((name, values, held_out))
     return people
 
 
 def biography(person, generator, held_out=False):
-    """Six sentences in random order, in phrases drawn from the four of training, or in the held-out one."""
+    """Six sentences in random order, each with one of the four training phrases, or with the held-out one."""
     name, values, held = person
     lines = []
     for attribute in generator.permutation(list(ATTRIBUTES)):
@@ -100,12 +97,13 @@ def biography(person, generator, held_out=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, default=1000, help="how many (default: %(default)s)")
-    parser.add_argument("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of people and texts (default: %(default)s)")
-    parser.add_argument("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in that folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--people", type=int, default=1000, help="how many (default: %(default)s)")
+    add("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
+    add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
+    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     most = len(FIRST) * len(MIDDLE) * len(LAST)
     if not 1 <= args.people <= most:
@@ -130,15 +128,18 @@ def main():
             text = biography(people[i], generator, held_out)
             ids[split].append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
     recall = [
-        {"prompt": f"{name} {held[a]}", "answer": values[a], "attribute": a} for name, values, held in people for a in ATTRIBUTES
+        {"prompt": f"{name} {held_out[a]}", "answer": values[a], "attribute": a}
+        for name, values, held_out in people
+        for a in ATTRIBUTES
     ]
     train, val = np.concatenate(ids["train"]), np.concatenate(ids["val"])
-    counts = {"people": args.people, "facts": len(recall), "bits": round(args.people * BITS), "seed": args.seed}
-    write_dataset(args.out, train, val, vocabulary, separator, recall, args.overwrite, **counts)
+    counts = {"people": len(people), "facts": len(recall), "bits": round(len(people) * BITS)}
+    facts = counts | {"seed": args.seed}
+    write_dataset(args.out, train, val, vocabulary, separator, recall, args.overwrite, **facts)
     print(
-        f"{args.out}: {args.people:,} people, {len(recall):,} facts ({BITS:.1f} bits a person), {len(train):,} training tokens "
-        f"({args.biographies} biographies a person, each fact once in each), {len(val):,} validation tokens, "
-        f"vocabulary of {len(tokens) + 1:,}"
+        f"{args.out}: {len(people):,} people, {len(recall):,} facts ({BITS:.1f} bits per person), "
+        f"{len(train):,} training tokens ({args.biographies} biographies per person, with each fact once), "
+        f"{len(val):,} validation tokens, vocabulary of {len(tokens) + 1:,}"
     )
 
 

@@ -1,9 +1,11 @@
-"""Plain text to tokens: tinyshakespeare by default, or any text of yours. One byte is one token, so nothing else is needed.
+"""Plain text to tokens: tinyshakespeare, or any text of your own.
 
-    python data/shakespeare/prepare.py                                          download tinyshakespeare (1.1 MB)
-    python data/shakespeare/prepare.py --file mine.txt --out data/mine          your own text; train with --dataset=mine
-    ... --encoding gpt2                                                         tokens of GPT-2; <|endoftext|> ends a document
-    ... --val_file other.txt                                                    validate on that, not on the last tenth
+    python data/shakespeare/prepare.py                                     download tinyshakespeare (1.1 MB)
+    python data/shakespeare/prepare.py --file mine.txt --out data/mine     your own; train with --dataset=mine
+    ... --encoding gpt2           GPT-2's tokens; <|endoftext|> in the text separates documents
+    ... --val_file other.txt      validate on that file, not on the last tenth of the text
+
+Without --encoding a byte is a token.
 """
 
 import argparse
@@ -19,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import claim, describe_vocabulary, make_encoding, write_dataset
 from data.files import blame, one_line, steady_streams, to_folder
 
-# The checksum below says whether what arrives is the text everyone else compares on.
+# The checksum shows whether what arrives is the text that everyone else uses.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 END_OF_TEXT = 50256  # in GPT-2's vocabulary
 
 
 def download():
-    """tinyshakespeare as bytes. Raises OSError if it cannot be had, ValueError if it is not what it should be."""
+    """tinyshakespeare as bytes. Raises OSError if the download fails, ValueError if it is another text."""
     way_out = "Download it by hand and give it with --file input.txt"
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
@@ -58,12 +60,13 @@ def tokenize(text, encoding, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="a text file to use in place of tinyshakespeare")
-    parser.add_argument("--val_file", type=Path, help="a text file to validate on (default: the last tenth of the other)")
-    parser.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is (default: %(default)s)")
-    parser.add_argument("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in that folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--file", type=Path, help="a text file to use instead of tinyshakespeare")
+    add("--val_file", type=Path, help="a text file to validate on (default: the last tenth of the other)")
+    add("--encoding", choices=["bytes", "gpt2"], default="bytes", help="of tokens (default: %(default)s)")
+    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     if args.out.is_dir():
         claim(args.out, args.overwrite)
