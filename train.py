@@ -127,7 +127,7 @@ def parse_options(argv):
 
 
 def to_bool(text):
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return ("false", "0", "true", "1").index(text.lower()) > 1
 
 
 def to_numbers(text):
@@ -347,6 +347,8 @@ class Ranks:
             return
         names, timeout = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT", datetime.timedelta(0, timeout)
         with blame(f"the processes do not find each other by {names}", "start them with torchrun"):
+            if orphaned():
+                raise ValueError("torchrun has died meanwhile")
             self.local = int(os.environ["LOCAL_RANK"])
             self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=timeout))
             # After a restart torchrun's store still has the addresses of the processes before: keep them apart.
@@ -406,6 +408,11 @@ class Ranks:
         for rank, theirs in enumerate(everyone):
             if theirs != (everyone[0][0], everyone[rank % self.M][1]):
                 raise Refused(f"rank {rank} is out of step: its weights are not those of rank {rank % self.M}")
+
+
+def orphaned():
+    """Whether torchrun was killed: as if it had passed on a SIGTERM."""
+    return "RANK" in os.environ and str(os.getppid()) != os.environ["NANOMEM_PARENT"]
 
 
 class Stop:
@@ -475,8 +482,7 @@ def train(run):
 
         # log, evaluate, save
         evaluating = it % config.eval_interval == 0 or it == config.max_iters
-        orphan = ranks.on and str(os.getppid()) != os.environ["NANOMEM_PARENT"]  # torchrun was killed: as if it had passed on a SIGTERM
-        stopped_by = max(ranks.gather(stop.number or (signal.SIGTERM if orphan else 0)))
+        stopped_by = max(ranks.gather(signal.SIGTERM if orphaned() else stop.number or 0))
         if it % config.log_interval == 0 or evaluating or stopped_by:
             loss = sum(ranks.gather(loss.item())) / ranks.world  # waits for the GPU
             refuse_nan(loss, run)
@@ -559,10 +565,11 @@ def check_memory(config, group, device):
     """Raises ValueError if this machine cannot hold the model: the system would just end the process."""
     with torch.device("meta"):  # a model that takes no room
         needs = sum(2 * p.nbytes + 8 * p.numel() for p in GPT(config, group, initialize=False).parameters())
+    have = math.inf
     if device.type == "cuda":
         have = torch.cuda.mem_get_info(device)[1]
-    else:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
         raise ValueError(f"the model does not fit: it takes {sizes}. Lower mem_keys={config.mem_keys} or n_embd")

@@ -196,7 +196,7 @@ def test_a_run_whose_folder_is_moved_does_not_write_to_another_one(facts, tmp_pa
     os.rename(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a").mkdir()
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and ("was moved, removed or replaced" in errors or "could not write" in errors), errors
+    assert process.returncode == 1 and ("was moved or replaced" in errors or "could not write" in errors), errors
     assert not list((tmp_path / "a").glob("*.pt")) and train.load_checkpoint(tmp_path / "b" / "ckpt.pt")
 
 
@@ -572,9 +572,10 @@ def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(facts, tmp_
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"]
     with monkeypatch.context() as patch:
         patch.setenv("NANOMEM_DEBUG", "1")
-        with pytest.raises(SystemExit, match="too few for block_size"):
+        with pytest.raises(SystemExit):
             train.main([*options, "--block_size=1000000"])
-        assert "Traceback" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "Traceback" in said and "too few for block_size" in said.splitlines()[-1]
     monkeypatch.setattr(train, "evaluate", lambda *_: {}["an error of our own"])
     with handlers(), pytest.raises(KeyError, match="an error of our own"):
         train.main(options)
