@@ -303,21 +303,14 @@ def lookup(values, indices, weights, into=None):
     `into`: each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd
     sees no gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give
     the same bits every time. Raises ValueError for tensors that do not fit together."""
-    if not (
-        values.ndim == indices.ndim == 2
-        and indices.shape == weights.shape
-        and indices.dtype in (torch.int32, torch.int64)
-        and values.is_floating_point()
-        and weights.is_floating_point()
-        and values.device == indices.device == weights.device
-        and not (values.is_cuda and values.dtype == torch.float64)
-        and max(len(values), indices.numel()) < 2**31
-    ):
+    shapes = values.ndim == indices.ndim == 2 and indices.shape == weights.shape
+    small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
+    dtypes = values.is_floating_point() and weights.is_floating_point()
+    dtypes = dtypes and not wide and indices.dtype in (torch.int32, torch.int64)
+    if not (shapes and small and dtypes and values.device == indices.device == weights.device):
         got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, weights))
-        raise ValueError(
-            "lookup wants values (S, D) and weights (n, k) in floating point (float64 on a CPU only), indices (n, k) "
-            f"in int32 or int64, all on one device, S and n * k below 2^31; not {got}"
-        )
+        want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
+        raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
     run = Lookup.apply
     if into is None and torch.is_grad_enabled():
         run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients, nor their sum
@@ -330,8 +323,8 @@ def lookup(values, indices, weights, into=None):
 
 
 def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """A step of RowAdam, in place; rate and eps include the bias correction. rows (R,) each once, grads (R, D).
-    bits (R, D): for bfloat16 values, 16 random ones each."""
+    """A step of RowAdam, in place; rate and eps include the bias correction. rows (R,), each once; grads and
+    bits (R, D): for bfloat16 values, 16 random bits each."""
     g = grads.float()
     mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
     square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -340,8 +333,8 @@ def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, ep
     value = values.index_select(0, rows).float().addcdiv_(mean, square.sqrt_().add_(eps), value=-rate)
     if values.dtype == torch.bfloat16:
         # Up with a probability equal to the distance from the number below: add the bits, then cut them off.
-        rounded = ((value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
-        value = torch.where(value.isfinite(), rounded, value.bfloat16())
+        rounded = (value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16
+        value = torch.where(value.isfinite(), rounded.to(torch.int16).view(torch.bfloat16), value.bfloat16())
     values.index_copy_(0, rows, value)
 
 
@@ -363,7 +356,8 @@ def adam_kernel(
     tl.store(squares + place, square, mask=inside)
     if values.dtype.element_ty == tl.bfloat16:
         random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        rounded = ((value.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
+        rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
         finite = tl.abs(value) < float("inf")  # False of NaN, too
         tl.store(values + place, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=inside)
     else:
@@ -399,13 +393,11 @@ class RowAdam(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))
-        for p in self.tables():
+        self.tables = [p for group in self.param_groups for p in group["params"]]
+        for p in self.tables:
             if p.ndim != 2 or p.dtype not in (torch.float32, torch.bfloat16):
                 what = f"{tuple(p.shape)} of {p.dtype}"
                 raise ValueError(f"RowAdam is for tables (S, D) of float32 or bfloat16, not {what}")
-
-    def tables(self):
-        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self):
@@ -424,8 +416,8 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] = t = state["step"] + 1
         correction = (1 - betas[1] ** t) ** 0.5
         scalars = lr * correction / (1 - betas[0] ** t), *betas, eps * correction
-        generator = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)  # others at each step
-        run, part = (triton_adam, 2**17) if uses_triton(p) else (torch_adam, 2**11)  # that stays in a CPU's cache
+        generator = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)
+        run, part = (triton_adam, 2**17) if uses_triton(p) else (torch_adam, 2**11)  # stays in a CPU's cache
         for rows, grads in zip(grad.indices()[0].split(part), grad.values().split(part), strict=True):
             bits = rows  # float32 tables need none
             if p.dtype == torch.bfloat16:
@@ -437,7 +429,7 @@ class RowAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)  # casts to the values' dtype: take the state as it was
         for i, state in state_dict["state"].items():
-            p = self.tables()[i]
+            p = self.tables[i]
             self.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in state.items()}
 
 
@@ -449,26 +441,16 @@ class RowAdam(torch.optim.Optimizer):
 
 @triton.jit
 def pack(score, column):
-    """An integer that orders as the scores do, then by column: of bfloat16 in 32 bits, of float32 in 64."""
-    if score.dtype == tl.bfloat16:
-        bits = score.to(tl.int16, bitcast=True).to(tl.int32)
-        packed = ((bits ^ ((bits >> 15) & 0x7FFF)) << 16) | column  # negative floats count up now
-    else:
-        bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-        packed = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | column
-    return packed
+    """An int64 that orders as the scores do, then by column."""
+    bits = score.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | column  # negative floats count up now
 
 
 @triton.jit
 def unpack(packed):
     """-> score float32, column int32"""
-    if packed.dtype == tl.int32:
-        bits = packed >> 16
-        bits, column = (bits ^ ((bits >> 15) & 0x7FFF)) << 16, packed & 0xFFFF
-    else:
-        bits = (packed >> 32).to(tl.int32)
-        bits, column = bits ^ ((bits >> 31) & 0x7FFFFFFF), packed.to(tl.int32)
-    return bits.to(tl.float32, bitcast=True), column
+    bits = (packed >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), packed.to(tl.int32)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def product_topk(s, K, pairs):
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is
 def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
-    """Each head's K best slots. scores (2, H, n, N); pairs: candidate_pairs(K) -> (H, n, K) int64, best first"""
+    """Each head's K best slots. scores (2, H, n, N), pairs: candidate_pairs(K) -> (H, n, K), best first"""
     if uses_triton(scores) and scores.size(2) > 0:
         return triton_select(scores, pairs, K)
     return product_topk(widen(scores), K, pairs)
@@ -91,7 +91,7 @@ def widen(x):
 
 
 class MemoryLayer(nn.Module):
-    """Replaces a block's feed-forward network. Has queries, keys, gate and output; the values are the pool's."""
+    """Replaces a feed-forward network. Has queries, keys, gate and output; the values are the pool's."""
 
     def __init__(self, config):
         super().__init__()

@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn (x[c], x[c + half]) at position t by t * 10000^(-c / half). x (B, heads, T, 2 half)"""
+    """Rotary positions: turn (x[c], x[c + half]) at position t by t 10000^(-c / half). x (..., T, 2 half)"""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -155,7 +155,7 @@ class GPT(nn.Module):
         return logits.detach(), loss
 
     def hidden(self, idx, cache=None, start=0):
-        """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), to multiply by the output matrix."""
+        """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), for the output matrix."""
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
@@ -254,7 +254,7 @@ GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> (B, 1). top_k: the k likeliest only; top_p: the fewest that hold p (nucleus sampling)."""
+    """logits (B, V) -> (B, 1). top_k: of the k likeliest; top_p: of the fewest that hold p (nucleus)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)
@@ -312,5 +312,5 @@ def fill_in_and_check(c):
     if layers:
         subkeys, same = f"each half has only mem_keys={c.mem_keys} sub-keys", c.mem_value_dim == c.n_embd
         check(c.mem_topk <= c.mem_keys, f"mem_topk={c.mem_topk}: {subkeys} to choose from")
-        check(c.mem_key_dim % 2 == 0, f"mem_key_dim={c.mem_key_dim}: a key has two halves, so it must be even")
-        check(c.mem_gate or same, f"mem_value_dim={c.mem_value_dim}: without mem_gate it must be n_embd={c.n_embd}")
+        check(c.mem_key_dim % 2 == 0, f"mem_key_dim={c.mem_key_dim}: a key has two halves, it must be even")
+        check(c.mem_gate or same, f"mem_value_dim={c.mem_value_dim}: without mem_gate only n_embd={c.n_embd}")

@@ -1,8 +1,8 @@
 """Text from a checkpoint, or answers to the closed-book questions of its dataset.
 
-    python sample.py                                             samples from the default run, out/facts-memory
-    python sample.py --out_dir=out/mine --start="Once upon a"    continue a text; FILE:path reads a file, - stdin
-    python sample.py --recall                                    ask for the facts in words that training did not use
+    python sample.py                               samples from the default run, out/facts-memory
+    python sample.py --start="Once upon a"         continue a text; FILE:path reads a file, - standard input
+    python sample.py --recall                      ask for the facts in words that training did not use
 """
 
 import argparse
@@ -26,23 +26,22 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--checkpoint", default="ckpt.pt", help="or best.pt, of the lowest validation loss (default: %(default)s)")
+    add("--checkpoint", default="ckpt.pt", help="or best.pt, of the lowest loss (default: %(default)s)")
     add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
     add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
     add("--max_new_tokens", type=int, default=200, help="length of each, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="below 1 likelier text, 0 greedy (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     add("--top_k", type=int, default=None, help="draw among the k likeliest tokens only")
     add("--top_p", type=float, default=None, help="nucleus sampling: among the fewest tokens that hold p")
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="(default: bfloat16 on a GPU)")
-    add("--recall", action="store_true", help="ask the dataset's closed-book questions instead, and print a table")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default: %(default)s")
+    add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
     add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
     args = parser.parse_args(argv)
-    limits = {"num_samples": (1, 10**9), "max_new_tokens": (1, 10**9), "temperature": (0, 10**9), "rows": (0, 10**9)}
-    limits |= {"top_k": (1, 10**9), "top_p": (0, 1), "seed": (0, 2**63 - 1)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
+    for name in ("num_samples", "max_new_tokens", "top_k", "temperature", "top_p", "seed", "rows"):
+        low = int(name in ("num_samples", "max_new_tokens", "top_k"))
+        value, high = getattr(args, name), 1 if name == "top_p" else 10**9
         if value is not None and not low <= value <= high:
             parser.error(f"--{name}={value}: must be from {low} to {high}")
     return args
@@ -62,14 +61,14 @@ def sample(model, encoding, separator, ids, args):
     ids = ids if ids[:1] == [separator] else [separator, *ids]  # as at the beginning of a document
     prompt = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     began = time.perf_counter()
     for number in range(args.num_samples):
         if number > 0:
             print("\n" + "-" * 40)
         print(encoding.decode(ids[1:]), end="", flush=True)
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end within a character
-        for token in model.stream(prompt, args.max_new_tokens, **options):
+        for token in model.stream(prompt, args.max_new_tokens, generator=generator, **options):
             print(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
         print(characters.decode(b"", final=True))
     rate = args.num_samples * args.max_new_tokens / (time.perf_counter() - began)
@@ -85,8 +84,8 @@ def print_recall(model, encoding, separator, questions, rows):
         right = ids == question["answer_ids"]
         score[question["attribute"]].append(right)
         if i < len(shown):
-            row = f"{question['prompt']:{width}}  {question['answer']:24}  {' '.join(encoding.decode(ids).split()):24}"
-            print(f"{row}  {'right' if right else 'wrong'}")
+            got, verdict = " ".join(encoding.decode(ids).split()), "right" if right else "wrong"
+            print(f"{question['prompt']:{width}}  {question['answer']:24}  {got:24}  {verdict}")
     if len(shown) < len(questions):
         print(f"... {len(questions) - len(shown):,} more (--rows=0 shows all)")
     print()
@@ -104,13 +103,13 @@ def main(argv):
         model, separator = checkpoint["model"].eval(), checkpoint["separator"]
         with blame(f"{path}", "give another --checkpoint"):
             encoding = make_encoding(checkpoint["vocabulary"])
-            if encoding.n_vocab != model.config.vocab_size:
-                raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {model.config.vocab_size} in its model")
+            if encoding.n_vocab != (size := model.config.vocab_size):
+                raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {size} in its model")
         if args.recall:
             folder = find_folder(checkpoint["train_config"]["dataset"])
             questions = Dataset(folder).questions()
             if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
-                raise ValueError(f"--recall: {folder} does not hold the data that this checkpoint was trained on")
+                raise ValueError(f"--recall: {folder} is not what this checkpoint was trained on")
             if not questions:
                 raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
         text = read_start(args.start)

@@ -1,6 +1,6 @@
 """Train a GPT, with memory layers or without.
 
-    python train.py                          a small Memory+ model on facts it has to remember; minutes on a laptop
+    python train.py                          a small Memory+ model on facts to remember; minutes on a laptop
     python train.py --preset=facts-dense     the same compute without a memory, to compare
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
     python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
@@ -116,13 +116,14 @@ def parse_options(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help=f"{', '.join(PRESETS)} (default: the first)")
-    for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig)[1:]):  # vocab_size: the dataset says
+    for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig)[1:]):  # not vocab_size
         choices, kind = f.metadata["choices"], type(f.default)
         parse = {bool: to_bool, tuple: to_numbers, str: str.lower if choices else str}.get(kind, kind)
         options = {"nargs": "?", "const": True} if kind is bool else {}  # --resume alone means true
         values = f"{', '.join(choices)}; " if choices else ""
         help = f"{f.metadata['help']} ({values}default: {f.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", type=parse, metavar="", default=argparse.SUPPRESS, help=help, **options)
+        options |= {"default": argparse.SUPPRESS, "help": help, "metavar": ""}
+        parser.add_argument(f"--{f.name}", type=parse, **options)
     return vars(parser.parse_args(argv))
 
 
@@ -149,7 +150,7 @@ def complete_options(given, ranks):
     if ranks.began(path.parent):  # and was restarted by torchrun, perhaps before its first checkpoint
         options |= {"resume": path.exists(), "overwrite": True}
     elif preset and options.get("resume"):
-        raise ValueError("preset: a resumed run keeps its options; give --resume, --out_dir, and what is to change")
+        raise ValueError("preset: a resumed run keeps its options; give --out_dir, and what is to change")
     del options["preset"]
     if not options.get("resume"):
         return PRESETS[preset or "facts-memory"] | options
@@ -170,11 +171,10 @@ def complete_options(given, ranks):
 # --- checkpoints ----------------------------------------------------------------------------------------
 
 FORMAT = "nanomem-2"
-STATE = {"iter": int, "seconds": float, "best_val_loss": float}  # what a run counts
 
 
 def save_checkpoint(path, checkpoint):
-    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves what was there before."""
+    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves what was there."""
     with writing(path), atomic_write(path) as f:
         torch.save(checkpoint, f)
 
@@ -210,7 +210,8 @@ def load_checkpoint(path, device="cpu", group=None):
             for tensors, name in tables:
                 tensors[name] = tensors[name][:, model.pool.columns]
         model.load_state_dict(weights)
-        kinds = STATE | {"separator": int, "fingerprint": str, "random": list}
+        kinds = {"iter": int, "seconds": float, "best_val_loss": float}
+        kinds |= {"separator": int, "fingerprint": str, "random": list}
         wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
         if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
             raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
@@ -224,8 +225,9 @@ def restore(checkpoint, optimizers, ranks):
         names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             moments = {**optimizer.state[p]}
-            step, kinds = moments.pop("step"), {(m.shape, m.dtype, m.layout) for m in moments.values()}
-            if {*moments} != names or step != checkpoint["iter"] or kinds != {(p.shape, torch.float32, torch.strided)}:
+            step, kind = moments.pop("step"), (p.shape, torch.float32, torch.strided)
+            right = {*moments} == names and {(m.shape, m.dtype, m.layout) for m in moments.values()} == {kind}
+            if not right or step != checkpoint["iter"]:
                 raise ValueError("not two moments for each parameter, after as many steps as the run")
     if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other dropout
         cpu, cuda = checkpoint["random"][ranks.rank]
@@ -238,18 +240,18 @@ def restore(checkpoint, optimizers, ranks):
 
 
 def choose_device(name, number=0):
-    """A torch.device; number: which of several GPUs. Raises ValueError for one that this machine does not have."""
+    """A torch.device; number: which of several GPUs. Raises ValueError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"device={name} cannot be used here", "try device=cpu"):
-        device = torch.device(f"cuda:{number}" if name == "cuda" else name)  # PyTorch wants the index in places
+        device = torch.device(f"cuda:{number}" if name == "cuda" else name)  # set_device wants it
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
         elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # glibc gives large blocks back to the system as soon as they are free, and a step has to take them
-            # again, page by page, for 8% of its time: raise M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1).
+            # glibc gives large blocks back as soon as they are free, and a step has to take them again, page
+            # by page, for 8% of its time: raise M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1).
             libc.mallopt(-3, 2**30)
             libc.mallopt(-1, 2**30)
     return device
@@ -308,7 +310,7 @@ def mean_loss(model, batches, config, device):
 
 
 def answer(model, questions, separator):
-    """What the model says to closed-book questions (Dataset.questions): lists of tokens, as long as answers."""
+    """What the model says to closed-book questions (Dataset.questions): lists of tokens."""
     prompts = [[separator, *question["prompt_ids"]] for question in questions]
     return model.complete(prompts, [len(question["answer_ids"]) for question in questions])
 
@@ -345,13 +347,13 @@ class Ranks:
         self.M, self.group, self.replicas, self.store = 1, None, None, None
         if not self.on:
             return
-        names, timeout = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT", datetime.timedelta(0, timeout)
+        names, timeout = "RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*", datetime.timedelta(0, timeout)
         with blame(f"the processes do not find each other by {names}", "start them with torchrun"):
             if orphaned():
                 raise ValueError("torchrun has died meanwhile")
             self.local = int(os.environ["LOCAL_RANK"])
             self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=timeout))
-            # After a restart torchrun's store still has the addresses of the processes before: keep them apart.
+            # After a restart torchrun's store still has the addresses of the processes before.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), self.store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             numbers = {"rank": self.rank, "world_size": self.world, "timeout": timeout}
@@ -387,7 +389,7 @@ class Ranks:
             vector_to_parameters(vector / self.world, gradients)
 
     def whole_table(self, columns):
-        """(S, D/M) -> (S, D), on the CPU, in rank 0: the columns of the ranks that share a table. Else None."""
+        """(S, D/M) -> (S, D), on the CPU, in rank 0: the columns of all ranks that share a table."""
         if self.M == 1:
             return columns
         S, width = columns.shape
@@ -401,13 +403,12 @@ class Ranks:
         return table
 
     def check_in_step(self, model):
-        """Every rank takes the same updates: all have the same weights, bit for bit, replicas the same columns."""
+        """All ranks have the same weights, bit for bit, and replicas the same columns: the same updates."""
         sums = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
-        table = sums.pop("pool.values", 0.0)
-        everyone = self.gather((sums, table))
+        everyone = self.gather((str(sums.pop("pool.values", 0)), str(sums)))
         for rank, theirs in enumerate(everyone):
-            if theirs != (everyone[0][0], everyone[rank % self.M][1]):
-                raise Refused(f"rank {rank} is out of step: its weights are not those of rank {rank % self.M}")
+            if theirs != (everyone[rank % self.M][0], everyone[0][1]):
+                raise Refused(f"rank {rank} is out of step: its weights are not those of the others")
 
 
 def orphaned():
@@ -503,8 +504,8 @@ def train(run):
                 with writing(log), open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
             shown |= line
-            names = [name for name in ("loss", "tokens_per_s", "gpu_gib", "val_loss", "recall") if name in shown]
-            bar.set_postfix({name: f"{shown[name]:,.{0 if shown[name] > 999 else 3}f}" for name in names})
+            for_bar = {name: shown.get(name) for name in ("loss", "tokens_per_s", "val_loss", "recall")}
+            bar.set_postfix({name: f"{x:,.{0 if x > 999 else 3}f}" for name, x in for_bar.items() if x})
             if evaluating or stopped_by:
                 best = evaluating and result["val_loss"] < state["best_val_loss"]
                 state["best_val_loss"] = result["val_loss"] if best else state["best_val_loss"]
@@ -514,7 +515,7 @@ def train(run):
             bar.close()
             if ranks.rank == 0:
                 again = f"train.py --resume --out_dir={shlex.quote(config.out_dir)}"
-                print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}, with {log.parent}/ckpt.pt.")
+                print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; ckpt.pt is saved.")
                 print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
             sys.exit(128 + stopped_by)
     bar.close()
@@ -572,7 +573,7 @@ def check_memory(config, group, device):
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
-        raise ValueError(f"the model does not fit: it takes {sizes}. Lower mem_keys={config.mem_keys} or n_embd")
+        raise ValueError(f"the model does not fit: it takes {sizes}; lower mem_keys={config.mem_keys}, n_embd")
 
 
 def start(given, ranks):
@@ -589,34 +590,26 @@ def start(given, ranks):
     for rank, other in enumerate(ranks.gather(options)):
         for name in options:
             if other.get(name) != options[name]:
-                here = f"{options[name]} on rank {ranks.rank}"
-                raise ValueError(f"{name}= is {here} and {other.get(name)} on rank {rank}: all must have the same")
+                values = f"{options[name]} on rank {ranks.rank} and {other.get(name)} on rank {rank}"
+                raise ValueError(f"{name}= is {values}: all must have the same")
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(M)
+
+    torch.manual_seed(config.seed)
     if ranks.local == 0:
         find_folder(config.dataset)  # which makes the facts, if they are not there
-    ranks.gather("there it is")
-    run = prepare(options, config, device, ranks)
-    ranks.gather("nothing was wrong")
-    if ranks.rank == 0:
-        prepare_out_dir(config, run.state["iter"], ranks)
-    return run
-
-
-def prepare(options, config, device, ranks):
-    """Data, model and optimisers, of a new run or of that in out_dir."""
-    folder, run = find_folder(config.dataset), f"the run in {config.out_dir}"
-    torch.manual_seed(config.seed)
+    ranks.gather("now they are")
+    folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
     model_config = make_configs(options | {"vocab_size": Dataset(folder).vocab_size})[1]
     data = open_dataset(folder, model_config.block_size, config.seed)
     state = {"iter": 0, "seconds": 0.0, "best_val_loss": math.inf}
     if config.resume:
         checkpoint = load_checkpoint(Path(config.out_dir, "ckpt.pt"), device, ranks.group)
-        model, state = checkpoint["model"], {name: checkpoint[name] for name in STATE}
+        model, state = checkpoint["model"], {key: checkpoint[key] for key in state}
         if checkpoint["fingerprint"] != data["fingerprint"]:
-            raise ValueError(f"dataset={config.dataset}: {folder} is not what {run} was trained on")
+            raise ValueError(f"dataset={config.dataset}: {folder} is not what {name} was trained on")
         if state["iter"] >= config.max_iters:
-            raise ValueError(f"{run} is complete at step {state['iter']}; to go on, give a larger max_iters")
+            raise ValueError(f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters")
     else:
         check_memory(model_config, ranks.group, device)
         with device:  # there its numbers are drawn, which takes a CPU seconds
@@ -628,9 +621,11 @@ def prepare(options, config, device, ranks):
         wrong = f"{config.out_dir}/ckpt.pt: the state of its optimisers or random numbers is wrong"
         with blame(wrong, "go on from another one"):
             restore(checkpoint, optimizers, ranks)
-    return SimpleNamespace(
-        model=model, optimizers=optimizers, data=data, config=config, device=device, state=state, ranks=ranks
-    )
+    ranks.gather("nothing was wrong")
+    if ranks.rank == 0:
+        prepare_out_dir(config, state["iter"], ranks)
+    parts = {"model": model, "optimizers": optimizers, "data": data, "state": state}
+    return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
 
 def prepare_out_dir(config, it, ranks):
@@ -670,12 +665,14 @@ def summarize(run, result):
     print(f"  {describe(model)}")
     print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
     if "recall" in result:
-        print(f"  recall       {result['recall']:.1%} of {len(run.data['questions']):,} closed-book questions")
+        questions = f"{len(run.data['questions']):,} closed-book questions"
+        print(f"  recall       {result['recall']:.1%} of {questions}")
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
     print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
-    print(f"\nNext:\n  python sample.py --out_dir={shlex.quote(config.out_dir)}", "--recall" * ("recall" in result))
+    recall = " --recall" * ("recall" in result)
+    print(f"\nNext:\n  python sample.py --out_dir={shlex.quote(config.out_dir)}{recall}")
     if model.pool is not None and config.dataset == "facts":
         print("  python train.py --preset=facts-dense      # the same compute without a memory")
 
@@ -704,8 +701,10 @@ def main(argv):
         message = f"another process is lost ({explain(error)})" if lost else explain(error)
         message = f"rank {rank}: {message}" if rank != "0" else message
         if run:
-            saved = Path(run.config.out_dir, "ckpt.pt").exists()
-            message += ". The last checkpoint is whole: go on with --resume" if saved else ". Start again with --overwrite"
+            way_out = "Start again with --overwrite"
+            if Path(run.config.out_dir, "ckpt.pt").exists():
+                way_out = "The last checkpoint is whole: go on with --resume"
+            message += f". {way_out}"
         print(f"{chr(10) * bool(run)}train.py: {message}", file=sys.stderr, flush=True)  # below the bar
         (os._exit if dist.is_initialized() else sys.exit)(1)  # a tidy end would wait for the other processes
     if rank == "0":
