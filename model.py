@@ -34,7 +34,6 @@ class GPTConfig:
     n_head: int = option(12, "attention heads", 1)
     n_embd: int = option(768, "model width C", 1)
     n_ffn: int = option(0, "hidden width of SwiGLU; 0: 8/3 of n_embd, rounded up to a multiple of 8")
-    dropout: float = option(0.0, "dropout after attention and feed-forward networks", below=1)
     mem_count: int = option(0, "memory layers, spread evenly over the depth; 0: a dense model")
     mem_layers: tuple[int, ...] = option((), "blocks with a memory layer, as in 2,6,10; overrides mem_count")
     mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots", 1)
@@ -54,7 +53,7 @@ class GPTConfig:
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -67,9 +66,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
-        dropout = self.dropout if self.training else 0.0
         # After a cached start there is one query, and it may look at every key.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -97,11 +95,10 @@ class Block(nn.Module):
         self.attn_norm, self.ffn_norm = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
         self.attn = Attention(config)
         self.ffn = MemoryLayer(config) if i in config.mem_layers else SwiGLU(config)
-        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, pool, cos, sin, cache=None, start=0):
-        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, cache, start))
-        return x + self.drop(self.ffn(self.ffn_norm(x), pool))
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, start)
+        return x + self.ffn(self.ffn_norm(x), pool)
 
 
 class GPT(nn.Module):

@@ -100,7 +100,7 @@ def main(argv):
     with one_line("sample.py"):
         device = choose_device(args.device)
         checkpoint = load_checkpoint(path, device)
-        model, separator = checkpoint["model"].eval(), checkpoint["separator"]
+        model, separator = checkpoint["model"], checkpoint["separator"]
         with blame(f"{path}", "give another --checkpoint"):
             encoding = make_encoding(checkpoint["vocabulary"])
             if encoding.n_vocab != (size := model.config.vocab_size):

@@ -63,7 +63,7 @@ class TrainConfig:
     eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint", 1)
     eval_iters: int = option(20, "batches in an estimate of the loss", 1)
     log_interval: int = option(10, "steps between lines of the log", 1)
-    seed: int = option(1, "of initialisation, order of the data, and dropout", below=2**63)
+    seed: int = option(1, "of initialisation, and order of the data", below=2**63)
     device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
@@ -211,15 +211,15 @@ def load_checkpoint(path, device="cpu", group=None):
                 tensors[name] = tensors[name][:, model.pool.columns]
         model.load_state_dict(weights)
         kinds = {"iter": int, "seconds": float, "best_val_loss": float}
-        kinds |= {"separator": int, "fingerprint": str, "random": list}
+        kinds |= {"separator": int, "fingerprint": str}
         wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
         if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
             raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
     return {**checkpoint, "model": model}
 
 
-def restore(checkpoint, optimizers, ranks):
-    """Give optimisers and random numbers the state of the checkpoint; rates and decays stay as they are."""
+def restore(optimizers, checkpoint):
+    """Give the optimisers their state in the checkpoint; rates and decays stay as they are."""
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
         names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
@@ -229,11 +229,6 @@ def restore(checkpoint, optimizers, ranks):
             right = {*moments} == names and {(m.shape, m.dtype, m.layout) for m in moments.values()} == {kind}
             if not right or step != checkpoint["iter"]:
                 raise ValueError("not two moments for each parameter, after as many steps as the run")
-    if len(checkpoint["random"]) == ranks.world:  # another number of ranks goes on with other dropout
-        cpu, cuda = checkpoint["random"][ranks.rank]
-        torch.set_rng_state(cpu)
-        if cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
 
 
 # --- device, optimisers, learning rate --------------------------------------------------------------------
@@ -317,7 +312,6 @@ def answer(model, questions, separator):
 
 def evaluate(model, data, config, device):
     """Losses, recall if the dataset asks questions, and how evenly a memory is used."""
-    model.eval()
     usage = contextlib.nullcontext() if model.pool is None else model.pool.record_usage()
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
     with usage as counts:
@@ -328,7 +322,6 @@ def evaluate(model, data, config, device):
         result["recall"] = sum(right) / len(right)
     if counts is not None:
         result |= {f"mem_{name}": value for name, value in counts.summary().items()}
-    model.train()
     return result
 
 
@@ -347,7 +340,7 @@ class Ranks:
         self.M, self.group, self.replicas, self.store = 1, None, None, None
         if not self.on:
             return
-        names, timeout = "RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*", datetime.timedelta(0, timeout)
+        names, timeout = "RANK, LOCAL_RANK, MASTER_ADDR, ...", datetime.timedelta(0, timeout)
         with blame(f"the processes do not find each other by {names}", "start them with torchrun"):
             if orphaned():
                 raise ValueError("torchrun has died meanwhile")
@@ -539,14 +532,12 @@ def save(run, best):
         table = optimizers[1]["state"][0]
         moments = {name: ranks.whole_table(table[name]) for name in ("means", "squares")}
         optimizers[1]["state"] = {0: table | moments}
-    cuda = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
     checkpoint = {
         "format": FORMAT,
         "model_config": dataclasses.asdict(run.model.config),
         "train_config": dataclasses.asdict(run.config),
         "model": weights,
         **{name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")},
-        "random": ranks.gather((torch.get_rng_state(), cuda)),
         **run.state,
     }
 
@@ -573,7 +564,7 @@ def check_memory(config, group, device):
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
-        raise ValueError(f"the model does not fit: it takes {sizes}; lower mem_keys={config.mem_keys}, n_embd")
+        raise ValueError(f"the model does not fit: it takes {sizes}; lower mem_keys={config.mem_keys}")
 
 
 def start(given, ranks):
@@ -614,13 +605,11 @@ def start(given, ranks):
         check_memory(model_config, ranks.group, device)
         with device:  # there its numbers are drawn, which takes a CPU seconds
             model = GPT(model_config, ranks.group)
-    if ranks.rank > 0:
-        torch.manual_seed(config.seed + ranks.rank * 0x9E3779B9)  # dropout of its own
     optimizers = make_optimizers(model, config)
     if config.resume:
-        wrong = f"{config.out_dir}/ckpt.pt: the state of its optimisers or random numbers is wrong"
+        wrong = f"{config.out_dir}/ckpt.pt: the state of its optimisers is wrong"
         with blame(wrong, "go on from another one"):
-            restore(checkpoint, optimizers, ranks)
+            restore(optimizers, checkpoint)
     ranks.gather("nothing was wrong")
     if ranks.rank == 0:
         prepare_out_dir(config, state["iter"], ranks)

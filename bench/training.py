@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data.dataset import describe_vocabulary, write_dataset
 from memory import ValuePool
+from model import GPT, GPTConfig
 
 # The profiler's names of parts of a step that do not overlap. The rest is attention, networks, and the loss.
 PARTS = {
@@ -52,14 +53,29 @@ def run_training(arguments, folder, launcher=()):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def mfu(tokens_per_s, folder):
+    """{"mfu": share of the bf16 FLOPs of the card's data sheet}, or {} for a card not in the list."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    config = GPTConfig(**train.read_checkpoint(folder / "ckpt.pt")["model_config"])
+    with torch.device("meta"):
+        flops = 3 * sum(GPT(config).flops_per_token(config.block_size).values())
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    return {"mfu": tokens_per_s * flops / peak} if peak else {}
+
+
 def throughput(preset, options, steps, folder, launcher=()):
     """Medians over the second half of a run's log."""
     arguments = [f"--preset={preset}", *options, f"--max_iters={steps}", f"--eval_interval={steps}"]
     arguments += [f"--log_interval={max(1, steps // 20)}", "--eval_iters=1"]
-    lines = run_training(arguments, Path(folder) / preset, launcher)
+    out_dir = Path(folder) / preset
+    lines = run_training(arguments, out_dir, launcher)
     lines = lines[len(lines) // 2 :]
-    names = ("tokens_per_s", "mfu", "gpu_gib", "gpu_gib_reserved", "loss")
-    return {name: statistics.median(line[name] for line in lines) for name in names if name in lines[-1]}
+    names = ("tokens_per_s", "gpu_gib", "gpu_gib_reserved", "loss")
+    result = {name: statistics.median(line[name] for line in lines) for name in names if name in lines[-1]}
+    return result | mfu(result["tokens_per_s"], out_dir)
 
 
 def shares_of(events, on_gpu):

@@ -9,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+from helpers import SMALL, prepare, run
+
 import kernels
 
 kernels.DEBUG = True  # slots out of range are errors, on a GPU, too
@@ -30,3 +32,19 @@ def wikitext():
     if "WIKITEXT_DIR" not in os.environ:
         pytest.skip("needs real text: set WIKITEXT_DIR to a folder with wikitext2-valid.txt and wikitext2-test.txt")
     return [Path(os.environ["WIKITEXT_DIR"]) / f"wikitext2-{part}.txt" for part in ("valid", "test")]
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "facts"
+    done = prepare("--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(facts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run("train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out

@@ -375,7 +375,6 @@ def test_generation_is_repeatable_from_its_generator():
         (dict(n_embd=10, n_head=3), "n_embd=10 must be divisible by n_head=3"),
         (dict(n_embd=6, n_head=2), "must be even"),
         (dict(n_layer=0), "n_layer=0: must be at least 1"),
-        (dict(dropout=1.0), "dropout=1.0"),
         (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: each half has only mem_keys=8"),
         (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
         (dict(mem_layers=(1,), mem_dtype="float16"), "mem_dtype=float16: must be one of float32, bfloat16"),

@@ -55,14 +55,14 @@ def facts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(facts, tmp_path_factory):
-    """The folder of a run that was left alone for 40 steps, with dropout so that random numbers count."""
+    """The folder of a run that was left alone for 40 steps."""
     out = tmp_path_factory.mktemp("run") / "out"
     done = train(facts, out, *STEPS)
     assert done.returncode == 0, done.stderr
     return out
 
 
-STEPS = "--max_iters=40 --eval_interval=16 --log_interval=4 --dropout=0.1 --gradient_accumulation_steps=2".split()
+STEPS = "--max_iters=40 --eval_interval=16 --log_interval=4 --gradient_accumulation_steps=2".split()
 
 
 def log_of(out):
@@ -352,7 +352,7 @@ def test_a_small_model_learns_facts_and_sample_asks_for_them(facts, tmp_path, dt
     """20 people in 300 steps. The table that sample.py prints must agree with what training logged."""
     done = train(
         facts, tmp_path, "--n_embd=64", "--max_iters=300", "--batch_size=16", "--learning_rate=8e-3", "--mem_learning_rate=1e-2",
-        "--eval_interval=300", "--dropout=0", f"--mem_dtype={dtype}",
+        "--eval_interval=300", f"--mem_dtype={dtype}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     recall = log_of(tmp_path)[-1]["recall"]

@@ -1,0 +1,71 @@
+"""What the tests of programs share: real processes, small models, folders to compare."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
+    "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
+).split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
+
+
+def run(*command, **options):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, **options)
+
+
+def start(*command, **options):
+    command = [str(part) for part in command]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def prepare(*arguments, **options):
+    return run("data/facts/prepare.py", "--people=9", "--biographies=20", *arguments, **options)
+
+
+def assert_refused(done, *words):
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def children(job):
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()]
+
+
+def wait_for_end(processes, seconds):
+    end = time.monotonic() + seconds
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < end and len(processes) == 2
+        time.sleep(0.05)
+
+
+def steps_done(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+@contextlib.contextmanager
+def handlers():
+    """Training takes over signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
