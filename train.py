@@ -340,8 +340,9 @@ class Ranks:
         self.M, self.group, self.replicas, self.store = 1, None, None, None
         if not self.on:
             return
-        names, timeout = "RANK, LOCAL_RANK, MASTER_ADDR, ...", datetime.timedelta(0, timeout)
-        with blame(f"the processes do not find each other by {names}", "start them with torchrun"):
+        timeout = datetime.timedelta(seconds=timeout)
+        what = "processes do not find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        with blame(what, "start them with torchrun"):
             if orphaned():
                 raise ValueError("torchrun has died meanwhile")
             self.local = int(os.environ["LOCAL_RANK"])
@@ -432,7 +433,7 @@ def train(run):
     """The loop. run: what start() has prepared; run.state is updated in place. Returns the last evaluation.
     Exits with 128 and the number of the signal if one stops the run, after saving."""
     model, config, device, state, ranks = run.model, run.config, run.device, run.state, run.ranks
-    stop, context, log = Stop(), precision(config.dtype, device), Path(config.out_dir, "log.jsonl")
+    stop, context, shown, result = Stop(), precision(config.dtype, device), {}, None
     auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     run_model = torch.compile(model) if auto or config.compile == "true" else model
     network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
@@ -446,7 +447,7 @@ def train(run):
         return inputs_and_targets(run.data["train"](range(first, first + config.batch_size)), device)
 
     options = {"initial": state["iter"], "unit": "step", "dynamic_ncols": True, "disable": ranks.rank > 0}
-    bar, shown = tqdm(desc=log.parent.name, total=config.max_iters, **options), {}
+    bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
     clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next_batch()
     while state["iter"] < config.max_iters:
         # forward and backward; then the next batch, while a GPU is still at work with this one
@@ -478,31 +479,15 @@ def train(run):
         evaluating = it % config.eval_interval == 0 or it == config.max_iters
         stopped_by = max(ranks.gather(signal.SIGTERM if orphaned() else stop.number or 0))
         if it % config.log_interval == 0 or evaluating or stopped_by:
-            loss = sum(ranks.gather(loss.item())) / ranks.world  # waits for the GPU
-            refuse_nan(loss, run)
-            seconds = time.perf_counter() - clock
-            state["seconds"] += seconds
+            loss, now = sum(ranks.gather(loss.item())) / ranks.world, time.perf_counter()  # after the GPU
             tokens = (it - since) * total * config.batch_size * model.config.block_size
-            line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": tokens / seconds}
-            if device.type == "cuda":
-                line["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-                line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
-            if evaluating:
-                ranks.check_in_step(model)
-                with context:
-                    result = evaluate(model, run.data, config, device)
-                refuse_nan(result["val_loss"], run)
-                line |= result
-            if ranks.rank == 0:
-                with writing(log), open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            shown |= line
-            for_bar = {name: shown.get(name) for name in ("loss", "tokens_per_s", "val_loss", "recall")}
-            bar.set_postfix({name: f"{x:,.{0 if x > 999 else 3}f}" for name, x in for_bar.items() if x})
+            line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": tokens / (now - clock)}
+            state["seconds"] += now - clock
+            result = report(run, line, evaluating) or result
+            shown |= {k: f"{x:,.{0 if x > 999 else 3}f}" for k, x in line.items() if k in IN_BAR}
+            bar.set_postfix(shown)
             if evaluating or stopped_by:
-                best = evaluating and result["val_loss"] < state["best_val_loss"]
-                state["best_val_loss"] = result["val_loss"] if best else state["best_val_loss"]
-                save(run, best)
+                save(run, best=evaluating and result["val_loss"] == state["best_val_loss"])
             clock, since = time.perf_counter(), it  # evaluation and saving are not training time
         if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
@@ -512,6 +497,29 @@ def train(run):
                 print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
             sys.exit(128 + stopped_by)
     bar.close()
+    return result
+
+
+IN_BAR = ("loss", "tokens_per_s", "gpu_gib", "val_loss", "recall")  # of a line of the log, in the progress bar
+
+
+def report(run, line, evaluating):
+    """Complete a line of the log and write it. Returns the evaluation, if it is time for one."""
+    result, log, config = None, Path(run.config.out_dir, "log.jsonl"), run.config
+    refuse_nan(line["loss"], run)
+    if run.device.type == "cuda":
+        line["gpu_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+        line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(run.device) / 2**30
+    if evaluating:
+        run.ranks.check_in_step(run.model)
+        with precision(config.dtype, run.device):
+            result = evaluate(run.model, run.data, config, run.device)
+        refuse_nan(result["val_loss"], run)
+        run.state["best_val_loss"] = min(run.state["best_val_loss"], result["val_loss"])
+        line |= result
+    if run.ranks.rank == 0:
+        with writing(log), open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
     return result
 
 
@@ -564,7 +572,8 @@ def check_memory(config, group, device):
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
-        raise ValueError(f"the model does not fit: it takes {sizes}; lower mem_keys={config.mem_keys}")
+        way_out = f"lower mem_keys={config.mem_keys}, n_embd or n_layer"
+        raise ValueError(f"the model does not fit: it takes {sizes}; {way_out}")
 
 
 def start(given, ranks):

@@ -9,9 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-from helpers import SMALL, prepare, run
-
 import kernels
+from helpers import SMALL, prepare, run
 
 kernels.DEBUG = True  # slots out of range are errors, on a GPU, too
 os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time; and the same sums in the same order, on any machine

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
@@ -69,3 +71,12 @@ def handlers():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def refusal(main, arguments, capsys):
+    """What a program that must not go on says. In this process: to start another takes seconds."""
+    with handlers(), pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = (f"{ended.value.code}\n" if isinstance(ended.value.code, str) else "") + capsys.readouterr().err
+    assert ended.value.code not in (0, None) and "Traceback" not in said, said
+    return said

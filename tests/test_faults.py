@@ -10,6 +10,9 @@ import sys
 import time
 
 import pytest
+
+import train
+from data.dataset import Dataset, open_dataset
 from helpers import (
     ROOT,
     SMALL,
@@ -24,9 +27,6 @@ from helpers import (
     wait_for_end,
     wait_until,
 )
-
-import train
-from data.dataset import Dataset, open_dataset
 
 # --- what could be lost -----------------------------------------------------------------------------------------------
 
@@ -256,8 +256,8 @@ def test_sampling_while_a_sharded_run_saves(facts, tmp_path):
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--memory_parallel=2", "--gradient_accumulation_steps=2"]
     job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options, "--eval_interval=1", "--max_iters=100000")
     wait_until((tmp_path / "ckpt.pt").exists, job)
-    steps = {train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] for _ in range(400)}
-    assert len(steps) > 20
+    steps = {train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] for _ in range(150)}
+    assert len(steps) > 8
     processes = children(job)
     job.kill()  # torchrun itself: its processes save and end
     job.communicate()

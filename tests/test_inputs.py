@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, assert_refused, contents, handlers, prepare, run
 
 import sample
 import train
 from data.dataset import Dataset, find_folder
+from helpers import ROOT, SMALL, assert_refused, contents, handlers, prepare, refusal, run
 
 # --- a wrong option, a wrong file: one line that names it -------------------------------------------------------------
 
@@ -150,15 +150,6 @@ ENVIRONMENTS = [
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "'http'"),
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "do not find each other"),
 ]
-
-
-def refusal(main, arguments, capsys):
-    """What a program that must not go on says."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = (f"{ended.value.code}\n" if isinstance(ended.value.code, str) else "") + capsys.readouterr().err
-    assert ended.value.code not in (0, None) and "Traceback" not in said, said
-    return said
 
 
 CASES = [
