@@ -43,8 +43,7 @@ def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,), starts (R + 1,), int64.
 
     Pairs order[starts[r] : starts[r + 1]], numbered along indices.flatten(), are those that read rows[r]. The
-    sort is stable, so a row's pairs stay in the order of the bags: sums over them have the same bits every
-    time."""
+    sort is stable: a row's pairs stay in the order of the bags, so their sum has the same bits each time."""
     if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
         packed = (indices.flatten().long() << 32) + torch.arange(indices.numel())
         packed.numpy().sort()
@@ -125,9 +124,8 @@ def backward_kernel(
     values, weights, grad, order, rows, begins, ends, out, targets, grad_weights,
     k: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one row: it reads the row once and walks over the pairs that read it, BLOCK_P of them
-    in flight at a time. out[targets[g]] += sum over the pairs of weight * dY; grad_weights[pair] = row .
-    dY."""
+    """One program owns one row: it reads it once and walks over the pairs that read it, BLOCK_P at a time.
+    out[targets[g]] += sum over the pairs of weight * dY; grad_weights[pair] = row . dY."""
     g = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)  # (BLOCK_D,), the whole row
     row = tl.load(rows + g)
@@ -184,12 +182,10 @@ def triton_backward(values, indices, weights, grad, gradient=None):
 
 
 def run_backward(values, rows, begins, ends, out, targets, weights, grad, order, grad_weights, k):
-    """out[targets[r]] += the gradient of rows[r], from pairs order[begins[r] : ends[r]]; fills in
-    grad_weights.
+    """out[targets[r]] += gradient of rows[r], of pairs order[begins[r] : ends[r]]; fills in grad_weights.
 
     Rows read by many tokens are split, so that no program dominates the run time: pieces of PIECE pairs are
-    summed on their own, and then the partial sums by the same kernel, as if they were dY with weights of
-    1."""
+    summed on their own, and then the partial sums by the same kernel, as if they were dY of weight 1."""
     D, hot = values.size(1), ends - begins > PIECE  # (R,)
     block_p, block_d, warps = backward_tile(D)
     cold_ends = torch.where(hot, begins, ends)  # of a hot row, no pairs yet
@@ -376,8 +372,7 @@ def triton_adam(values, means, squares, rows, grads, bits, *scalars):
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for a table of which each step reads a few rows. Only those are touched, so a step costs what they
-    cost.
+    """Adam for a table of which each step reads a few rows. A step costs what those rows cost.
 
     For a row that has a gradient g at step t (arXiv:1412.6980, algorithm 1):
 
@@ -457,8 +452,7 @@ def unpack(packed):
 def best_of_row(row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """The BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,) each.
 
-    The K largest lie in those K groups of neighbours that have the largest maxima: sort these, then the
-    groups."""
+    The K largest lie in the K groups of neighbours with the largest maxima: sort these, then the groups."""
     member = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + member  # (BLOCK_N / GROUP, GROUP)
     packed = pack(tl.load(row + column, mask=column < N, other=float("-inf")), column)

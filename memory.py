@@ -1,5 +1,4 @@
-"""Memory layers: a feed-forward network that reads a few rows of a very large table instead of multiplying by
-a matrix.
+"""Memory layers: trainable key-value lookups that read a few rows of a very large table.
 
 Memory Layers at Scale (Berges et al. 2024, arXiv:2412.09764), on the product keys of Lample et al. 2019
 (arXiv:1907.05242). For one token x, and for each of H heads:
@@ -46,8 +45,7 @@ def topk_columns(scores, K):
 
     On a CPU numpy's vectorised sort takes a quarter of the time of torch.topk (3 ms against 12 on one core,
     16 of 128 in 8,192 rows), but it sorts numbers, not pairs of number and column. So put the column into the
-    number: a float32 widened to float64 ends in 29 zero bits, worth less than the smallest difference of two
-    float32."""
+    number: a float32 widened to float64 ends in 29 zero bits, worth less than any difference of float32."""
     N = scores.size(-1)
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or N > 512:
         return scores.topk(K, dim=-1).indices
@@ -140,8 +138,7 @@ class ValuePool(nn.Module):
     """The table of S values of width D that all memory layers of a model read. The GPT hands it to them.
 
     With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has
-    all S rows, but D/M of their columns. All ranks of the group must then call it together, with equally many
-    tokens."""
+    all S rows, but D/M of their columns. All must then call it together, with equally many tokens."""
 
     def __init__(self, S, D, dtype=torch.float32, group=None):
         super().__init__()

@@ -142,9 +142,8 @@ class GPT(nn.Module):
                 module.initialize(std=0.02)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy in nats or None. Target
-        -1 is ignored. Beside a loss the logits carry no gradient: a compiled backward pass would read one of
-        zeros."""
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None. Target -1 is
+        ignored. Logits beside a loss have no gradient: a compiled backward pass would read one of zeros."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -170,12 +169,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yield max_new_tokens tensors (B,), one new token each, that continue idx (B, T). Temperature 0 is
-        greedy.
+        """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T). Temperature 0: greedy.
 
         Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes
-        on from there: every token has between half a block and a whole block of context, as forward() on that
-        window would."""
+        on from there: every token has between half a block and a whole block of context."""
         B, block, device = len(idx), self.config.block_size, idx.device.type
         heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
         autocast = torch.is_autocast_enabled(device)
@@ -231,10 +228,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T.
 
-        Counted from what runs: 2 for each multiply-add of the matrix products, of attention over the (T + 1)
-        / 2 positions that a token sees on average, and of the lookup. Norms, softmax, comparisons of the
-        top-k are left out, as is usual. Training costs three times this: the backward pass makes two products
-        for each one."""
+        2 for each multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees
+        on average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
+        Training costs three times this: the backward pass makes two products for each one."""
         c = self.config
         C, D, H, K, N, key = c.n_embd, c.mem_value_dim, c.mem_heads, c.mem_topk, c.mem_keys, c.mem_key_dim
         gate = 2 * C * D if c.mem_gate else 0  # and output

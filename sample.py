@@ -131,5 +131,5 @@ def main(argv):
 if __name__ == "__main__":
     steady_streams()
     parse(sys.argv[1:])  # says what is wrong with them, or --help
-    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115 (its errors count here)
+    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
     main(sys.argv[1:])

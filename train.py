@@ -192,11 +192,9 @@ def read_checkpoint(path):
 
 def load_checkpoint(path, device="cpu", group=None):
     """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
-    With a group each of its processes gets the columns of the table that are its own, whoever has written the
-    file.
+    With a group each of its processes gets its columns of the table, however many have written the file.
 
-    Raises FileNotFoundError or ValueError, naming the file, for one that is missing, damaged, or something
-    else."""
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
     checkpoint = read_checkpoint(path)
     with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
         TrainConfig(**checkpoint["train_config"])
@@ -264,8 +262,7 @@ def make_optimizers(model, config):
     """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read.
 
     eps only guards against 0 / 0. The loss is a mean over all tokens of a step: with half a million of them a
-    row of the table has gradients of 1e-9, and a sub-key little more: the usual 1e-8 would stop what is read
-    least."""
+    row has gradients of 1e-9, and a sub-key little more: the usual 1e-8 would stop what is read least."""
     groups, betas = model.parameter_groups(), (config.beta1, config.beta2)
     network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
     network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
@@ -500,7 +497,7 @@ def train(run):
     return result
 
 
-IN_BAR = ("loss", "tokens_per_s", "gpu_gib", "val_loss", "recall")  # of a line of the log, in the progress bar
+IN_BAR = ("loss", "tokens_per_s", "gpu_gib", "val_loss", "recall")  # of a line of the log
 
 
 def report(run, line, evaluating):
@@ -598,7 +595,7 @@ def start(given, ranks):
     torch.manual_seed(config.seed)
     if ranks.local == 0:
         find_folder(config.dataset)  # which makes the facts, if they are not there
-    ranks.gather("now they are")
+    ranks.gather(None)  # a barrier
     folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
     model_config = make_configs(options | {"vocab_size": Dataset(folder).vocab_size})[1]
     data = open_dataset(folder, model_config.block_size, config.seed)
@@ -619,7 +616,7 @@ def start(given, ranks):
         wrong = f"{config.out_dir}/ckpt.pt: the state of its optimisers is wrong"
         with blame(wrong, "go on from another one"):
             restore(optimizers, checkpoint)
-    ranks.gather("nothing was wrong")
+    ranks.gather(None)  # nobody has found anything wrong
     if ranks.rank == 0:
         prepare_out_dir(config, state["iter"], ranks)
     parts = {"model": model, "optimizers": optimizers, "data": data, "state": state}
