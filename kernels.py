@@ -11,8 +11,8 @@ In this order: the definition, the same in PyTorch (for a CPU), the same in Trit
 the model calls), `RowAdam` (the optimiser of the rows that were read), and the kernel that selects slots
 (memory.py). `python kernels.py` checks and times all of it.
 
-Letters: n bags (tokens), k slots read a bag (heads times top-k), S slots in the table, D width of a value,
-R distinct rows read, P = n * k pairs of bag and slot.
+Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
+R distinct rows read, P = n * k pairs of token and slot.
 """
 
 import os
@@ -43,7 +43,7 @@ def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,), starts (R + 1,), int64.
 
     Pairs order[starts[r] : starts[r + 1]], numbered along indices.flatten(), are those that read rows[r]. The
-    sort is stable: a row's pairs stay in the order of the bags, so their sum has the same bits each time."""
+    sort is stable: a row's pairs stay in the order of the tokens, so sums have the same bits each time."""
     if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
         packed = (indices.flatten().long() << 32) + torch.arange(indices.numel())
         packed.numpy().sort()
@@ -64,18 +64,17 @@ def torch_forward(values, indices, weights):
     return lookup_reference(values, indices, weights)
 
 
-def torch_backward(values, indices, weights, grad, gradient=None):
-    """grad (n, D) -> rows (R,), gradient of those rows (R, D), gradient of the weights (n, k).
-    gradient: a table (S, D) that the rows' gradients are added to; then that is what it returns second."""
+def torch_backward(values, indices, weights, grad, table_grad=None):
+    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (n, k).
+    table_grad (S, D): if it is there, the rows' gradients are added to it, and None is returned for them."""
     (n, k), (order, rows, starts) = indices.shape, group_by_row(indices)
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    # dV = W^T dY: bag r collects the dY of the tokens that read row r. Unlike index_add_, it adds in a fixed
-    # order.
+    # dV = W^T dY: row r sums the dY of the tokens that read it; unlike index_add_, in a fixed order.
     pair_weights = weights.flatten()[order].to(wide.dtype)  # (P,), grouped by row
     grad_rows = F.embedding_bag(order // k, wide, starts[:-1], per_sample_weights=pair_weights, mode="sum")
     grad_rows = grad_rows.to(values.dtype)
-    # dW = dY V^T where W is not zero: W has k entries in each row, so its row offsets are multiples of k. A
-    # tenth of the time of einsum; but sampled_addmm refuses more entries than its matrix has.
+    # dW = dY V^T where W is not zero: W has k entries in each row, so its row offsets are multiples of k.
+    # (Several may be of one slot: sampled_addmm takes each on its own. It needs a tenth of einsum's time.)
     if wide.device.type == "cpu" and wide.dtype == values.dtype and k <= len(values):
         offsets, zeros = torch.arange(0, n * k + 1, k), wide.new_zeros(n * k)
         size, columns = (n, len(values)), indices.flatten().long()
@@ -83,16 +82,17 @@ def torch_backward(values, indices, weights, grad, gradient=None):
         grad_weights = torch.sparse.sampled_addmm(pattern, wide, values.t(), beta=0.0).values().view(n, k)
     else:
         grad_weights = torch.einsum("nkd,nd->nk", values[indices].to(wide.dtype), wide)
-    if gradient is not None:
-        grad_rows = gradient.index_add_(0, rows, grad_rows)  # each row once
-    return rows, grad_rows, grad_weights
+    if table_grad is None:
+        return rows, grad_rows, grad_weights
+    table_grad.index_add_(0, rows, grad_rows)  # each row once
+    return rows, None, grad_weights
 
 
 # --- Triton ---------------------------------------------------------------------------------------------
 # Bytes that must move at width D with e bytes a number (12 bytes a pair of slot number and weight are few):
 #   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
-#   backward   R * D * e   rows read once, each by its one owner      +  2 * R * D * e  their gradients, read
-#              n * D * e   dY, read from memory once if L2 holds it                     and written
+#   backward   R * D * e   rows read once, each by its one owner      +  n * D * e  dY, if L2 holds it
+#              2 * R * D * e   their gradients, read and written
 # D and k are compile-time constants: the compiler then knows how rows are aligned, loads 16 bytes at once
 # where it may, and divides by k with a multiplication.
 
@@ -104,19 +104,19 @@ def forward_kernel(
     values, indices, weights, out,
     k: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_D columns of one bag, BLOCK_K rows in flight at a time."""
-    bag = tl.program_id(0).to(tl.int64)
+    """One program computes BLOCK_D columns of one token, BLOCK_K rows in flight at a time."""
+    token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for start in range(0, k, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
-        slot = tl.load(indices + bag * k + j, mask=j < k, other=0).to(tl.int64)
-        weight = tl.load(weights + bag * k + j, mask=j < k, other=0.0).to(tl.float32)
+        slot = tl.load(indices + token * k + j, mask=j < k, other=0).to(tl.int64)
+        weight = tl.load(weights + token * k + j, mask=j < k, other=0.0).to(tl.float32)
         mask = (j < k)[:, None] & (column < D)[None, :]
         row = tl.load(values + slot[:, None] * D + column[None, :], mask=mask, other=0.0)
         total += weight[:, None] * row.to(tl.float32)  # (BLOCK_K, BLOCK_D)
-    tl.store(out + bag * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
+    tl.store(out + token * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -134,11 +134,11 @@ def backward_kernel(
     end = tl.load(ends + g)
     for start in range(tl.load(begins + g), end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)  # = bag * k + j
+        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)  # = token * k + j
         weight = tl.load(weights + pair, mask=p < end, other=0.0).to(tl.float32)
         mask = (p < end)[:, None] & (column < D)[None, :]
-        bag = (pair // k).to(tl.int64)
-        dy = tl.load(grad + bag[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        token = (pair // k).to(tl.int64)
+        dy = tl.load(grad + token[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         total += weight[:, None] * dy  # (BLOCK_P, BLOCK_D)
         tl.store(grad_weights + pair, tl.sum(value[None, :] * dy, 1), mask=p < end)
     target = out + tl.load(targets + g) * D + column
@@ -168,17 +168,17 @@ def triton_forward(values, indices, weights):
     return out
 
 
-def triton_backward(values, indices, weights, grad, gradient=None):
+def triton_backward(values, indices, weights, grad, table_grad=None):
     """As torch_backward. All tensors contiguous."""
     order, rows, starts = group_by_row(indices)
     R, D = len(rows), values.size(1)
-    out, targets = gradient, rows
-    if gradient is None:
+    out, targets = table_grad, rows
+    if table_grad is None:
         out, targets = values.new_zeros(R, D), torch.arange(R, device=rows.device)
     grad_weights = torch.empty_like(weights, dtype=torch.float32)
     pairs = weights, grad, order, grad_weights, indices.size(1)
     run_backward(values, rows, starts[:-1], starts[1:], out, targets, *pairs)
-    return rows, out, grad_weights
+    return rows, out if table_grad is None else None, grad_weights
 
 
 def run_backward(values, rows, begins, ends, out, targets, weights, grad, order, grad_weights, k):
@@ -188,13 +188,13 @@ def run_backward(values, rows, begins, ends, out, targets, weights, grad, order,
     summed on their own, and then the partial sums by the same kernel, as if they were dY of weight 1."""
     D, hot = values.size(1), ends - begins > PIECE  # (R,)
     block_p, block_d, warps = backward_tile(D)
-    cold_ends = torch.where(hot, begins, ends)  # of a hot row, no pairs yet
+    cold_ends = torch.where(hot, begins, ends)  # first, hot rows get an empty range
     backward_kernel[(len(rows),)](
         values, weights, grad, order, rows, begins, cold_ends, out, targets, grad_weights,
         k, D, block_p, block_d, num_warps=warps,
     )  # fmt: skip
     hot = hot.nonzero().flatten()
-    if len(hot) > 0:
+    if len(hot) > 0:  # then their pieces, and the sums of these
         pieces = (ends - begins)[hot].add(PIECE - 1) // PIECE  # of each hot row
         firsts = F.pad(pieces.cumsum(0), (1, 0))  # pieces firsts[h] to firsts[h + 1] are those of row hot[h]
         owner = hot.repeat_interleave(pieces)
@@ -217,7 +217,7 @@ def uses_triton(tensor):
     return tensor.is_cuda and hasattr(triton, "cdiv")  # a GPU, and a system that Triton exists for
 
 
-@torch.library.custom_op("nanomem::lookup_forward", mutates_args=())  # torch.compile calls it as it is
+@torch.library.custom_op("nanomem::lookup_forward", mutates_args=())  # opaque to torch.compile
 def lookup_forward(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if indices.numel() == 0:
         return values.new_zeros(len(indices), values.size(1))
@@ -230,24 +230,24 @@ def lookup_forward(values: torch.Tensor, indices: torch.Tensor, weights: torch.T
         return run(*(t.contiguous() for t in (values, indices, weights)))
 
 
-def lookup_backward(values, indices, weights, grad, gradient=None):
+def lookup_backward(values, indices, weights, grad, table_grad=None):
     """As torch_backward."""
     if indices.numel() == 0:
         rows = indices.new_zeros(0, dtype=torch.int64)
         return rows, values.new_zeros(0, values.size(1)), weights.new_zeros(indices.shape)
     run = triton_backward if uses_triton(values) else torch_backward
     with torch.cuda.device_of(values):
-        return run(*(t.contiguous() for t in (values, indices, weights, grad)), gradient)
+        return run(*(t.contiguous() for t in (values, indices, weights, grad)), table_grad)
 
 
-@torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("gradient", "touched"))
+@torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("table_grad", "touched"))
 def lookup_backward_into(
     values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor,
-    gradient: torch.Tensor, touched: torch.Tensor,
+    table_grad: torch.Tensor, touched: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    rows, _, grad_weights = lookup_backward(values, indices, weights, grad, gradient)
+    rows, _, grad_weights = lookup_backward(values, indices, weights, grad, table_grad)
     touched.index_fill_(0, rows, 1)
-    return grad_weights.to(weights.dtype).contiguous()  # as its fake says
+    return grad_weights.to(weights.dtype).contiguous()  # the dtype and strides of its fake
 
 
 @lookup_forward.register_fake
@@ -256,24 +256,24 @@ def _(values, indices, weights):
 
 
 @lookup_backward_into.register_fake
-def _(values, indices, weights, grad, gradient, touched):
+def _(values, indices, weights, grad, table_grad, touched):
     return torch.empty_like(weights)
 
 
 class Lookup(torch.autograd.Function):
-    """Ties forward and backward together. The values' gradient is a sparse tensor, or added to `into`."""
+    """Ties forward and backward together. The values' gradient is sparse, or added to the accumulator."""
 
     @staticmethod
-    def forward(ctx, values, indices, weights, into):
+    def forward(ctx, values, indices, weights, accumulator):
         ctx.save_for_backward(values, indices, weights)
-        ctx.into = into
+        ctx.accumulator = accumulator
         return lookup_forward(values, indices, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if ctx.into is not None:
-            return None, None, lookup_backward_into(*ctx.saved_tensors, grad, *ctx.into), None
+        if ctx.accumulator is not None:
+            return None, None, lookup_backward_into(*ctx.saved_tensors, grad, *ctx.accumulator), None
         values, _, weights = ctx.saved_tensors
         rows, grad_rows, grad_weights = lookup_backward(*ctx.saved_tensors, grad)
         return sparse_rows(rows, grad_rows, values), None, grad_weights.to(weights.dtype), None
@@ -285,20 +285,20 @@ def sparse_rows(rows, grads, values):
     return torch.sparse_coo_tensor(rows.unsqueeze(0), grads, values.shape, **options)
 
 
-def lookup(values, indices, weights, into=None):
+def lookup(values, indices, weights, accumulator=None):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
 
-    values   (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
-    indices  (n, k) int32 or int64, in [0, S): on a GPU checked only with NANOMEM_DEBUG=1 in the environment
-    weights  (n, k) floating point, best float32; n * k below 2^31
-    into     None, or where the gradient of values goes: (S, D) of values' dtype, and (S,) of uint8
-    returns  (n, D) of values' dtype, summed in float32 or wider
+    values       (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
+    indices      (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with NANOMEM_DEBUG=1
+    weights      (n, k) floating point, best float32; n * k below 2^31
+    accumulator  None, or where the gradient of values goes: (S, D) of values' dtype, and (S,) of uint8
+    returns      (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
-    rows that were read, so its size does not depend on S. Many lookups in one table had better share an
-    `into`: each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd
-    sees no gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give
-    the same bits every time. Raises ValueError for tensors that do not fit together."""
+    rows that were read, so its size does not depend on S. Lookups in one table should share an accumulator:
+    each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd sees no
+    gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give the same
+    bits every time. Raises ValueError for tensors that do not fit together."""
     shapes = values.ndim == indices.ndim == 2 and indices.shape == weights.shape
     small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
     dtypes = values.is_floating_point() and weights.is_floating_point()
@@ -308,14 +308,14 @@ def lookup(values, indices, weights, into=None):
         want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
         raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
     run = Lookup.apply
-    if into is None and torch.is_grad_enabled():
-        run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients, nor their sum
-    return run(values, indices, weights, into)
+    if accumulator is None and torch.is_grad_enabled():
+        run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients
+    return run(values, indices, weights, accumulator)
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------
-# Bytes of a step: R * D * e of the gradient, 2 * R * D * e of the values and 16 * R * D of the moments
-# (float32).
+# Bytes of a step: R * D * e of the gradient, 2 * R * D * e of the values, 16 * R * D of the float32 moments,
+# and for bfloat16 values 4 * R * D of random bits, written and read.
 
 
 def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
@@ -414,7 +414,7 @@ class RowAdam(torch.optim.Optimizer):
         generator = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)
         run, part = (triton_adam, 2**17) if uses_triton(p) else (torch_adam, 2**11)  # stays in a CPU's cache
         for rows, grads in zip(grad.indices()[0].split(part), grad.values().split(part), strict=True):
-            bits = rows  # float32 tables need none
+            bits = rows  # float32 tables need none: any pointer will do
             if p.dtype == torch.bfloat16:
                 options = {"generator": generator, "dtype": torch.int16, "device": p.device}
                 bits = torch.randint(-(2**15), 2**15, grads.shape, **options)
@@ -438,7 +438,7 @@ class RowAdam(torch.optim.Optimizer):
 def pack(score, column):
     """An int64 that orders as the scores do, then by column."""
     bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | column  # negative floats count up now
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | column  # negative floats, too
 
 
 @triton.jit

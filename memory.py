@@ -47,12 +47,12 @@ def topk_columns(scores, K):
     16 of 128 in 8,192 rows), but it sorts numbers, not pairs of number and column. So put the column into the
     number: a float32 widened to float64 ends in 29 zero bits, worth less than any difference of float32."""
     N = scores.size(-1)
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or N > 512:
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or N > 512:  # where sorting all is slower
         return scores.topk(K, dim=-1).indices
     packed = scores.double().numpy()
     packed.view(np.int64)[...] |= np.arange(N)
     packed.sort(axis=-1)
-    return torch.from_numpy(packed.view(np.int64)[..., : -K - 1 : -1] & (2**29 - 1))
+    return torch.from_numpy(packed.view(np.int64)[..., : -K - 1 : -1] & (2**29 - 1))  # the last K, backwards
 
 
 def product_topk(s, K, pairs):
@@ -63,11 +63,11 @@ def product_topk(s, K, pairs):
     columns = topk_columns(s, K)  # (2, ..., K), best first
     (a, b), (s1, s2), (i, j) = pairs, s.gather(-1, columns), columns
     sums = torch.cat([s1[..., r : r + 1] + s2[..., : K // (r + 1)] for r in range(K)], dim=-1)  # (..., P)
-    best = topk_columns(sums, K)  # (..., K), each a number of a pair
+    best = topk_columns(sums, K)  # (..., K), each the index of a pair
     return i.gather(-1, a[best]) * s.size(-1) + j.gather(-1, b[best])
 
 
-@torch.library.custom_op("nanomem::select", mutates_args=())  # torch.compile calls it as it is
+@torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
 def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
     """Each head's K best slots. scores (2, H, n, N), pairs: candidate_pairs(K) -> (H, n, K), best first"""
     if uses_triton(scores) and scores.size(2) > 0:
@@ -146,7 +146,7 @@ class ValuePool(nn.Module):
         i = group.rank() if group else 0
         self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # those that are here
         self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
-        self.into = None  # after collect_gradients(): the sum of the gradients, and which rows have one
+        self.accumulator = None  # after collect_gradients(): the sum of gradients, and which rows have one
         self.usage = None
 
     @torch.no_grad()
@@ -160,20 +160,21 @@ class ValuePool(nn.Module):
         if self.usage is not None:
             self.usage.add(slots, weights)
         if self.group is not None:
-            return torch.compiler.disable(sharded_lookup)(self, slots, weights)  # it talks to others
-        return lookup(self.values, slots, weights, self.into)
+            return torch.compiler.disable(sharded_lookup)(self, slots, weights)
+        return lookup(self.values, slots, weights, self.accumulator)
 
     def collect_gradients(self):
-        """From now on layers and micro-steps add to one gradient; combine_gradient() takes the sum out."""
+        """From now on layers and micro-steps add to one gradient, of the values' dtype (bfloat16 loses
+        a little: bench/README.md). combine_gradient() takes the sum out."""
         touched = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
-        self.into = torch.zeros_like(self.values), touched
+        self.accumulator = torch.zeros_like(self.values), touched
 
     @torch.no_grad()
     def combine_gradient(self, replicas=None, world=1):
         """Put what was collected, averaged over `world` ranks, into values.grad: a coalesced sparse tensor of
         the rows that any of them has read. replicas: the group of those that hold the same columns; all get
         the same bits. They exchange a byte a slot, and then the gradients of those rows."""
-        gradient, touched = self.into
+        gradient, touched = self.accumulator
         if replicas:
             dist.all_reduce(touched, dist.ReduceOp.MAX, group=replicas)
         rows = touched.nonzero().flatten()
@@ -248,5 +249,5 @@ def sharded_lookup(pool, slots, weights):
     (n, k), M = slots.shape, pool.M
     slots = Exchange.apply(slots.int().expand(M, n, k), pool.group)  # (M, n, k): of each rank's tokens
     weights = Exchange.apply(weights.expand(M, n, k), pool.group)  # expand's gradient sums over the ranks
-    y = lookup(pool.values, slots.flatten(0, 1), weights.flatten(0, 1), pool.into)  # (M*n, D/M)
+    y = lookup(pool.values, slots.flatten(0, 1), weights.flatten(0, 1), pool.accumulator)  # (M*n, D/M)
     return Exchange.apply(y.view(M, n, -1), pool.group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)

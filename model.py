@@ -107,8 +107,7 @@ class GPT(nn.Module):
         initialize=False: for weights that are about to be loaded. Drawing a large table takes seconds."""
         super().__init__()
         self.config = config
-        # Also the output matrix, transposed. GPUs multiply by 32 rows and more at once: the padding rows are
-        # zeros.
+        # Also the output matrix, transposed. Padded with zeros to 32 rows, for fast products on GPUs.
         self.embedding = nn.Embedding(-(-config.vocab_size // 32) * 32, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
@@ -143,7 +142,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None. Target -1 is
-        ignored. Logits beside a loss have no gradient: a compiled backward pass would read one of zeros."""
+        ignored. Logits beside a loss are detached: a compiled backward pass would read zeros for them."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
@@ -233,16 +232,15 @@ class GPT(nn.Module):
         Training costs three times this: the backward pass makes two products for each one."""
         c = self.config
         C, D, H, K, N, key = c.n_embd, c.mem_value_dim, c.mem_heads, c.mem_topk, c.mem_keys, c.mem_key_dim
-        gate = 2 * C * D if c.mem_gate else 0  # and output
+        gate = 2 * C * D if c.mem_gate else 0  # gate and output matrix
         memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup
-        attention, M = 4 * C * C + C * (T + 1), len(c.mem_layers)
-        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - M) * 3 * C * c.n_ffn}
-        adds |= {"memory": M * memory, "head": C * self.embedding.num_embeddings}
+        attention, layers = 4 * C * C + C * (T + 1), len(c.mem_layers)
+        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - layers) * 3 * C * c.n_ffn}
+        adds |= {"memory": layers * memory, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
 
 
-# Attention while generating. PyTorch's first choice on an H100, cuDNN, may plan half a second for each
-# length.
+# Attention while generating. cuDNN's, PyTorch's first choice on an H100, plans anew for each length.
 GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

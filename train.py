@@ -4,7 +4,7 @@
     python train.py --preset=facts-dense     the same compute without a memory, to compare
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
     python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
-    torchrun --standalone --nproc_per_node=8 train.py ...       the same run on eight GPUs
+    torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2       in two processes
 
 Options are the fields of TrainConfig below and of GPTConfig in model.py.
 """
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["NANOMEM_PARENT"] = str(os.getppid())  # before the seconds that the imports take
+os.environ["NANOMEM_PARENT"] = str(os.getppid())  # before the imports, which take seconds
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a few sparse operators run on the CPU then
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 import torch
@@ -243,8 +243,8 @@ def choose_device(name, number=0):
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
         elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # glibc gives large blocks back as soon as they are free, and a step has to take them again, page
-            # by page, for 8% of its time: raise M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1).
+            # glibc returns large blocks to the system when they are freed; a step has to fault them in again,
+            # for 8% of its time: raise M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1).
             libc.mallopt(-3, 2**30)
             libc.mallopt(-1, 2**30)
     return device
@@ -286,7 +286,7 @@ def learning_rate(config, it):
 def inputs_and_targets(windows, device):
     """windows (B, T + 1), a numpy array -> two tensors (B, T) on the device."""
     windows = torch.from_numpy(windows)
-    windows = windows.pin_memory() if device.type == "cuda" else windows  # for a copy that nobody waits for
+    windows = windows.pin_memory() if device.type == "cuda" else windows  # for an asynchronous copy
     windows = windows.to(device, non_blocking=True)
     return windows[:, :-1], windows[:, 1:]
 
@@ -394,7 +394,7 @@ class Ranks:
         return table
 
     def check_in_step(self, model):
-        """All ranks have the same weights, bit for bit, and replicas the same columns: the same updates."""
+        """All ranks must have the same weights, and replicas the same columns. Compares sums in float64."""
         sums = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
         everyone = self.gather((str(sums.pop("pool.values", 0)), str(sums)))
         for rank, theirs in enumerate(everyone):
@@ -403,7 +403,7 @@ class Ranks:
 
 
 def orphaned():
-    """Whether torchrun was killed: as if it had passed on a SIGTERM."""
+    """Whether torchrun, the parent, was killed: its processes then stop as on SIGTERM."""
     return "RANK" in os.environ and str(os.getppid()) != os.environ["NANOMEM_PARENT"]
 
 
@@ -436,8 +436,8 @@ def train(run):
     network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
     if model.pool is not None:
         model.pool.collect_gradients()
-    total = config.gradient_accumulation_steps  # micro-step n of a run is that of rank n modulo world
-    micro_step = itertools.count(state["iter"] * total + ranks.rank, ranks.world)
+    total = config.gradient_accumulation_steps  # of all ranks
+    micro_step = itertools.count(state["iter"] * total + ranks.rank, ranks.world)  # of this rank
 
     def next_batch():
         first = next(micro_step) * config.batch_size
@@ -451,7 +451,7 @@ def train(run):
         loss = torch.zeros((), device=device)
         for _ in range(total // ranks.world):
             with context:
-                micro_loss = run_model(inputs, targets)[1] * ranks.world / total
+                micro_loss = run_model(inputs, targets)[1] * ranks.world / total  # a mean over this rank's
             micro_loss.backward()
             loss += micro_loss.detach()
             inputs, targets = next_batch()

@@ -156,8 +156,8 @@ for S in (50, 5000):
         last = S - 1
         mine, other = ([1, 5, last], [5, 9]) if rank == 0 else ([5, 9], [1, 5, last])
         grads = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(turn))
-        pool.into[0][mine] = grads[rank, : len(mine)]
-        pool.into[1][mine] = 1
+        pool.accumulator[0][mine] = grads[rank, : len(mine)]
+        pool.accumulator[1][mine] = 1
         pool.combine_gradient(dist.group.WORLD, 2)
         want = torch.zeros(S, D)
         want[mine] += grads[rank, : len(mine)] / 2
