@@ -706,6 +706,7 @@ def main(argv):
         summarize(run, result)
     if ranks.on:
         dist.destroy_process_group()
+        os._exit(0)  # one of gloo's threads that frees a tensor while Python ends would abort a finished run
 
 
 if __name__ == "__main__":

@@ -431,18 +431,22 @@ def test_a_wrong_option_is_named_and_nothing_is_written(facts, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_or_broken_dataset_is_named(facts, tmp_path):
-    assert_refused(train(tmp_path / "nowhere", tmp_path / "out"), "nowhere", "train.bin")
+def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
+    def refused(folder, *words):
+        said = refusal(program.main, [f"--dataset={folder}", f"--out_dir={tmp_path / 'out'}", *SMALL], capsys)
+        assert all(word in said for word in words), said
+
+    refused(tmp_path / "nowhere", "nowhere", "train.bin")
     (tmp_path / "unprepared").mkdir()
     (tmp_path / "unprepared" / "prepare.py").touch()
-    assert_refused(train(tmp_path / "unprepared", tmp_path / "out"), "train.bin", f"run: python {tmp_path / 'unprepared'}")
+    refused(tmp_path / "unprepared", "train.bin", f"run: python {tmp_path / 'unprepared'}")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in facts.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     for content, words in ((b"", ["0 bytes"]), (b"\1\0\1", ["3 bytes"]), (b"\xff\xff" * 99, ["token id 65535", "1311"])):
         (broken / "train.bin").write_bytes(content)
-        assert_refused(train(broken, tmp_path / "out"), str(broken / "train.bin"), *words)
+        refused(broken, str(broken / "train.bin"), *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -495,7 +499,7 @@ def wrong_checkpoints(good, folder):
     yield "without weights", {name: value for name, value in whole.items() if name != "model"}, ["do not fit"]
 
 
-def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tmp_path):
+def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tmp_path, capsys):
     for name, contents, words in wrong_checkpoints(finished / "ckpt.pt", tmp_path):
         path = tmp_path / name / "ckpt.pt"
         path.parent.mkdir()
@@ -506,9 +510,11 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
                 load_checkpoint(path)
             assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
         if name in ("truncated", "code", "wider"):
-            assert_refused(run("sample.py", f"--out_dir={path.parent}"), str(path), *words)
+            said = refusal(sample.main, [f"--out_dir={path.parent}"], capsys)
+            assert all(word in said for word in (str(path), *words)), said
         if name in ("truncated", "code", "weights only"):
-            assert_refused(run("train.py", "--resume", f"--out_dir={path.parent}"), str(path), *words)
+            said = refusal(program.main, ["--resume", f"--out_dir={path.parent}"], capsys)
+            assert all(word in said for word in (str(path), *words)), said
         assert path.read_bytes() == before
     assert not (tmp_path / "executed").exists()
     assert_refused(run("sample.py", f"--out_dir={tmp_path / 'nowhere'}"), "no checkpoint", "nowhere")
