@@ -251,3 +251,18 @@ def sharded_lookup(pool, slots, weights):
     weights = Exchange.apply(weights.expand(M, n, k), pool.group)  # expand's gradient sums over the ranks
     y = lookup(pool.values, slots.flatten(0, 1), weights.flatten(0, 1), pool.accumulator)  # (M*n, D/M)
     return Exchange.apply(y.view(M, n, -1), pool.group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+
+
+def whole_table(pool, part):
+    """part (S, D/M), the columns of values or moments that are here -> all (S, D), on the CPU, in rank 0."""
+    if pool.group is None:
+        return part
+    first = dist.get_rank() == 0
+    table = torch.empty(len(part), pool.D, dtype=part.dtype) if first else None
+    for start in range(0, len(part), 2**16):  # in pieces that fit beside all else that a GPU holds
+        piece = part[start : start + 2**16].contiguous()
+        pieces = [torch.empty_like(piece) for _ in range(pool.M)]
+        dist.all_gather(pieces, piece, group=pool.group)
+        if first:
+            table[start : start + 2**16] = torch.cat(pieces, dim=1)
+    return table

@@ -38,6 +38,7 @@ from data.dataset import Dataset, find_folder, open_dataset
 from data.files import Refused, atomic_write, blame, enough_memory, explain, lock, steady_streams
 from data.files import sweep, write_file, writing
 from kernels import RowAdam
+from memory import whole_table
 from model import GPT, GPTConfig, check_options, option
 
 
@@ -379,20 +380,6 @@ class Ranks:
             dist.all_reduce(vector)
             vector_to_parameters(vector / self.world, gradients)
 
-    def whole_table(self, columns):
-        """(S, D/M) -> (S, D), on the CPU, in rank 0: the columns of all ranks that share a table."""
-        if self.M == 1:
-            return columns
-        S, width = columns.shape
-        table = torch.empty(S, width * self.M, dtype=columns.dtype) if self.rank == 0 else None
-        for first in range(0, S, 2**16):  # parts that fit beside all else that a GPU holds
-            part = columns[first : first + 2**16].contiguous()
-            parts = [torch.empty_like(part) for _ in range(self.M)]
-            dist.all_gather(parts, part, group=self.group)
-            if self.rank == 0:
-                table[first : first + 2**16] = torch.cat(parts, dim=1)
-        return table
-
     def check_in_step(self, model):
         """All ranks must have the same weights, and replicas the same columns. Compares sums in float64."""
         sums = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
@@ -533,9 +520,9 @@ def save(run, best):
     weights, ranks, out_dir = run.model.state_dict(), run.ranks, Path(run.config.out_dir)
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if run.model.pool is not None:
-        weights["pool.values"] = ranks.whole_table(weights["pool.values"])
+        weights["pool.values"] = whole_table(run.model.pool, weights["pool.values"])
         table = optimizers[1]["state"][0]
-        moments = {name: ranks.whole_table(table[name]) for name in ("means", "squares")}
+        moments = {k: whole_table(run.model.pool, t) for k, t in table.items() if torch.is_tensor(t)}
         optimizers[1]["state"] = {0: table | moments}
     checkpoint = {
         "format": FORMAT,
@@ -545,7 +532,6 @@ def save(run, best):
         **{name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")},
         **run.state,
     }
-
     if ranks.rank > 0:
         return
     if not (out_dir.exists() and os.path.samestat(os.stat(out_dir), lock(out_dir))):
