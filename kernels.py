@@ -425,7 +425,8 @@ class RowAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # casts to the values' dtype: take the state as it was
         for i, state in state_dict["state"].items():
             p = self.tables[i]
-            self.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in state.items()}
+            own = {"device": p.device, "copy": True, "memory_format": torch.contiguous_format}  # not mapped
+            self.state[p] = {k: v.to(**own) if torch.is_tensor(v) else v for k, v in state.items()}
 
 
 # --- selecting slots (memory.py says how and why) -------------------------------------------------------

@@ -41,7 +41,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "top_k", "temperature", "top_p", "seed", "rows"):
         low = int(name in ("num_samples", "max_new_tokens", "top_k"))
-        value, high = getattr(args, name), 1 if name == "top_p" else 10**9
+        value, high = getattr(args, name), {"top_p": 1, "seed": 2**63 - 1}.get(name, 10**9)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name}={value}: must be from {low} to {high}")
     return args

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import io
 import itertools
 import json
 import math
@@ -69,7 +70,7 @@ class TrainConfig:
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
     memory_parallel: int = option(1, "processes that share one table, each with a part of its columns", 1)
-    timeout: int = option(600, "seconds that a process waits for another one before it gives up", 1)
+    timeout: int = option(600, "seconds that a process waits for another one; give it again with --resume", 1)
 
     def __post_init__(self):
         check_options(self)
@@ -161,7 +162,8 @@ def complete_options(given, ranks):
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         saved = checkpoint["train_config"] | checkpoint["model_config"]
         make_configs(saved)
-    asked = [dataclasses.asdict(config) for config in make_configs(saved | options)]
+    layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
+    asked = [dataclasses.asdict(config) for config in make_configs(saved | layers | options)]
     for name in (*asked[1], "seed", "batch_size", "gradient_accumulation_steps"):
         if name in options and (asked[0] | asked[1])[name] != saved[name]:
             kept = f"the run in {path.parent} has {name}={saved[name]} and must keep it"
@@ -338,7 +340,7 @@ class Ranks:
         self.M, self.group, self.replicas, self.store = 1, None, None, None
         if not self.on:
             return
-        timeout = datetime.timedelta(seconds=timeout)
+        self.timeout = timeout = datetime.timedelta(seconds=timeout)
         what = "processes do not find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         with blame(what, "start them with torchrun"):
             if orphaned():
@@ -362,9 +364,9 @@ class Ranks:
         """M ranks share a table; world / M hold the same columns. M divides world."""
         self.M, groups = M, dist.new_subgroups_by_enumeration
         if M > 1:
-            self.group, _ = groups([list(range(i, i + M)) for i in range(0, self.world, M)])
+            self.group, _ = groups([[*range(i, i + M)] for i in range(0, self.world, M)], self.timeout)
         if self.world > M:
-            self.replicas, _ = groups([list(range(i, self.world, M)) for i in range(M)])
+            self.replicas, _ = groups([[*range(i, self.world, M)] for i in range(M)], self.timeout)
 
     def gather(self, value):
         """The value of every rank, a list. value: plain values and tensors"""
@@ -378,11 +380,14 @@ class Ranks:
         if self.world > 1:
             vector = parameters_to_vector(gradients)
             dist.all_reduce(vector)
-            vector_to_parameters(vector / self.world, gradients)
+            vector_to_parameters(vector.div_(self.world), gradients)
 
     def check_in_step(self, model):
         """All ranks must have the same weights, and replicas the same columns. Compares sums in float64."""
-        sums = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
+        if self.world == 1:
+            return
+        parts = {name: p.detach().split(2**16) for name, p in model.named_parameters()}  # copies are small
+        sums = {name: sum(part.double().sum().item() for part in tensors) for name, tensors in parts.items()}
         everyone = self.gather((str(sums.pop("pool.values", 0)), str(sums)))
         for rank, theirs in enumerate(everyone):
             if theirs != (everyone[rank % self.M][0], everyone[0][1]):
@@ -479,7 +484,7 @@ def train(run):
                 again = f"train.py --resume --out_dir={shlex.quote(config.out_dir)}"
                 print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; ckpt.pt is saved.")
                 print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
-            sys.exit(128 + stopped_by)
+            (os._exit if ranks.on else sys.exit)(128 + stopped_by)  # see main()
     bar.close()
     return result
 
@@ -507,16 +512,18 @@ def report(run, line, evaluating):
     return result
 
 
-def refuse_nan(loss, run):
-    if not math.isfinite(loss):
+def refuse_nan(number, run, what="loss"):
+    if not math.isfinite(number):
         rates = f"learning_rate (now {run.config.learning_rate:g}) or mem_learning_rate"
         rates += f" (now {run.config.mem_learning_rate:g}), or a longer warmup_iters"
-        what = f"the loss is {loss} at step {run.state['iter']}: training has diverged"
+        what = f"the {what} is {number} at step {run.state['iter']}: training has diverged"
         raise Refused(f"{what}. Try a smaller {rates}")
 
 
 def save(run, best):
     """Write ckpt.pt, and if no evaluation was better best.pt, without optimisers."""
+    largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())  # NaN if one is
+    refuse_nan(sum(run.ranks.gather(largest)), run, "largest weight")  # the loss was that before the update
     weights, ranks, out_dir = run.model.state_dict(), run.ranks, Path(run.config.out_dir)
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if run.model.pool is not None:
@@ -579,6 +586,8 @@ def start(given, ranks):
     ranks.make_groups(M)
 
     torch.manual_seed(config.seed)
+    if ranks.rank == 0 and Path(config.out_dir).is_dir():
+        hold(config)  # before its checkpoint is read: nobody may write another one meanwhile
     if ranks.local == 0:
         find_folder(config.dataset)  # which makes the facts, if they are not there
     ranks.gather(None)  # a barrier
@@ -609,16 +618,23 @@ def start(given, ranks):
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
 
-def prepare_out_dir(config, it, ranks):
-    """Hold the folder for this run, which goes on after step `it`, and see that no other run is lost."""
-    out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
-    out_dir.mkdir(parents=True, exist_ok=True)
+def hold(config):
+    """Lock out_dir, and see that no other run is lost. Returns the files of the run that is in it."""
+    out_dir = Path(config.out_dir)
     lock(out_dir)
     old = [path for name in ("log.jsonl", "best.pt", "ckpt.pt") if (path := out_dir / name).exists()]
     if old and not (config.resume or config.overwrite):
         go_on = "go on (--resume), " * (out_dir / "ckpt.pt").exists()
         way_out = f"{go_on}replace it (--overwrite), or give another --out_dir"
         raise ValueError(f"{out_dir} holds a run already: {way_out}")
+    return old
+
+
+def prepare_out_dir(config, it, ranks):
+    """Make the folder ready for this run, which goes on after step `it`."""
+    out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    old = hold(config)
     sweep(out_dir, r"(ckpt|best)\.pt|log\.jsonl")
     if not config.resume:
         for path in old:
@@ -660,11 +676,11 @@ def summarize(run, result):
 
 def main(argv):
     rank, run = os.environ.get("RANK", "0"), None  # rank 0 speaks for all
-    with contextlib.nullcontext() if rank == "0" else contextlib.redirect_stderr(None):
+    with contextlib.nullcontext() if rank == "0" else contextlib.redirect_stderr(io.StringIO()):
         options = parse_options(argv)
     try:
         with enough_memory():
-            ranks = Ranks(options.get("timeout", TrainConfig.timeout))
+            ranks = Ranks(TrainConfig(timeout=options.get("timeout", TrainConfig.timeout)).timeout)
             run = start(options, ranks)
             if rank == "0":
                 groups = f", {ranks.world} processes, {ranks.M} to a table" if ranks.on else ""
@@ -673,7 +689,7 @@ def main(argv):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         if run and not lost and not isinstance(error, (Refused, OSError)):
             raise  # an error of our own keeps its traceback
         if rank != "0":  # all may have found it: the others wait while rank 0 speaks, and torchrun ends them

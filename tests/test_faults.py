@@ -20,7 +20,9 @@ from helpers import (
     assert_refused,
     children,
     contents,
+    handlers,
     prepare,
+    refusal,
     run,
     start,
     steps_done,
@@ -126,6 +128,39 @@ def test_two_runs_do_not_share_a_folder(facts, tmp_path):
     assert first.communicate(timeout=60) and first.returncode == 128 + signal.SIGTERM
     iters = [json.loads(line)["iter"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert iters == list(range(1, len(iters) + 1)) and train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] == iters[-1]
+
+
+def test_a_folder_is_held_before_its_checkpoint_is_read(finished, tmp_path, monkeypatch):
+    """Or the run that still writes to it would lose what it saves meanwhile."""
+    order = []
+    shutil.copytree(finished, tmp_path / "out")
+    for name in ("lock", "load_checkpoint"):
+        original = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, f=original, n=name, **k: order.append(n) or f(*a, **k))
+    with handlers():
+        train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"])
+    assert order[:2] == ["lock", "load_checkpoint"]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(finished, tmp_path, monkeypatch, capsys):
+    """A signal comes in the step that diverges: its loss was fine."""
+    shutil.copytree(finished, tmp_path / "out")
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    make = train.make_optimizers
+
+    def make_optimizers(model, config):
+        def spoil(*_):
+            model.norm.weight.data[0] = float("nan")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        optimizers = make(model, config)
+        optimizers[0].register_step_post_hook(spoil)
+        return optimizers
+
+    monkeypatch.setattr(train, "make_optimizers", make_optimizers)
+    arguments = ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=9", "--eval_interval=9"]
+    said = refusal(train.main, arguments, capsys)
+    assert "largest weight is nan" in said and (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
 def test_a_run_whose_folder_is_moved_does_not_write_to_another_one(facts, tmp_path):

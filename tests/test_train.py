@@ -466,6 +466,7 @@ def test_an_occupied_folder_is_not_overwritten_unasked(facts, tmp_path):
         (["--seed=9"], ["seed=9", "seed=1"]),
         (["--batch_size=8"], ["batch_size=8", "batch_size=4"]),
         (["--preset=facts-dense"], ["preset"]),
+        (["--mem_count=0"], ["mem_count=0", "mem_count=1"]),
         ([], ["complete at step 40", "max_iters"]),
     ],
 )
