@@ -443,7 +443,7 @@ def train(run):
         loss = torch.zeros((), device=device)
         for _ in range(total // ranks.world):
             with context:
-                micro_loss = run_model(inputs, targets)[1] * ranks.world / total  # a mean over this rank's
+                micro_loss = run_model(inputs, targets)[1] * ranks.world / total  # mean of this rank
             micro_loss.backward()
             loss += micro_loss.detach()
             inputs, targets = next_batch()

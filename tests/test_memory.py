@@ -133,7 +133,7 @@ def brute_force_layer(x, p, config):
 def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
     torch.manual_seed(0)
     model = GPT(config)
-    with torch.no_grad():  # gains that are not 1, so that a norm without its gain would be noticed
+    with torch.no_grad():  # norm weights that are not 1, so that a norm without them would be noticed
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     layer, pool = model.blocks[1].ffn.to(dtype), model.pool.to(dtype)
