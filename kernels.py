@@ -8,11 +8,12 @@ V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients 
     dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
 In this order: the definition, the same in PyTorch (for a CPU), the same in Triton (for a GPU), `lookup` (what
-the model calls), `RowAdam` (the optimiser of the rows that were read), and the kernel that selects slots
-(memory.py). `python kernels.py` checks and times all of it.
+the model calls) and `dot` (dW by itself), `RowAdam` (the optimiser of the rows that were read), and the
+kernel that selects slots (memory.py). `python kernels.py` checks and times all of it.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
-R distinct rows read, P = n * k pairs of token and slot.
+R distinct rows read, P = n * k pairs of token and slot. Inside, indices and weights are (P,), and token i has
+the pairs offsets[i] to offsets[i + 1]: also where tokens read different numbers of slots (UltraMem).
 """
 
 import os
@@ -40,52 +41,64 @@ def lookup_reference(values, indices, weights):
 
 
 def group_by_row(indices):
-    """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,), starts (R + 1,), int64.
+    """Sort the P pairs by the row they read. indices (P,) -> order (P,), rows (R,), starts (R + 1,), int64.
 
-    Pairs order[starts[r] : starts[r + 1]], numbered along indices.flatten(), are those that read rows[r]. The
-    sort is stable: a row's pairs stay in the order of the tokens, so sums have the same bits each time."""
+    Pairs order[starts[r] : starts[r + 1]] are those that read rows[r]. The sort is stable: a row's pairs stay
+    in the order of the tokens, so sums have the same bits each time."""
     if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
-        packed = (indices.flatten().long() << 32) + torch.arange(indices.numel())
+        packed = (indices.long() << 32) + torch.arange(len(indices))
         packed.numpy().sort()
         slots, order = packed >> 32, packed & (2**32 - 1)
     else:
-        slots, order = indices.flatten().int().sort(stable=True)  # int32: half the passes of a radix sort
+        slots, order = indices.int().sort(stable=True)  # int32: half the passes of a radix sort
     rows, counts = torch.unique_consecutive(slots, return_counts=True)
     return order, rows.long(), F.pad(counts.cumsum(0), (1, 0))
+
+
+def token_of_pair(offsets, P):
+    """offsets (n + 1,) -> (P,) int64"""
+    n = len(offsets) - 1
+    return torch.arange(n, device=offsets.device).repeat_interleave(offsets.diff(), output_size=P)
 
 
 # --- PyTorch --------------------------------------------------------------------------------------------
 
 
-def torch_forward(values, indices, weights):
-    """As lookup_reference, without the (n, k, D) tensor where PyTorch can do without it."""
+def torch_forward(values, indices, offsets, weights):
+    """-> (n, D). Without a (P, D) tensor where PyTorch can do without it."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
-    return lookup_reference(values, indices, weights)
+        options = {"per_sample_weights": weights.to(values.dtype), "include_last_offset": True}
+        return F.embedding_bag(indices, values, offsets.to(indices.dtype), mode="sum", **options)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    pairs = values[indices].to(wide) * weights.to(wide).unsqueeze(-1)
+    out = pairs.new_zeros(len(offsets) - 1, values.size(1))
+    return out.index_add_(0, token_of_pair(offsets, len(indices)), pairs).to(values.dtype)
 
 
-def torch_backward(values, indices, weights, grad, table_grad=None):
-    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (n, k).
+def torch_backward(values, indices, offsets, weights, grad, table_grad=None):
+    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (P,).
     table_grad (S, D): if it is there, the rows' gradients are added to it, and None is returned for them."""
-    (n, k), (order, rows, starts) = indices.shape, group_by_row(indices)
+    order, rows, starts = group_by_row(indices)
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     # dV = W^T dY: row r sums the dY of the tokens that read it; unlike index_add_, in a fixed order.
-    pair_weights = weights.flatten()[order].to(wide.dtype)  # (P,), grouped by row
-    grad_rows = F.embedding_bag(order // k, wide, starts[:-1], per_sample_weights=pair_weights, mode="sum")
-    grad_rows = grad_rows.to(values.dtype)
-    # dW = dY V^T where W is not zero: W has k entries in each row, so its row offsets are multiples of k.
-    # (Several may be of one slot: sampled_addmm takes each on its own. It needs a tenth of einsum's time.)
-    if wide.device.type == "cpu" and wide.dtype == values.dtype and k <= len(values):
-        offsets, zeros = torch.arange(0, n * k + 1, k), wide.new_zeros(n * k)
-        size, columns = (n, len(values)), indices.flatten().long()
-        pattern = torch.sparse_csr_tensor(offsets, columns, zeros, size, check_invariants=False)
-        grad_weights = torch.sparse.sampled_addmm(pattern, wide, values.t(), beta=0.0).values().view(n, k)
-    else:
-        grad_weights = torch.einsum("nkd,nd->nk", values[indices].to(wide.dtype), wide)
+    tokens, pair_weights = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
+    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=pair_weights, mode="sum")
+    grad_rows, grad_weights = grad_rows.to(values.dtype), torch_dot(values, indices, offsets, grad)
     if table_grad is None:
         return rows, grad_rows, grad_weights
     table_grad.index_add_(0, rows, grad_rows)  # each row once
     return rows, None, grad_weights
+
+
+def torch_dot(values, indices, offsets, x):
+    """dW = dY V^T where W is not zero: values[indices[p]] . x[the token of pair p], (P,). x (n, D)"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Pairs are the entries of a sparse W. Several may be of one slot: sampled_addmm takes each on its own.
+    if wide.device.type == "cpu" and wide.dtype == values.dtype and offsets.diff().max() <= len(values):
+        zeros, size = wide.new_zeros(len(indices)), (len(x), len(values))
+        pattern = torch.sparse_csr_tensor(offsets, indices.long(), zeros, size, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, wide, values.t(), beta=0.0).values()  # a tenth of the time
+    return (values[indices].to(wide.dtype) * wide[token_of_pair(offsets, len(indices))]).sum(-1)
 
 
 # --- Triton ---------------------------------------------------------------------------------------------
@@ -93,27 +106,26 @@ def torch_backward(values, indices, weights, grad, table_grad=None):
 #   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
 #   backward   R * D * e   rows read once, each by its one owner      +  n * D * e  dY, if L2 holds it
 #              2 * R * D * e   their gradients, read and written
-# D and k are compile-time constants: the compiler then knows how rows are aligned, loads 16 bytes at once
-# where it may, and divides by k with a multiplication.
+# D is a compile-time constant: the compiler then knows how rows are aligned, and loads 16 bytes at once.
 
 PIECE = 128  # pairs of one row that one program walks at most
 
 
 @triton.jit
 def forward_kernel(
-    values, indices, weights, out,
-    k: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    values, indices, offsets, weights, out, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """One program computes BLOCK_D columns of one token, BLOCK_K rows in flight at a time."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+    end = tl.load(offsets + token + 1).to(tl.int32)
+    for start in range(tl.load(offsets + token).to(tl.int32), end, BLOCK_K):
+        p = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
-        slot = tl.load(indices + token * k + j, mask=j < k, other=0).to(tl.int64)
-        weight = tl.load(weights + token * k + j, mask=j < k, other=0.0).to(tl.float32)
-        mask = (j < k)[:, None] & (column < D)[None, :]
+        slot = tl.load(indices + p, mask=p < end, other=0).to(tl.int64)
+        weight = tl.load(weights + p, mask=p < end, other=0.0).to(tl.float32)
+        mask = (p < end)[:, None] & (column < D)[None, :]
         row = tl.load(values + slot[:, None] * D + column[None, :], mask=mask, other=0.0)
         total += weight[:, None] * row.to(tl.float32)  # (BLOCK_K, BLOCK_D)
     tl.store(out + token * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
@@ -121,8 +133,8 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    values, weights, grad, order, rows, begins, ends, out, targets, grad_weights,
-    k: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    values, weights, grad, order, tokens, rows, begins, ends, out, targets, grad_weights,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns one row: it reads it once and walks over the pairs that read it, BLOCK_P at a time.
     out[targets[g]] += sum over the pairs of weight * dY; grad_weights[pair] = row . dY."""
@@ -134,10 +146,10 @@ def backward_kernel(
     end = tl.load(ends + g)
     for start in range(tl.load(begins + g), end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)  # = token * k + j
+        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)
+        token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
         weight = tl.load(weights + pair, mask=p < end, other=0.0).to(tl.float32)
         mask = (p < end)[:, None] & (column < D)[None, :]
-        token = (pair // k).to(tl.int64)
         dy = tl.load(grad + token[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         total += weight[:, None] * dy  # (BLOCK_P, BLOCK_D)
         tl.store(grad_weights + pair, tl.sum(value[None, :] * dy, 1), mask=p < end)
@@ -159,16 +171,16 @@ def backward_tile(D):
     return block_p, block_d, min(32, max(1, block_p * block_d // 1024))
 
 
-def triton_forward(values, indices, weights):
-    """As lookup_reference. All tensors contiguous."""
-    (n, k), D = indices.shape, values.size(1)
+def triton_forward(values, indices, offsets, weights):
+    """As torch_forward. All tensors contiguous."""
+    n, D = len(offsets) - 1, values.size(1)
     out, (block_k, block_d, warps) = values.new_empty(n, D), forward_tile(D)
     grid = n, triton.cdiv(D, block_d)
-    forward_kernel[grid](values, indices, weights, out, k, D, block_k, block_d, num_warps=warps)
+    forward_kernel[grid](values, indices, offsets, weights, out, D, block_k, block_d, num_warps=warps)
     return out
 
 
-def triton_backward(values, indices, weights, grad, table_grad=None):
+def triton_backward(values, indices, offsets, weights, grad, table_grad=None):
     """As torch_backward. All tensors contiguous."""
     order, rows, starts = group_by_row(indices)
     R, D = len(rows), values.size(1)
@@ -176,12 +188,17 @@ def triton_backward(values, indices, weights, grad, table_grad=None):
     if table_grad is None:
         out, targets = values.new_zeros(R, D), torch.arange(R, device=rows.device)
     grad_weights = torch.empty_like(weights, dtype=torch.float32)
-    pairs = weights, grad, order, grad_weights, indices.size(1)
+    pairs = weights, grad, order, token_of_pair(offsets, len(order))[order], grad_weights
     run_backward(values, rows, starts[:-1], starts[1:], out, targets, *pairs)
     return rows, out if table_grad is None else None, grad_weights
 
 
-def run_backward(values, rows, begins, ends, out, targets, weights, grad, order, grad_weights, k):
+def triton_dot(values, indices, offsets, x):
+    """As torch_dot, by the backward kernel: what it writes beside (R, D) is not used."""
+    return triton_backward(values, indices, offsets, torch.zeros_like(indices, dtype=torch.float32), x)[2]
+
+
+def run_backward(values, rows, begins, ends, out, targets, weights, grad, order, tokens, grad_weights):
     """out[targets[r]] += gradient of rows[r], of pairs order[begins[r] : ends[r]]; fills in grad_weights.
 
     Rows read by many tokens are split, so that no program dominates the run time: pieces of PIECE pairs are
@@ -190,8 +207,8 @@ def run_backward(values, rows, begins, ends, out, targets, weights, grad, order,
     block_p, block_d, warps = backward_tile(D)
     cold_ends = torch.where(hot, begins, ends)  # first, hot rows get an empty range
     backward_kernel[(len(rows),)](
-        values, weights, grad, order, rows, begins, cold_ends, out, targets, grad_weights,
-        k, D, block_p, block_d, num_warps=warps,
+        values, weights, grad, order, tokens, rows, begins, cold_ends, out, targets, grad_weights,
+        D, block_p, block_d, num_warps=warps,
     )  # fmt: skip
     hot = hot.nonzero().flatten()
     if len(hot) > 0:  # then their pieces, and the sums of these
@@ -202,10 +219,11 @@ def run_backward(values, rows, begins, ends, out, targets, weights, grad, order,
         begin = begins[owner] + (number - firsts[:-1].repeat_interleave(pieces)) * PIECE
         end = torch.minimum(begin + PIECE, ends[owner])
         partial = torch.zeros(len(owner), D, device=values.device)  # float32
-        run_backward(values, rows[owner], begin, end, partial, number, weights, grad, order, grad_weights, k)
+        pairs = weights, grad, order, tokens, grad_weights
+        run_backward(values, rows[owner], begin, end, partial, number, *pairs)
         ones, unused = torch.ones_like(partial[:, 0]), torch.empty_like(partial[:, 0])
         hot_rows = rows[hot], firsts[:-1], firsts[1:], out, targets[hot]
-        run_backward(values, *hot_rows, ones, partial, number, unused, 1)
+        run_backward(values, *hot_rows, ones, partial, number, number, unused)
 
 
 # --- lookup: what the model calls -----------------------------------------------------------------------
@@ -218,65 +236,82 @@ def uses_triton(tensor):
 
 
 @torch.library.custom_op("nanomem::lookup_forward", mutates_args=())  # opaque to torch.compile
-def lookup_forward(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def lookup_forward(
+    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
+    x: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """lookup with weights, (n, D); or dot with x, (P,)"""
     if indices.numel() == 0:
-        return values.new_zeros(len(indices), values.size(1))
+        return empty_result(values, indices, offsets, weights, x).zero_()
     if DEBUG or not values.is_cuda:
         low, high = (bound.item() for bound in indices.aminmax())
         if low < 0 or high >= len(values):
             raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
-    run = triton_forward if uses_triton(values) else torch_forward
+    paths = ((torch_forward, torch_dot), (triton_forward, triton_dot))
+    run, given = paths[uses_triton(values)][weights is None], x if weights is None else weights
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        return run(*(t.contiguous() for t in (values, indices, weights)))
+        return run(*(t.contiguous() for t in (values, indices, offsets, given)))
 
 
-def lookup_backward(values, indices, weights, grad, table_grad=None):
+@lookup_forward.register_fake
+def empty_result(values, indices, offsets, weights, x):
+    if weights is None:
+        return values.new_empty(len(indices), dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.new_empty(len(offsets) - 1, values.size(1))
+
+
+def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
     """As torch_backward."""
     if indices.numel() == 0:
         rows = indices.new_zeros(0, dtype=torch.int64)
-        return rows, values.new_zeros(0, values.size(1)), weights.new_zeros(indices.shape)
+        return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
     run = triton_backward if uses_triton(values) else torch_backward
     with torch.cuda.device_of(values):
-        return run(*(t.contiguous() for t in (values, indices, weights, grad)), table_grad)
+        return run(*(t.contiguous() for t in (values, indices, offsets, weights, grad)), table_grad)
 
 
 @torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("table_grad", "touched"))
 def lookup_backward_into(
-    values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor,
-    table_grad: torch.Tensor, touched: torch.Tensor,
+    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor,
+    grad: torch.Tensor, table_grad: torch.Tensor, touched: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    rows, _, grad_weights = lookup_backward(values, indices, weights, grad, table_grad)
+    rows, _, grad_weights = lookup_backward(values, indices, offsets, weights, grad, table_grad)
     touched.index_fill_(0, rows, 1)
     return grad_weights.to(weights.dtype).contiguous()  # the dtype and strides of its fake
 
 
-@lookup_forward.register_fake
-def _(values, indices, weights):
-    return values.new_empty(len(indices), values.size(1))
-
-
 @lookup_backward_into.register_fake
-def _(values, indices, weights, grad, table_grad, touched):
+def _(values, indices, offsets, weights, grad, table_grad, touched):
     return torch.empty_like(weights)
 
 
 class Lookup(torch.autograd.Function):
-    """Ties forward and backward together. The values' gradient is sparse, or added to the accumulator."""
+    """Ties forward and backward together. With weights w and without x it is lookup, the other way dot: the
+    derivatives, by x and by w, of the sum over all pairs of w_p values[i_p] . x_p. The backward pass of either
+    takes the gradient for what is not given: then all derivatives are there. That by values is sparse, or
+    added to the accumulator."""
 
     @staticmethod
-    def forward(ctx, values, indices, weights, accumulator):
-        ctx.save_for_backward(values, indices, weights)
+    def forward(ctx, values, indices, offsets, weights, x, accumulator):
+        ctx.save_for_backward(values, indices, offsets, weights, x)
         ctx.accumulator = accumulator
-        return lookup_forward(values, indices, weights)
+        return lookup_forward(values, indices, offsets, weights, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        values, indices, offsets, weights, x = ctx.saved_tensors
+        grad_values = grad_x = None
+        tensors = values, indices, offsets, grad if weights is None else weights, grad if x is None else x
         if ctx.accumulator is not None:
-            return None, None, lookup_backward_into(*ctx.saved_tensors, grad, *ctx.accumulator), None
-        values, _, weights = ctx.saved_tensors
-        rows, grad_rows, grad_weights = lookup_backward(*ctx.saved_tensors, grad)
-        return sparse_rows(rows, grad_rows, values), None, grad_weights.to(weights.dtype), None
+            grad_weights = lookup_backward_into(*tensors, *ctx.accumulator)
+        else:
+            rows, grad_rows, grad_weights = lookup_backward(*tensors)
+            grad_values = sparse_rows(rows, grad_rows, values)
+        if weights is None:
+            grad_x = lookup_forward(values, indices, offsets, grad, None).to(x.dtype)
+        grad_weights = None if weights is None else grad_weights.to(weights.dtype)
+        return grad_values, None, None, grad_weights, grad_x, None
 
 
 def sparse_rows(rows, grads, values):
@@ -285,13 +320,14 @@ def sparse_rows(rows, grads, values):
     return torch.sparse_coo_tensor(rows.unsqueeze(0), grads, values.shape, **options)
 
 
-def lookup(values, indices, weights, accumulator=None):
+def lookup(values, indices, weights, accumulator=None, offsets=None):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
 
     values       (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
     indices      (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with NANOMEM_DEBUG=1
     weights      (n, k) floating point, best float32; n * k below 2^31
     accumulator  None, or where the gradient of values goes: (S, D) of values' dtype, and (S,) of uint8
+    offsets      None, or (n + 1,) int64: then indices and weights are (P,), those of token i begin at offsets[i]
     returns      (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
@@ -299,7 +335,8 @@ def lookup(values, indices, weights, accumulator=None):
     each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd sees no
     gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give the same
     bits every time. Raises ValueError for tensors that do not fit together."""
-    shapes = values.ndim == indices.ndim == 2 and indices.shape == weights.shape
+    dims = 2 if offsets is None else 1
+    shapes = values.ndim == 2 and indices.ndim == dims and indices.shape == weights.shape
     small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
     dtypes = values.is_floating_point() and weights.is_floating_point()
     dtypes = dtypes and not wide and indices.dtype in (torch.int32, torch.int64)
@@ -307,10 +344,27 @@ def lookup(values, indices, weights, accumulator=None):
         got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, weights))
         want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
         raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
-    run = Lookup.apply
-    if accumulator is None and torch.is_grad_enabled():
-        run = torch.compiler.disable(run)  # torch.compile cannot trace sparse gradients
-    return run(values, indices, weights, accumulator)
+    offsets, run = even_offsets(indices) if offsets is None else offsets, traceable(accumulator)
+    return run(values, indices.flatten(), offsets, weights.flatten(), None, accumulator)
+
+
+def dot(values, indices, x, accumulator=None):
+    """z[i, j] = values[indices[i, j]] . x[i], which in lookup's backward pass is the gradient of the weights.
+
+    x (n, D) floating point -> (n, k), float32 or wider. Differentiable in values and x; else as lookup."""
+    offsets, run = even_offsets(indices), traceable(accumulator)
+    return run(values, indices.flatten(), offsets, None, x, accumulator).view(indices.shape)
+
+
+def even_offsets(indices):
+    """indices (n, k) -> 0, k, 2k, ..., nk: (n + 1,)"""
+    return torch.arange(len(indices) + 1, device=indices.device) * indices.size(1)
+
+
+def traceable(accumulator):
+    if accumulator is None and torch.is_grad_enabled():  # torch.compile cannot trace sparse gradients
+        return torch.compiler.disable(Lookup.apply)
+    return Lookup.apply
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------

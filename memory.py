@@ -20,6 +20,7 @@ table. """
 
 import contextlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import lookup, sparse_rows, triton_select, uses_triton
+from kernels import dot, lookup, sparse_rows, triton_select, uses_triton
 
 # --- selecting slots ----------------------------------------------------------------------------------------
 
@@ -47,8 +48,12 @@ def topk_columns(scores, K):
     16 of 128 in 8,192 rows), but it sorts numbers, not pairs of number and column. So put the column into the
     number: a float32 widened to float64 ends in 29 zero bits, worth less than any difference of float32."""
     N = scores.size(-1)
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or N > 512:  # where sorting all is slower
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or K > 64:
         return scores.topk(K, dim=-1).indices
+    if N > 256:  # where numpy's sort of a row takes ten times as long: the best of 256 each, and of these
+        parts = [topk_columns(part, min(K, part.size(-1))) for part in scores.split(256, dim=-1)]
+        columns = torch.cat([256 * i + part for i, part in enumerate(parts)], dim=-1)
+        return columns.gather(-1, topk_columns(scores.gather(-1, columns), K))
     packed = scores.double().numpy()
     packed.view(np.int64)[...] |= np.arange(N)
     packed.sort(axis=-1)
@@ -68,16 +73,38 @@ def product_topk(s, K, pairs):
 
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
-def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
-    """Each head's K best slots. scores (2, H, n, N), pairs: candidate_pairs(K) -> (H, n, K), best first"""
+def select(scores: torch.Tensor, pairs: torch.Tensor, K: int, core: torch.Tensor | None) -> torch.Tensor:
+    """Each head's K best slots, best first: (H, n, K). scores (2, H, n, N), pairs: candidate_pairs(K); or, with
+    UltraMem's core (r, r), scores (2, H, r, n, N)."""
+    if core is not None:
+        return tucker_topk(widen(scores), K, core)
     if uses_triton(scores) and scores.size(2) > 0:
         return triton_select(scores, pairs, K)
     return product_topk(widen(scores), K, pairs)
 
 
 @select.register_fake
-def _(scores, pairs, K):
-    return scores.new_empty(*scores.shape[1:3], K, dtype=torch.int64)
+def _(scores, pairs, K, core):
+    return scores.new_empty(scores.size(1), scores.size(-2), K, dtype=torch.int64)
+
+
+def tucker_topk(s, K, core):
+    """The slots of the K best of S_grid = S_row^T core S_col; S_row, S_col = s (2, H, r, n, N) -> (H, n, K).
+
+    UltraMem's two passes: the grid of the best approximation of rank 1, core = sigma u w^T, is that of products
+    a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the largest a and b, or
+    with the smallest: products of two negative numbers, which the paper leaves out (so that its slots depend on
+    the sign of u and w, which is arbitrary). On these 2 K * K the whole core has the last word. Exact for a core
+    of rank 1, if K products are positive."""
+    u, _, w = torch.linalg.svd(core)
+    ab, found = (s * torch.stack((u[:, 0], w[0])).view(2, 1, -1, 1, 1)).sum(2), []  # (2, H, n, N)
+    for sign in (1, -1):
+        i, j = columns = topk_columns(sign * ab, K)  # (2, H, n, K)
+        row, col = s.gather(-1, columns.unsqueeze(2).expand(-1, -1, len(core), -1, -1))  # (H, r, n, K)
+        grid = torch.einsum("hrni,rs,hsnj->hnij", row, core, col)
+        found.append((grid.flatten(-2), (i.unsqueeze(-1) * s.size(-1) + j.unsqueeze(-2)).flatten(-2)))
+    grid, slots = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))  # (H, n, 2 * K * K)
+    return slots.gather(-1, topk_columns(grid, K))
 
 
 def widen(x):
@@ -104,19 +131,22 @@ class MemoryLayer(nn.Module):
         self.scale = math.sqrt(self.Q) if config.mem_qk_norm else 1.0
         self.register_buffer("pairs", candidate_pairs(self.K), persistent=False)
         self.gate = nn.Linear(C, D, bias=False) if config.mem_gate else None
-        self.out = nn.Linear(D, C, bias=False) if config.mem_gate else None
+        self.out = nn.Linear(D, C, bias=False) if config.mem_gate or D != C else None
 
     def forward(self, x, pool):
         """x (B, T, C) -> (B, T, C)"""
-        B, T, C = x.shape
-        slots, weights = self.retrieve(x.view(B * T, C))
-        y = pool(slots, weights).view(B, T, -1)  # (B, T, D)
-        return y if self.gate is None else self.out(y * F.silu(self.gate(x)))
+        y = self.read(x.flatten(0, 1), pool).view(*x.shape[:2], -1)  # (B, T, D)
+        y = y if self.gate is None else y * F.silu(self.gate(x))
+        return y if self.out is None else self.out(y)
+
+    def read(self, x, pool):
+        """x (n, C) -> (n, D)"""
+        return pool(*self.retrieve(x))
 
     def retrieve(self, x):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K): each head's K best slots and their softmax."""
         s = self.scores(x)  # (2, H, n, N)
-        slots = select(s.detach(), self.pairs, self.K)  # (H, n, K)
+        slots = select(s.detach(), self.pairs, self.K, None)  # (H, n, K)
         i = slots // self.N
         # A sub-key can be in several of the K sums: its gradients add up in gather's backward pass, on a GPU
         # by atomics, in any order.
@@ -131,21 +161,87 @@ class MemoryLayer(nn.Module):
         return torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).unflatten(0, (2, self.H))
 
 
+# --- other layers ---------------------------------------------------------------------------------------
+
+
+class PEER(MemoryLayer):
+    """A million experts of one neuron each (He 2024, arXiv:2407.04153). Retrieval is that of Memory+, but slot s
+    holds a neuron: u_s, row s of the pool, and v_s, row S + s. y = sum over slots of p gelu(u_s . x) v_s"""
+
+    def read(self, x, pool):
+        slots, weights = self.retrieve(x)  # (n, H*K)
+        return pool(pool.S + slots, weights * F.gelu(pool.dot(slots, x)))
+
+
+class UltraMem(MemoryLayer):
+    """UltraMem (Huang et al. 2024, arXiv:2411.12364). With all of its options off it is PKM. mem_rank=r: the score
+    of slot (i, j) is S_row[:, i]^T core S_col[:, j] instead of a sum, S_row and S_col (r, N) being as many
+    products of queries and sub-keys, which are layer-normalised. mem_cores=h: slots are chosen by the sum of h
+    cores, each of which weights one h-th of a value's width. mem_softmax=False: scores are the weights.
+    mem_expand=E: E times as many virtual slots share the table; those that the pool's permutation puts in block
+    e are projected by W_e, a part of W_o. (Values of half the width, mem_skip and mem_decay are not here.)"""
+
+    def __init__(self, c):
+        r, E, off = max(1, c.mem_rank), c.mem_expand, dict(mem_rank=0, mem_cores=1, mem_expand=1)
+        shape = dict(mem_heads=c.mem_heads * r, mem_key_dim=c.mem_key_dim // r, mem_value_dim=c.mem_value_dim * E)
+        super().__init__(replace(c, mem_keys=c.mem_keys * math.isqrt(E), **shape, **off))
+        self.r, self.h, self.E, self.softmax, self.core = r, c.mem_cores, E, c.mem_softmax, None
+        if c.mem_rank:
+            self.core = nn.Parameter(torch.empty(self.h, self.r, self.r))
+            if c.mem_qk_norm:
+                self.query_norm, self.key_norm = (nn.LayerNorm(self.Q, 1e-6, bias=False) for _ in range(2))
+
+    def retrieve(self, x):
+        """x (n, C) -> virtual slots (n, H*K), weights (n, h, H*K)"""
+        s = self.scores(x).unflatten(1, (-1, self.r))  # (2, H, r, n, N)
+        core = None if self.core is None else self.core.sum(0).detach()
+        slots = select((s[:, :, 0] if core is None else s).detach(), self.pairs, self.K, core)  # (H, n, K)
+        i = slots // self.N
+        ij = torch.stack((i, slots - i * self.N)).unsqueeze(2).expand(-1, -1, self.r, -1, -1)
+        row, col = widen(s.gather(-1, ij))  # (H, r, n, K)
+        p = row + col if core is None else torch.einsum("arnk,crs,asnk->acnk", row, self.core, col)
+        p = p.softmax(-1) if self.softmax else p  # (H, h, n, K)
+        return slots.transpose(0, 1).flatten(1), p.permute(2, 1, 0, 3).flatten(2)
+
+    def read(self, x, pool):
+        """x (n, C) -> (n, E*D)"""
+        slots, weights = self.retrieve(x)
+        n, h, _ = weights.shape
+        block, order = (slots if self.E == 1 else pool.permutation[slots].long()).sort(-1)  # by block, then slot
+        weights = weights.gather(-1, order.unsqueeze(1).expand_as(weights))
+        block, slots = block // pool.S, block % pool.S
+        rows = slots.unsqueeze(1) + pool.S * torch.arange(h, device=x.device).unsqueeze(1)  # (n, h, k)
+        lengths = F.one_hot(block, self.E).sum(1, keepdim=True).expand(n, h, self.E)  # slots of each block
+        offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
+        y = pool(rows.flatten(), weights.flatten(), offsets)  # (n * h * E, D/h)
+        return y.view(n, h, self.E, -1).transpose(1, 2).flatten(1)
+
+    def auxiliary(self):
+        """1e-3 times the mean square of what the core's singular values but the first have over 0.15, so that its
+        approximation of rank 1 misses little."""
+        if self.r == 1:
+            return 0.0
+        return 1e-3 * (torch.linalg.svdvals(self.core.sum(0))[1:] - 0.15).relu().square().mean()
+
+
 # --- the values ---------------------------------------------------------------------------------------------
 
 
 class ValuePool(nn.Module):
-    """The table of S values of width D that all memory layers of a model read. The GPT hands it to them.
+    """The values of S slots, width D, that all memory layers of a model read. The GPT hands it to them. Where a
+    slot has several (PEER; the slices of UltraMem) they are in `tables` of S rows, one below the other.
 
     With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has
     all S rows, but D/M of their columns. All must then call it together, with equally many tokens."""
 
-    def __init__(self, S, D, dtype=torch.float32, group=None):
+    def __init__(self, S, D, dtype=torch.float32, group=None, tables=1, expand=1):
         super().__init__()
-        self.group, self.M = group, group.size() if group else 1
+        self.S, self.group, self.M = S, group, group.size() if group else 1
         i = group.rank() if group else 0
         self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # those that are here
-        self.D, self.values = D, nn.Parameter(torch.empty(S, D // self.M, dtype=dtype))
+        self.D, self.values = D, nn.Parameter(torch.empty(tables * S, D // self.M, dtype=dtype))
+        if expand > 1:  # of UltraMem's virtual slots; kept in checkpoints
+            self.register_buffer("permutation", torch.empty(expand * S, dtype=torch.int32))
         self.accumulator = None  # after collect_gradients(): the sum of gradients, and which rows have one
         self.usage = None
 
@@ -154,14 +250,22 @@ class ValuePool(nn.Module):
         """The same numbers however the table is sharded."""
         for rows in self.values.split(4096):  # a multiple of 16: as if drawn in one piece
             rows.copy_(torch.empty(len(rows), self.D, device=rows.device).normal_(std=std)[:, self.columns])
+        for permutation in self.buffers():
+            permutation.copy_(torch.randperm(len(permutation), device=permutation.device))
 
-    def forward(self, slots, weights):
-        """slots (n, H*K), weights (n, H*K) -> (n, D)"""
+    def forward(self, rows, weights, offsets=None):
+        """rows (n, H*K), weights (n, H*K) -> (n, D); or, as in lookup, (P,) both and offsets (n + 1,)"""
         if self.usage is not None:
-            self.usage.add(slots, weights)
+            self.usage.add(rows % self.S, weights)
         if self.group is not None:
-            return torch.compiler.disable(sharded_lookup)(self, slots, weights)
-        return lookup(self.values, slots, weights, self.accumulator)
+            return torch.compiler.disable(sharded_lookup)(self, rows, weights, offsets)
+        return lookup(self.values, rows, weights, self.accumulator, offsets)
+
+    def dot(self, rows, x):
+        """rows (n, H*K), x (n, D) -> the products of x with those rows, (n, H*K)"""
+        if self.group is not None:
+            return torch.compiler.disable(sharded_dot)(self, rows, x)
+        return dot(self.values, rows, x, self.accumulator)
 
     def collect_gradients(self):
         """From now on layers and micro-steps add to one gradient, of the values' dtype (bfloat16 loses
@@ -188,7 +292,7 @@ class ValuePool(nn.Module):
     @contextlib.contextmanager
     def record_usage(self):
         """with pool.record_usage() as usage: ... model(...) ...; usage.summary()"""
-        self.usage = Usage(self.values)
+        self.usage = Usage(self.S, self.values.device)
         try:
             yield self.usage
         finally:
@@ -198,14 +302,14 @@ class ValuePool(nn.Module):
 class Usage:
     """How evenly the slots are read (1907.05242, section 4.4), while ValuePool.record_usage() is on."""
 
-    def __init__(self, values):
-        self.reads = torch.zeros(len(values), device=values.device)  # (S,) times a slot was read
-        self.mass = torch.zeros(len(values), device=values.device)  # (S,) softmax weight it was read with
+    def __init__(self, S, device):
+        self.reads = torch.zeros(S, device=device)  # times a slot was read
+        self.mass = torch.zeros(S, device=device)  # (absolute) weight it was read with
 
     def add(self, slots, weights):
         ones = torch.ones((), device=weights.device)
         self.reads.index_put_((slots.flatten(),), ones, accumulate=True)
-        self.mass.index_put_((slots.flatten(),), weights.detach().float().flatten(), accumulate=True)
+        self.mass.index_put_((slots.flatten(),), weights.detach().float().abs().flatten(), accumulate=True)
 
     def summary(self):
         """used: share of slots read at least once. kl, kl_weighted: KL from uniform in nats, log S + sum p
@@ -240,17 +344,29 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, ctx.group), None
 
 
-def sharded_lookup(pool, slots, weights):
+def sharded_lookup(pool, slots, weights, offsets=None):
     """slots, weights (n, k), k = H*K -> (n, D). Each rank tells all what its tokens read, and looks up its
     columns for all of them; an all-to-all returns each token's D/M columns to its rank.
 
     A rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward and (M - 1) n (e D / M + 4 k) backward, for e
     bytes a number: nothing depends on S. The columns' gradients are complete without further exchange."""
-    (n, k), M = slots.shape, pool.M
-    slots = Exchange.apply(slots.int().expand(M, n, k), pool.group)  # (M, n, k): of each rank's tokens
-    weights = Exchange.apply(weights.expand(M, n, k), pool.group)  # expand's gradient sums over the ranks
-    y = lookup(pool.values, slots.flatten(0, 1), weights.flatten(0, 1), pool.accumulator)  # (M*n, D/M)
-    return Exchange.apply(y.view(M, n, -1), pool.group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+    M, group = pool.M, pool.group
+    slots = Exchange.apply(slots.int().expand(M, *slots.shape), group).flatten(0, 1)  # of each rank's tokens
+    weights = Exchange.apply(weights.expand(M, *weights.shape), group).flatten(0, 1)  # backward sums over ranks
+    if offsets is not None:
+        lengths = Exchange.apply(offsets.diff().expand(M, -1), group)
+        offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
+    y = lookup(pool.values, slots, weights, pool.accumulator, offsets)  # (M*n, D/M)
+    return Exchange.apply(y.unflatten(0, (M, -1)), group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+
+
+def sharded_dot(pool, slots, x):
+    """slots (n, k), x (n, D) -> (n, k): each rank multiplies its columns of all tokens' x, and ranks are summed."""
+    M, group = pool.M, pool.group
+    slots = Exchange.apply(slots.int().expand(M, *slots.shape), group).flatten(0, 1)  # (M*n, k)
+    x = Exchange.apply(x.unflatten(1, (M, -1)).transpose(0, 1), group).flatten(0, 1)  # (M*n, D/M)
+    z = dot(pool.values, slots, x, pool.accumulator).unflatten(0, (M, -1))  # (M, n, k)
+    return Exchange.apply(z, group).sum(0)
 
 
 def whole_table(pool, part):

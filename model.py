@@ -1,9 +1,9 @@
-"""A small GPT whose feed-forward networks can be memory layers.
+"""A small GPT whose feed-forward networks can be memory layers, or mixtures of experts.
 
 The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), no biases:
 
     x = x + attention(norm(x))
-    x = x + ffn(norm(x))          SwiGLU, or a memory layer (memory.py) in the blocks of config.mem_layers
+    x = x + ffn(norm(x))          SwiGLU, or in the blocks of config.mem_layers what config.system says
 
 Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memory import MemoryLayer, ValuePool
+from memory import PEER, MemoryLayer, UltraMem, ValuePool
 
 
 def option(default, help, low=0, below=2**31, choices=()):
@@ -34,8 +34,11 @@ class GPTConfig:
     n_head: int = option(12, "attention heads", 1)
     n_embd: int = option(768, "model width C", 1)
     n_ffn: int = option(0, "hidden width of SwiGLU; 0: 8/3 of n_embd, rounded up to a multiple of 8")
-    mem_count: int = option(0, "memory layers, spread evenly over the depth; 0: a dense model")
-    mem_layers: tuple[int, ...] = option((), "blocks with a memory layer, as in 2,6,10; overrides mem_count")
+    system: str = option("memory", "what mem_layers are", choices=("memory", "moe", "peer", "ultramem"))
+    mem_count: int = option(0, "layers of that system, spread evenly over the depth; 0: a dense model")
+    mem_layers: tuple[int, ...] = option((), "blocks with such a layer, as in 2,6,10; overrides mem_count")
+    moe_experts: int = option(8, "moe: experts E, each a SwiGLU", 1)
+    moe_topk: int = option(1, "moe: experts that a token uses", 1)
     mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots", 1)
     mem_heads: int = option(4, "memory heads H", 1)
     mem_topk: int = option(32, "slots K that each memory head reads", 1)
@@ -44,6 +47,11 @@ class GPTConfig:
     mem_dtype: str = option("float32", "dtype of the values", choices=("float32", "bfloat16"))
     mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
     mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
+    mem_rank: int = option(0, "ultramem: rank r of row and column scores; 0: their sum, as elsewhere")
+    mem_cores: int = option(1, "ultramem: cores h, each of which weights one h-th of a value", 1)
+    mem_softmax: bool = option(True, "ultramem: softmax of the scores")
+    mem_expand: int = option(1, "ultramem: virtual blocks E, a square number; E times the slots, one table", 1)
+    mem_skip: int = option(0, "ultramem: add the layer's output so many blocks later; 0: instead of an FFN")
 
     def __post_init__(self):
         check_options(self)
@@ -89,12 +97,52 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
+class MoE(nn.Module):
+    """Mixture of E experts, each a SwiGLU, of which every token uses the k with the largest router probability
+    (arXiv:1701.06538; k = 1 is the Switch Transformer, arXiv:2101.03961). No token is dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, F, E, self.k = config.n_embd, config.n_ffn, config.moe_experts, config.moe_topk
+        self.router = nn.Linear(C, E, bias=False)
+        self.gate_up, self.down = nn.Parameter(torch.empty(E, C, 2 * F)), nn.Parameter(torch.empty(E, F, C))
+
+    def forward(self, x, pool):
+        """x (B, T, C) -> (B, T, C)"""
+        shape, x, E = x.shape, x.flatten(0, 1), len(self.down)
+        with torch.autocast(x.device.type, enabled=False):
+            p = F.linear(x.float(), self.router.weight).softmax(-1)  # (n, E)
+        weights, experts = p.topk(self.k)  # (n, k)
+        weights = weights / weights.sum(-1, keepdim=True) if self.k > 1 else weights
+        chosen = F.one_hot(experts.flatten(), E)  # (n * k, E)
+        # E times the sum of share of the pairs times mean probability: 1 where both are even (2101.03961, eq. 4)
+        self.imbalance = E * (chosen.float().mean(0) * p.mean(0)).sum()
+        # The pairs of token and expert, grouped by expert; of each expert's matrices, one grouped product.
+        order, ends = experts.flatten().argsort(stable=True), chosen.sum(0).cumsum(0).int()
+        a, b = grouped_product(x.repeat_interleave(self.k, 0)[order], self.gate_up, ends).chunk(2, dim=-1)
+        y = grouped_product(F.silu(a) * b, self.down, ends)[order.argsort()]  # (n * k, C)
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1).type_as(y).view(shape)
+
+    def auxiliary(self):
+        return 0.01 * self.imbalance
+
+
+def grouped_product(x, w, ends):
+    """x (P, in), rows grouped by expert up to ends (E,); w (E, in, out) -> (P, out)"""
+    if torch.is_autocast_enabled(x.device.type):
+        x, w = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, w))
+    return torch._grouped_mm(x, w, offs=ends)
+
+
 class Block(nn.Module):
     def __init__(self, config, i):
         super().__init__()
         self.attn_norm, self.ffn_norm = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
-        self.attn = Attention(config)
-        self.ffn = MemoryLayer(config) if i in config.mem_layers else SwiGLU(config)
+        self.attn, self.skip_norm = Attention(config), None
+        layer = {"memory": MemoryLayer, "moe": MoE, "peer": PEER, "ultramem": UltraMem}[config.system]
+        self.ffn = layer(config) if i in config.mem_layers and not config.mem_skip else SwiGLU(config)
+        if i in config.mem_layers and config.mem_skip:
+            self.skip_norm, self.skip = nn.RMSNorm(config.n_embd, eps=1e-6), layer(config)
 
     def forward(self, x, pool, cos, sin, cache=None, start=0):
         x = x + self.attn(self.attn_norm(x), cos, sin, cache, start)
@@ -111,8 +159,10 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(-(-config.vocab_size // 32) * 32, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
-        S, dtype = config.mem_keys**2, getattr(torch, config.mem_dtype)
-        self.pool = ValuePool(S, config.mem_value_dim, dtype, group) if config.mem_layers else None
+        S, dtype, self.pool = config.mem_keys**2, getattr(torch, config.mem_dtype), None
+        if config.mem_layers and config.system != "moe":
+            h, tables = config.mem_cores, 2 if config.system == "peer" else config.mem_cores
+            self.pool = ValuePool(S, config.mem_value_dim // h, dtype, group, tables, config.mem_expand)
         half = config.n_embd // config.n_head // 2
         frequencies = 10000.0 ** (-torch.arange(half) / half)
         angle = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, half)
@@ -125,28 +175,38 @@ class GPT(nn.Module):
     def initialize(self):
         """Every parameter. Matrices keep the size of what they multiply (std 1 / sqrt(inputs)); those that
         add to the residual stream are smaller, so that 2 n_layer additions sum to about 1 (GPT-2's rule)."""
-        residual = {m for block in self.blocks for m in (block.attn.out, block.ffn.out)}
-        for module in self.modules():
+        residual = 1 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                scale = 1 / math.sqrt(2 * self.config.n_layer) if module in residual else 1.0
+                scale = residual if name.endswith(".out") else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
+            elif isinstance(module, MoE):
+                nn.init.normal_(module.gate_up, std=module.gate_up.size(1) ** -0.5)
+                nn.init.normal_(module.down, std=residual * module.down.size(1) ** -0.5)
             elif isinstance(module, nn.Embedding):  # keeps the size as output matrix: logits of spread 1
                 nn.init.normal_(module.weight[: self.config.vocab_size], std=module.embedding_dim**-0.5)
                 nn.init.zeros_(module.weight[self.config.vocab_size :])
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 nn.init.ones_(module.weight)
             elif isinstance(module, MemoryLayer):
                 nn.init.normal_(module.keys, std=module.Q**-0.5)
+                if getattr(module, "core", None) is not None:
+                    # scores have a spread of 1 / sqrt(slots): their weighted sum of values has the values' size
+                    nn.init.normal_(module.core, std=(module.H * module.K * module.r) ** -0.5)
             elif isinstance(module, ValuePool):
                 module.initialize(std=0.02)
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None. Target -1 is
-        ignored. Logits beside a loss are detached: a compiled backward pass would read zeros for them."""
+        ignored. Logits beside a loss are detached: a compiled backward pass would read zeros for them.
+        Auxiliary losses of the layers are in the loss's gradient, not in its value."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        auxiliary = sum(m.auxiliary() for m in self.modules() if hasattr(m, "auxiliary"))
+        if torch.is_tensor(auxiliary):
+            loss = loss + (auxiliary - auxiliary.detach())
         return logits.detach(), loss
 
     def hidden(self, idx, cache=None, start=0):
@@ -155,9 +215,12 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than block_size={self.config.block_size}")
         cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        x = self.embedding(idx)
+        x, skips = self.embedding(idx), {}
         for i, block in enumerate(self.blocks):
+            if block.skip_norm is not None:
+                skips[i + self.config.mem_skip] = block.skip(block.skip_norm(x), self.pool)
             x = block(x, self.pool, cos, sin, None if cache is None else cache[i], start)
+            x = x + skips.pop(i) if i in skips else x
         return self.norm(x)
 
     def logits(self, x):
@@ -231,12 +294,17 @@ class GPT(nn.Module):
         on average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
         Training costs three times this: the backward pass makes two products for each one."""
         c = self.config
-        C, D, H, K, N, key = c.n_embd, c.mem_value_dim, c.mem_heads, c.mem_topk, c.mem_keys, c.mem_key_dim
-        gate = 2 * C * D if c.mem_gate else 0  # gate and output matrix
-        memory = C * H * key + H * N * key + H * K * D + gate  # query, scores of both halves, lookup
-        attention, layers = 4 * C * C + C * (T + 1), len(c.mem_layers)
-        adds = {"attention": c.n_layer * attention, "ffn": (c.n_layer - layers) * 3 * C * c.n_ffn}
-        adds |= {"memory": layers * memory, "head": C * self.embedding.num_embeddings}
+        C, H, K, key, r, E = c.n_embd, c.mem_heads, c.mem_topk, c.mem_key_dim, c.mem_rank, c.mem_expand
+        ffn, layers, N, D = 3 * C * c.n_ffn, len(c.mem_layers), c.mem_keys * math.isqrt(E), c.mem_value_dim
+        if c.system == "moe":
+            layer = c.moe_topk * ffn + C * c.moe_experts
+        else:  # query, scores of both halves; lookup, PEER's twice; gate and output matrix
+            layer = C * H * key + H * N * key + H * K * D * (1 + (c.system == "peer"))
+            layer += C * E * D * (c.mem_gate + (c.mem_gate or E * D != C))
+            layer += H * r * (2 * N + 2 * K * (r + K) + K * c.mem_cores * (r + 1))  # Tucker: both passes, weights
+        adds = {"attention": c.n_layer * (4 * C * C + C * (T + 1))}
+        adds |= {"ffn": (c.n_layer - (layers if c.mem_skip == 0 else 0)) * ffn}
+        adds |= {"memory": layers * layer, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
 
 
@@ -300,8 +368,21 @@ def fill_in_and_check(c):
         object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
     for i in layers:
         check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
-    if layers:
-        subkeys, same = f"each half has only mem_keys={c.mem_keys} sub-keys", c.mem_value_dim == c.n_embd
+    if layers and c.system == "moe":
+        check(c.moe_topk <= c.moe_experts, f"moe_topk={c.moe_topk}: there are moe_experts={c.moe_experts}")
+        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"n_embd={c.n_embd}, n_ffn={c.n_ffn}: moe wants multiples of 8")
+    elif layers:
+        subkeys, D, last = f"each half has only mem_keys={c.mem_keys} sub-keys", c.mem_value_dim, layers[-1] + c.mem_skip
         check(c.mem_topk <= c.mem_keys, f"mem_topk={c.mem_topk}: {subkeys} to choose from")
-        check(c.mem_key_dim % 2 == 0, f"mem_key_dim={c.mem_key_dim}: a key has two halves, it must be even")
-        check(c.mem_gate or same, f"mem_value_dim={c.mem_value_dim}: without mem_gate only n_embd={c.n_embd}")
+        parts = 2 * max(1, c.mem_rank)
+        check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: a key has {parts} parts of equal width")
+        check(c.system != "peer" or D == c.n_embd, f"mem_value_dim={D}: peer wants n_embd={c.n_embd}")
+        check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: cores are r x r, and mem_rank=0")
+        check(D % c.mem_cores == 0, f"mem_cores={c.mem_cores} must divide mem_value_dim={D}")
+        check(math.isqrt(c.mem_expand) ** 2 == c.mem_expand, f"mem_expand={c.mem_expand}: must be a square number")
+        wide = not c.mem_rank or c.mem_keys * math.isqrt(c.mem_expand) >= 2 * c.mem_topk
+        check(wide, f"mem_topk={c.mem_topk}: with mem_rank at most half of the sub-keys, sqrt(mem_expand) * mem_keys")
+        check(last < L, f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={L}")
+    off = {"mem_rank": 0, "mem_cores": 1, "mem_softmax": True, "mem_expand": 1, "mem_skip": 0}
+    for name, value in off.items():
+        check(c.system == "ultramem" or getattr(c, name) == value, f"{name}={getattr(c, name)}: only system=ultramem has it")

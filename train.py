@@ -58,6 +58,7 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
     mem_learning_rate: float = option(3e-3, "constant rate of the memory's values (RowAdam)", 1e-30, 1e31)
+    mem_decay: float = option(0.0, "values' rate: the network's times what falls from this to 1; 0: constant")
     weight_decay: float = option(0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31)
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
@@ -78,36 +79,65 @@ class TrainConfig:
             raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
 
 
-# Within a family the presets have the same data, the same steps, and FLOPs a token within 3% of each other; a
-# dense model of any is --mem_count=0 (the facts' has its own best learning rate).
-FACTS = dict(
-    dataset="facts", n_layer=4, n_head=4, n_embd=64, block_size=128, max_iters=1800, eval_interval=300,
-    mem_count=1, mem_keys=128, mem_topk=16, learning_rate=4e-3, mem_learning_rate=1e-2,
-)  # fmt: skip
-SHAKESPEARE = dict(
-    dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
-    mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2e-3, mem_learning_rate=3e-3,
-)  # fmt: skip
-GPT2 = dict(  # 18,000 steps of 491,520 tokens: OpenWebText once
-    dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
-    gradient_accumulation_steps=15, max_iters=18000, warmup_iters=700, eval_interval=1000, eval_iters=50,
-    mem_count=3, mem_keys=1024, mem_dtype="bfloat16", beta2=0.95, min_lr=6e-5, mem_learning_rate=1e-3,
-)  # fmt: skip
-GPT2_SMALL = dict(  # 1.05e9 tokens
-    dataset="openwebtext", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32,
-    gradient_accumulation_steps=8, max_iters=8000, warmup_iters=400, eval_interval=500, eval_iters=50,
-    mem_count=2, mem_keys=512, mem_dtype="bfloat16", beta2=0.95, learning_rate=1e-3, min_lr=1e-4,
-    mem_learning_rate=1e-3,
-)  # fmt: skip
-PRESETS = {
-    "facts-memory": FACTS,
-    "facts-dense": FACTS | dict(mem_count=0, learning_rate=8e-3),
-    "facts-pkm": FACTS | dict(mem_gate=False, mem_qk_norm=False),
-    "shakespeare-memory": SHAKESPEARE,
-    "gpt2": GPT2 | dict(mem_count=0),
-    "gpt2-memory": GPT2,
-    "gpt2-small-memory": GPT2_SMALL,
+# The presets are FAMILY-SYSTEM. In a family all have the same data and steps, and FLOPs a token within 3% of
+# those of its memory preset (dense2x: twice as many); moe, peer, pkm and ultramem also its parameters within 5%.
+FAMILIES = {
+    "facts": dict(
+        dataset="facts", n_layer=4, n_head=4, n_embd=64, block_size=128, max_iters=1800, eval_interval=300,
+        mem_count=1, mem_keys=128, mem_topk=16, learning_rate=4e-3, mem_learning_rate=1e-2,
+    ),
+    "shakespeare": dict(
+        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
+        mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2e-3, mem_learning_rate=3e-3,
+    ),
+    "gpt2": dict(  # 18,000 steps of 491,520 tokens: OpenWebText once
+        dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
+        gradient_accumulation_steps=15, max_iters=18000, warmup_iters=700, eval_interval=1000, eval_iters=50,
+        mem_count=3, mem_keys=1024, mem_dtype="bfloat16", beta2=0.95, min_lr=6e-5, mem_learning_rate=1e-3,
+    ),
+    "gpt2-small": dict(  # 1.05e9 tokens
+        dataset="openwebtext", n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32,
+        gradient_accumulation_steps=8, max_iters=8000, warmup_iters=400, eval_interval=500, eval_iters=50,
+        mem_count=2, mem_keys=512, mem_dtype="bfloat16", beta2=0.95, learning_rate=1e-3, min_lr=1e-4,
+        mem_learning_rate=1e-3,
+    ),
+}  # fmt: skip
+SYSTEMS = {  # what makes each of them
+    "memory": {},
+    "dense": dict(mem_count=0),
+    "dense2x": dict(mem_count=0),
+    "moe": dict(system="moe"),
+    "pkm": dict(mem_gate=False, mem_qk_norm=False),
+    "peer": dict(system="peer", mem_gate=False),
+    "ultramem": dict(
+        system="ultramem", mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
+        mem_decay=4.0,
+    ),
+}  # fmt: skip
+SIZES = {  # and what makes them equal
+    "facts-dense": dict(learning_rate=8e-3),
+    "facts-dense2x": dict(n_ffn=600),
+    "facts-moe": dict(mem_count=4, moe_experts=9),
+    "facts-peer": dict(mem_keys=90, n_ffn=184),
+    "facts-ultramem": dict(mem_keys=180, mem_value_dim=32, n_ffn=80),
+    "shakespeare-dense2x": dict(n_ffn=888),
+    "shakespeare-moe": dict(mem_count=4, moe_experts=5, n_ffn=328),
+    "shakespeare-pkm": dict(n_ffn=360),
+    "shakespeare-peer": dict(mem_keys=90, n_ffn=360),
+    "shakespeare-ultramem": dict(mem_keys=180, mem_value_dim=64, n_ffn=216),
+    "gpt2-small-dense2x": dict(n_ffn=5536),
+    "gpt2-small-moe": dict(mem_count=8, moe_experts=9),
+    "gpt2-small-peer": dict(mem_keys=362),
+    "gpt2-small-ultramem": dict(mem_keys=724, mem_value_dim=256, n_ffn=864),
+    "gpt2-dense2x": dict(n_ffn=6712),
+    "gpt2-moe": dict(mem_count=12, moe_experts=15, n_ffn=2016),
+    "gpt2-peer": dict(mem_keys=724, n_ffn=2176),
+    "gpt2-ultramem": dict(mem_keys=1448, mem_value_dim=384, n_ffn=1224),
 }
+PRESETS = {
+    f"{family}-{system}": shape | options | SIZES.get(f"{family}-{system}", {})
+    for family, shape in FAMILIES.items() for system, options in SYSTEMS.items()
+}  # fmt: skip
 
 
 # --- command line ---------------------------------------------------------------------------------------
@@ -283,6 +313,13 @@ def learning_rate(config, it):
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def memory_rate(config, it):
+    """Of the values: constant; or with mem_decay (UltraMem) the network's, times what falls from it to 1."""
+    if config.mem_decay == 0:
+        return config.mem_learning_rate
+    return learning_rate(config, it) * (config.mem_decay + (1 - config.mem_decay) * it / config.max_iters)
+
+
 # --- evaluation -----------------------------------------------------------------------------------------
 
 
@@ -456,9 +493,10 @@ def train(run):
         # step
         if config.grad_clip > 0:
             clip_grad_norm_(network, config.grad_clip)
-        for group in run.optimizers[0].param_groups:
-            group["lr"] = lr = learning_rate(config, state["iter"])
-        for optimizer in run.optimizers:
+        lr = learning_rate(config, state["iter"])
+        for optimizer, rate in zip(run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         state["iter"] = it = state["iter"] + 1
@@ -570,12 +608,13 @@ def start(given, ranks):
     """Everything that can be wrong is found here, before training. Returns what train() needs."""
     options = complete_options(given, ranks)
     config, model_config = make_configs(options)
-    M, steps = config.memory_parallel if model_config.mem_layers else 1, config.gradient_accumulation_steps
+    M, steps = config.memory_parallel, config.gradient_accumulation_steps
+    M = M if model_config.mem_layers and model_config.system != "moe" else 1
     if steps % ranks.world:
         what = f"gradient_accumulation_steps={steps}, the micro-steps of all processes together"
         raise ValueError(f"{what}, must be divisible by the {ranks.world} that torchrun has started")
-    if ranks.world % M or model_config.mem_value_dim % M:
-        width = f"the values' width, {model_config.mem_value_dim}"
+    if ranks.world % M or (width := model_config.mem_value_dim // model_config.mem_cores) % M:
+        width = f"the values' width, {width}"
         raise ValueError(f"memory_parallel={M} must divide the {ranks.world} processes and {width}")
     for rank, other in enumerate(ranks.gather(options)):
         for name in options:
@@ -650,8 +689,10 @@ def describe(model):
     counts, c = model.parameter_counts(), model.config
     text, blocks = f"{counts['dense']:,} parameters", ", ".join(map(str, c.mem_layers))
     if counts["pool"]:
-        slots = f"{c.mem_keys**2:,} slots of width {c.mem_value_dim}, read in block {blocks}"
+        slots = f"{model.pool.S:,} slots of width {counts['pool'] // model.pool.S}, read in block {blocks}"
         text += f" + {counts['pool']:,} in the memory ({slots})"
+    elif c.mem_layers:
+        text += f" (of {c.moe_experts} experts in block {blocks} a token uses {c.moe_topk})"
     return f"{text}; {sum(model.flops_per_token(c.block_size).values()) / 1e6:.3f} MFLOPs a token forward"
 
 

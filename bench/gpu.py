@@ -151,13 +151,13 @@ def describe_facts(preset, run):
 PARTS = {  # name: (function, seconds it may take on a GPU), the most important first
     "lookup": (lookups, 240),
     "gpt2-memory compiled": (preset_training("gpt2-memory", True), 240),
-    "gpt2 compiled": (preset_training("gpt2", True), 160),
+    "gpt2-dense compiled": (preset_training("gpt2-dense", True), 160),
     "layer": (layer, 90),
     "generation": (generation, 90),
     "torchrun": (torchrun, 120),
     "tests": (tests, 300),
     "gpt2-memory eager": (preset_training("gpt2-memory", False), 200),
-    "gpt2 eager": (preset_training("gpt2", False), 160),
+    "gpt2-dense eager": (preset_training("gpt2-dense", False), 160),
     "facts-memory": (facts("facts-memory"), 200),
     "facts-dense": (facts("facts-dense"), 200),
 }
@@ -217,8 +217,8 @@ def tables(done):
         memory, swiglu, plain = (t[f"{name}_ms"] for name in ("memory", "swiglu", "plain"))
         lines += ["", f"A layer's training step: {memory:.2f} ms, SwiGLU's {swiglu:.2f} ms: "]
         lines[-1] += f"{memory / swiglu:.2f} times as long; straightforward {plain:.2f} ms"
-    lines += ["", "| | gpt2 | gpt2-memory | gpt2, eager | gpt2-memory, eager |", "|---|---|---|---|---|"]
-    presets = "gpt2", "gpt2-memory"
+    lines += ["", "| | gpt2-dense | gpt2-memory | gpt2-dense, eager | gpt2-memory, eager |", "|---|---|---|---|---|"]
+    presets = "gpt2-dense", "gpt2-memory"
     runs = [got.get(f"{preset} {form}", {}) for form in ("compiled", "eager") for preset in presets]
     for label, name, form in (
         ("tokens a second", "tokens_per_s", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"),

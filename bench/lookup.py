@@ -71,13 +71,14 @@ def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 
             values, indices, weights, grad = random_problem(37, 13, 101, D, dtype, device)
             indices[0], indices[1, :5] = 7, 50  # slots that come more than once in a bag
             indices[20:] = 3  # 221 pairs of one row: more than a piece
-            first, second = (backward(values, indices, weights, grad) for _ in range(2))
+            flat = indices.flatten(), kernels.even_offsets(indices), weights.flatten()
+            first, second = (backward(values, *flat, grad) for _ in range(2))
             rows, grad_rows, grad_weights = first
             dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
             moved, rates = values.float().clone(), (0.1, 0.9, 0.98, 1e-15)
             moments = torch.zeros_like(moved), torch.zeros_like(moved)
             adam(moved, *moments, rows, grad_rows, rows, *rates)  # float32 tables need no random bits
-            got = [forward(values, indices, weights), dvalues, grad_weights, moved - values.float()]
+            got = [forward(values, *flat), dvalues, grad_weights.view(weights.shape), moved - values.float()]
             want = [*brute_force(values, indices, weights, grad), None]
             want[3] = brute_force_adam(values, rows, grad_rows, *rates).cpu() - values.cpu().double()
             pairs = zip(got, want, strict=True)
@@ -157,17 +158,18 @@ def measure(n, k, S, D, dtype, device, slots, copy):
     values.grad = values.grad.coalesce()  # as the model's is
     R, e = values.grad._nnz(), values.element_size()
     row = {"slots": slots, "S": S, "D": D, "R/S": R / S}
-    tensors, step = (values, indices, weights), kernels.lookup_backward_into
+    flat, step = indices.flatten(), kernels.lookup_backward_into
+    tensors = values, flat, kernels.even_offsets(indices), weights.flatten()
     with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
         parts = {
-            "forward": ((n * k * D + n * D) * e, lambda: kernels.lookup_forward(*tensors)),
+            "forward": ((n * k * D + n * D) * e, lambda: kernels.lookup_forward(*tensors, None)),
             "backward": ((3 * R * D + n * D) * e, lambda: step(*tensors, grad, *into)),
             "RowAdam": ((3 * e + 16) * R * D, optimizer.step),
         }
         for name, (moved, run) in parts.items():
             t = seconds(run, device)
             row |= {f"{name}_ms": 1e3 * t, f"{name}_GB/s": moved / t / 1e9, f"{name}_share": moved / t / copy}
-        row["sort_share"] = 1e3 * seconds(lambda: kernels.group_by_row(indices), device) / row["backward_ms"]
+        row["sort_share"] = 1e3 * seconds(lambda: kernels.group_by_row(flat), device) / row["backward_ms"]
     del optimizer, parts, run  # and the moments
     ours, sparse = times(own), partial(embedding_bag, sparse=True)
     others = {"definition": kernels.lookup_reference, "embedding_bag": embedding_bag, "sparse": sparse}

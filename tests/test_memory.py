@@ -70,7 +70,7 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     s = (scores(2, H, n, N) * 3).to(DEVICE, dtype)
     s1, s2 = s.double()
     want, want_slots = (s1[..., :, None] + s2[..., None, :]).flatten(-2).topk(K)  # (H, n, K)
-    slots = select(s, candidate_pairs(K).to(DEVICE), K)
+    slots = select(s, candidate_pairs(K).to(DEVICE), K, None)
     if dtype == torch.float32:
         assert torch.equal(slots, want_slots)
     torch.testing.assert_close(s1.gather(-1, slots // N) + s2.gather(-1, slots % N), want, rtol=1e-6, atol=1e-6)
@@ -84,7 +84,7 @@ def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     s[:, :, 0], s[:, :, 1], s[:, :, 2] = 0.0, -5.0, -s[:, :, 2].abs()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = s.to(DEVICE, dtype)
-        slots = select(rounded, candidate_pairs(8).to(DEVICE), 8)
+        slots = select(rounded, candidate_pairs(8).to(DEVICE), 8, None)
         s1, s2 = rounded[:, 0].float()
         want = (s1[:, :, None] + s2[:, None, :]).flatten(1).topk(8).values
         assert torch.equal((s1.gather(-1, slots[0] // 33) + s2.gather(-1, slots[0] % 33)), want)
@@ -185,7 +185,7 @@ def test_more_slots_do_not_cost_more_gradient():
 
 
 def test_usage_statistics_equal_counts_by_hand():
-    usage = Usage(torch.empty(200, 4))
+    usage = Usage(200, "cpu")
     usage.add(torch.tensor([[0, 0, 1], [2, 0, 1]]), torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
     usage.add(torch.tensor([[0]]), torch.tensor([[1.0]]))
     got = usage.summary()
@@ -195,7 +195,7 @@ def test_usage_statistics_equal_counts_by_hand():
     assert got["kl_weighted"] == pytest.approx((mass * np.log(mass * 200)).sum())
     assert got["top1"] == pytest.approx(6 / 7)  # the two busiest of 200 slots
 
-    even = Usage(torch.empty(100, 4))
+    even = Usage(100, "cpu")
     even.add(torch.arange(100)[None], torch.full((1, 100), 0.01))
     assert even.summary() == pytest.approx({"used": 1.0, "kl": 0.0, "kl_weighted": 0.0, "top1": 0.01}, abs=1e-6)
 

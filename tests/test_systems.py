@@ -1,0 +1,503 @@
+"""Mixture of experts, PEER and UltraMem: each against a float64 program of loops, then trained."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from helpers import SMALL, assert_refused, run
+from kernels import dot, lookup
+from memory import PEER, MemoryLayer, UltraMem, product_topk, tucker_topk
+from model import GPT, GPTConfig, MoE, SwiGLU
+from train import PRESETS, TrainConfig, learning_rate, make_configs, memory_rate
+
+DENSE = GPTConfig(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16)
+MOE = replace(DENSE, system="moe", mem_layers=(1,), moe_experts=5)
+SHAPE = dict(mem_layers=(1,), mem_keys=6, mem_heads=3, mem_topk=3, mem_key_dim=12, mem_gate=False)
+PEER_SMALL = replace(DENSE, system="peer", **SHAPE)
+PARTS = dict(mem_rank=2, mem_cores=2, mem_softmax=False, mem_expand=4, mem_skip=1)
+ULTRAMEM = replace(DENSE, system="ultramem", **SHAPE, **PARTS, mem_value_dim=8)
+
+
+def make(config, dtype=torch.float64):
+    """A model with norm weights that are not 1, so that one that is left out would be noticed."""
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def assert_equal(got, want, tolerance):
+    """got, want: {name: tensor}"""
+    assert got.keys() == want.keys()
+    for name, b in want.items():
+        a = got[name].to_dense().double()
+        assert b.norm() > 0, name
+        assert (a - b).norm() <= tolerance * b.norm(), f"{name}: {(a - b).norm() / b.norm():.1e}"
+
+
+def compare_with_loops(layer, pool, loops, auxiliary=0.0, tolerance=1e-11, n=6):
+    """Output and every gradient of a layer against loops(x, {name: parameter}) -> (y, auxiliary loss), in float64."""
+    dtype = next(layer.parameters()).dtype
+    generator = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(2, 1, n // 2, 16, generator=generator, dtype=torch.float64).to(dtype)
+    names = dict(layer.named_parameters()) | ({} if pool is None else {"values": pool.values})
+    exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
+    exact_x = x.double().requires_grad_()
+    want, loss = loops(exact_x.view(n // 2, 16), exact)
+    ((want * grad.double().view_as(want)).sum() + auxiliary * loss).backward()
+    x.requires_grad_()
+    got = layer(x, pool)
+    aux = layer.auxiliary() if auxiliary else 0.0
+    ((got * grad).sum() + auxiliary * aux).backward()
+    results = {"output": got.view_as(want), "x": x.grad} | {name: p.grad for name, p in names.items()}
+    assert_equal(results, {"output": want, "x": exact_x.grad} | {name: p.grad for name, p in exact.items()}, tolerance)
+    if auxiliary:
+        assert float(aux) == pytest.approx(float(loss), rel=1e-5)
+
+
+# --- lookups of different lengths, and dot ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["pytorch", "triton"])
+def path(request, monkeypatch):
+    monkeypatch.setattr(kernels, "uses_triton", lambda values: request.param == "triton")
+
+
+def table(S=40, D=24, dtype=torch.float32):
+    return torch.randn(S, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("collect", [False, True])
+def test_bags_of_any_length_equal_loops(path, dtype, tolerance, collect):
+    """Empty ones, one slot twice in a bag, and 300 pairs of one row, which are cut into pieces."""
+    values, generator = table(dtype=dtype), torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 0, 1, 300, 7, 0, 0, 12])
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    indices = torch.randint(40, (int(offsets[-1]),), generator=generator)
+    indices[4:304], indices[:2] = 9, 5
+    weights, grad = torch.randn(len(indices), generator=generator), torch.randn(8, 24, generator=generator)
+    exact, w = values.double().requires_grad_(), weights.double().requires_grad_()
+    bags = [range(a, b) for a, b in zip(offsets.tolist(), offsets[1:].tolist(), strict=False)]
+    want = torch.stack([sum((w[p] * exact[indices[p]] for p in bag), torch.zeros(24, dtype=torch.float64)) for bag in bags])
+    want.backward(grad.to(dtype).double())
+    values.requires_grad_()
+    weights.requires_grad_()
+    into = (torch.zeros_like(values), torch.zeros(40, dtype=torch.uint8)) if collect else None
+    got = lookup(values, indices, weights, into, offsets)
+    got.backward(grad.to(dtype))
+    rows = into[0] if collect else values.grad
+    results = {"y": got, "values": rows, "weights": weights.grad}
+    assert_equal(results, {"y": want, "values": exact.grad, "weights": w.grad}, tolerance)
+    read = into[1].nonzero().flatten() if collect else values.grad.coalesce().indices()[0]
+    assert torch.equal(read, indices.unique())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("D", [1, 24, 80])
+def test_dot_and_its_gradients_equal_loops(path, D, dtype, tolerance):
+    """The gradient of the table is that of two micro-steps, collected; and once sparse."""
+    values, generator = table(D=D, dtype=dtype), torch.Generator().manual_seed(1)
+    indices = torch.randint(30, (9, 5), generator=generator)
+    indices[0], indices[1, :3] = 3, 7
+    x, grad = torch.randn(9, D, generator=generator).to(dtype), torch.randn(9, 5, generator=generator)
+    exact, exact_x = values.double().requires_grad_(), x.double().requires_grad_()
+    want = torch.stack([torch.stack([exact[slot] @ row for slot in slots]) for slots, row in zip(indices, exact_x, strict=True)])
+    want.backward(grad.double())
+    values.requires_grad_()
+    x.requires_grad_()
+    got = dot(values, indices, x)
+    got.backward(grad)
+    assert got.dtype == torch.float32 and values.grad.is_sparse and torch.equal(values.grad.coalesce().indices()[0], indices.unique())
+    results = {"z": got, "values": values.grad, "x": x.grad}
+    assert_equal(results, {"z": want, "values": exact.grad, "x": exact_x.grad}, tolerance)
+    into = torch.zeros_like(values), torch.zeros(40, dtype=torch.uint8)
+    for _ in range(2):
+        dot(values, indices, x, into).backward(grad)
+    assert_equal({"values": into[0]}, {"values": 2 * exact.grad}, tolerance)
+    assert torch.equal(into[1].nonzero().flatten(), indices.unique())
+
+
+def test_nothing_to_multiply_and_wrong_slots(path):
+    assert dot(table(), torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 24)).shape == (0, 5)
+    with pytest.raises(ValueError, match="the table has slots 0 to 39"):
+        dot(table(), torch.tensor([[40]]), torch.zeros(1, 24))
+
+
+# --- mixture of experts -------------------------------------------------------------------------------------------------
+
+
+def test_one_expert_is_the_dense_network():
+    torch.manual_seed(0)
+    dense, moe = SwiGLU(DENSE), MoE(replace(MOE, moe_experts=1))
+    with torch.no_grad():
+        moe.gate_up[0] = torch.cat((dense.gate.weight.T, dense.up.weight.T), dim=1)
+        moe.down[0] = dense.out.weight.T
+        moe.router.weight.normal_()
+    x, grad = torch.randn(2, 3, 5, 16)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for layer, z in zip((dense, moe), inputs, strict=True):
+        y = layer(z, None)
+        y.backward(grad)
+    torch.testing.assert_close(y, dense(x, None))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    gate_up = torch.cat((dense.gate.weight.grad.T, dense.up.weight.grad.T), dim=1)
+    torch.testing.assert_close(moe.gate_up.grad[0], gate_up)
+    torch.testing.assert_close(moe.down.grad[0], dense.out.weight.grad.T)
+    assert moe.imbalance.item() == pytest.approx(1) and moe.router.weight.grad.abs().max() == 0  # softmax of one is 1
+
+
+def loop_over_experts(x, p, k):
+    """The page in the class, a token and an expert at a time; and the balance of the load."""
+    y, E = [], len(p["down"])
+    share, mean = torch.zeros(E, dtype=x.dtype), torch.zeros(E, dtype=x.dtype)
+    for row in x:
+        probability = (row @ p["router.weight"].T).softmax(0)
+        best = probability.detach().argsort(descending=True)[:k]
+        total = probability[best].sum() if k > 1 else 1
+        out = 0
+        for e in best:
+            gate, up = (row @ p["gate_up"][e]).chunk(2)
+            out = out + probability[e] / total * ((F.silu(gate) * up) @ p["down"][e])
+            share[e] += 1 / (k * len(x))
+        mean = mean + probability / len(x)
+        y.append(out)
+    return torch.stack(y), 0.01 * E * (share * mean).sum()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("E", [5, 40])  # 40: most of them get no token
+def test_every_pair_of_token_and_expert_is_computed(k, E):
+    layer = make(replace(MOE, moe_topk=k, moe_experts=E), torch.float32).blocks[1].ffn
+    compare_with_loops(layer, None, lambda x, p: loop_over_experts(x, p, k), auxiliary=3.0, tolerance=1e-5, n=60)
+
+
+def test_imbalance_is_1_where_all_is_even_and_more_elsewhere():
+    layer = MoE(replace(MOE, moe_experts=4))
+    with torch.no_grad():
+        layer.gate_up.normal_()
+        layer.down.normal_()
+        layer.router.weight.copy_(8 * torch.eye(4, 16))  # token e_i is for expert i
+        for experts, want in (([0, 1, 2, 3] * 3, 1.0), ([0, 0, 1, 2], None), ([2] * 12, 4.0)):
+            layer(torch.eye(16)[experts].unsqueeze(0), None)
+            if want is None:
+                assert 1.2 < layer.imbalance < 2
+            else:
+                assert layer.imbalance.item() == pytest.approx(want, abs=5e-3)
+
+
+@pytest.mark.parametrize("config", [MOE, ULTRAMEM], ids=["moe", "ultramem"])
+def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_value(config):
+    model, idx = make(config, torch.float32), torch.randint(50, (2, 16))
+    gradients = []
+    for own in (True, False):
+        model.zero_grad()
+        logits, loss = model(idx, idx)
+        cross_entropy = F.cross_entropy(model.logits(model.hidden(idx)).flatten(0, 1), idx.flatten())
+        if not own:
+            layers = [m for m in model.modules() if isinstance(m, MoE | UltraMem)]
+            (cross_entropy + sum(layer.auxiliary() for layer in layers)).backward()
+        else:
+            loss.backward()
+        assert loss.item() == pytest.approx(cross_entropy.item(), abs=1e-6)
+        gradients.append({name: p.grad.to_dense() for name, p in model.named_parameters()})
+    assert_equal(gradients[0], {name: g.double() for name, g in gradients[1].items()}, 1e-5)
+    layer = next(layer for layer in model.modules() if isinstance(layer, MoE | UltraMem))
+    assert layer.auxiliary() > 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_flops_of_experts_equal_what_pytorch_counts(k):
+    """PyTorch's counter has no entry for the grouped product: each row of one is multiplied by one matrix. The loop over experts,
+    which has plain products only, is counted by PyTorch alone."""
+    config = replace(MOE, moe_topk=k)
+    model, T = make(config, torch.float32), 16
+    grouped = {torch.ops.aten._grouped_mm: lambda x, w, *_, **__: 2 * x[0] * w[1] * w[2]}
+    x = torch.randn(1, T, 16)
+    counts = []
+    for run_layer in (
+        lambda: model.blocks[1].ffn(x, None),
+        lambda: loop_over_experts(x[0], {name: p.detach() for name, p in model.blocks[1].ffn.named_parameters()}, k),
+    ):
+        with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
+            run_layer()
+        counts.append(counter.get_total_flops() / T)
+    assert counts[0] == counts[1] == model.flops_per_token(T)["memory"]
+
+
+# --- PEER ---------------------------------------------------------------------------------------------------------------
+
+
+def scores_by_loops(x, p, config, H, r=1):
+    """s[half][head][component][sub-key] of one token."""
+    N, Q = p["keys"].shape[1:]
+    q = (p["query.weight"] @ x).view(2, H, r, Q)
+    keys = p["keys"].view(2, H, r, N, Q)
+
+    def norm(v, name):
+        if f"{name}.weight" not in p:
+            return v
+        if config.mem_rank:  # LayerNorm
+            return (v - v.mean()) / ((v - v.mean()).square().mean() + 1e-6).sqrt() * p[f"{name}.weight"]
+        return v / (v.square().mean() + 1e-6).sqrt() * p[f"{name}.weight"]
+
+    scale = math.sqrt(Q) if config.mem_qk_norm else 1.0
+    return torch.stack([
+        torch.stack([
+            torch.stack([
+                torch.stack([norm(q[a, h, c], "query_norm") @ norm(keys[a, h, c, i], "key_norm") / scale for i in range(N)])
+                for c in range(r)
+            ]) for h in range(H)
+        ]) for a in range(2)
+    ])  # fmt: skip
+
+
+def peer_by_loops(x, p):
+    config, y = PEER_SMALL, []
+    N, S = config.mem_keys, config.mem_keys**2
+    for row in x:
+        s1, s2 = scores_by_loops(row, p, config, config.mem_heads)[:, :, 0]
+        out = torch.zeros(16, dtype=x.dtype)
+        for h in range(config.mem_heads):
+            every = torch.stack([s1[h, i] + s2[h, j] for i in range(N) for j in range(N)])
+            best = every.detach().argsort(descending=True)[: config.mem_topk]
+            for slot, weight in zip(best.tolist(), every[best].softmax(0), strict=True):
+                u, v = p["values"][slot], p["values"][S + slot]
+                z = u @ row
+                out = out + weight * 0.5 * z * (1 + torch.erf(z / math.sqrt(2))) * v
+        y.append(out)
+    return torch.stack(y), 0.0
+
+
+def test_peer_equals_loops():
+    model = make(PEER_SMALL)
+    layer = model.blocks[1].ffn
+    assert isinstance(layer, PEER) and model.pool.values.shape == (72, 16)
+    compare_with_loops(layer, model.pool, peer_by_loops)
+    slots = model.blocks[1].ffn.retrieve(torch.randn(1, 16, dtype=torch.float64))[0]
+    model.zero_grad()
+    x = torch.randn(1, 1, 16, dtype=torch.float64)
+    slots = layer.retrieve(x[0])[0].unique()
+    layer(x, model.pool).sum().backward()
+    assert 3 <= len(slots) < 36  # the rows of both tables that were read, and no others
+    assert torch.equal(model.pool.values.grad.coalesce().indices()[0], torch.cat((slots, 36 + slots)))
+    assert model.parameter_counts()["pool"] == 2 * 36 * 16
+
+
+# --- UltraMem -----------------------------------------------------------------------------------------------------------
+
+
+def ultramem_by_loops(x, p, config, permutation):
+    """Over the whole virtual grid. -> y, auxiliary loss"""
+    H, K, r, h, E = config.mem_heads, config.mem_topk, max(1, config.mem_rank), config.mem_cores, config.mem_expand
+    N, S, D, y = config.mem_keys * math.isqrt(E), config.mem_keys**2, config.mem_value_dim, []
+    core = p["core"].sum(0) if config.mem_rank else None
+    values = p["values"].view(h, S, D // h)
+    for row in x:
+        s_row, s_col = scores_by_loops(row, p, config, H, r)  # (H, r, N)
+        blocks = [torch.zeros(D, dtype=x.dtype) for _ in range(E)]
+        for head in range(H):
+            a, b = s_row[head], s_col[head]  # (r, N)
+            if core is None:
+                grids = [torch.stack([torch.stack([a[0, i] + b[0, j] for j in range(N)]) for i in range(N)])]
+                allowed = torch.ones(N, N, dtype=torch.bool)
+            else:
+                grids = [
+                    torch.stack([torch.stack([a[:, i] @ one @ b[:, j] for j in range(N)]) for i in range(N)]) for one in p["core"]
+                ]
+                u, _, w = torch.linalg.svd(core.detach())
+                first, second = u[:, 0] @ a.detach(), w[0] @ b.detach()
+                allowed = torch.zeros(N, N, dtype=torch.bool)
+                for largest in (True, False):
+                    i, j = first.topk(K, largest=largest).indices, second.topk(K, largest=largest).indices
+                    allowed[i.unsqueeze(1), j] = True
+            total = sum(grids).detach().masked_fill(~allowed, -math.inf).flatten()
+            best = total.argsort(descending=True)[:K]
+            weights = torch.stack([grid.flatten()[best] for grid in grids])  # (cores, K)
+            weights = weights.softmax(-1) if config.mem_softmax else weights
+            for virtual, weight in zip(best.tolist(), weights.T, strict=True):
+                block, slot = divmod(permutation[virtual], S)
+                for i in range(h):
+                    part = slice(i * D // h, (i + 1) * D // h)
+                    blocks[block] = blocks[block].index_add(0, torch.arange(D)[part], weight[i] * values[i, slot])
+        y.append(torch.cat(blocks))
+    y = torch.stack(y)
+    y = y @ p["out.weight"].T if "out.weight" in p else y
+    if core is None:
+        return y, torch.zeros(())
+    sigma = torch.linalg.svdvals(core)
+    return y, 1e-3 / max(1, r - 1) * sum((max(sigma[i] - 0.15, 0 * sigma[i])) ** 2 for i in range(1, r))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"mem_rank": 3, "mem_key_dim": 12, "mem_cores": 4}, {"mem_rank": 0, "mem_cores": 1}, {"mem_cores": 1},
+        {"mem_softmax": True}, {"mem_expand": 1}, {"mem_expand": 9}, {"mem_qk_norm": False}, {"mem_value_dim": 16, "mem_expand": 1},
+    ],
+    ids=["all", "rank 3", "sums", "one core", "softmax", "one block", "nine blocks", "no norms", "whole width"],
+)  # fmt: skip
+def test_ultramem_equals_loops_over_the_virtual_grid(change):
+    config = replace(ULTRAMEM, **change)
+    model = make(config)
+    permutation = model.pool.permutation.tolist() if config.mem_expand > 1 else range(36)
+    auxiliary = 100.0 if config.mem_rank else 0.0
+    layer = model.blocks[1].skip
+    compare_with_loops(layer, model.pool, lambda x, p: ultramem_by_loops(x, p, config, permutation), auxiliary)
+
+
+def test_with_all_parts_off_ultramem_is_pkm():
+    off = dict(mem_rank=0, mem_cores=1, mem_softmax=True, mem_expand=1, mem_skip=0, mem_value_dim=16, mem_qk_norm=False)
+    ultra = make(replace(ULTRAMEM, **off))
+    pkm = GPT(replace(DENSE, **SHAPE | dict(mem_qk_norm=False))).double()
+    assert type(pkm.blocks[1].ffn) is MemoryLayer and type(ultra.blocks[1].ffn) is UltraMem
+    pkm.load_state_dict(ultra.state_dict())
+    idx = torch.randint(50, (2, 16))
+    for model in (ultra, pkm):
+        model(idx, idx)[1].backward()
+    torch.testing.assert_close(ultra(idx)[0], pkm(idx)[0], rtol=0, atol=1e-12)
+    want = {name: p.grad.to_dense() for name, p in pkm.named_parameters()}
+    assert_equal({name: p.grad for name, p in ultra.named_parameters()}, want, 1e-12)
+
+
+def grid(s, core):
+    return torch.einsum("hrni,rs,hsnj->hnij", s[0], core, s[1]).flatten(-2)  # (H, n, N * N)
+
+
+def test_the_pass_of_rank_1_misses_nothing_if_the_core_has_rank_1():
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(2, 3, 2, 200, 24, generator=generator, dtype=torch.float64)
+    for _ in range(4):
+        core = torch.outer(*torch.randn(2, 2, generator=generator, dtype=torch.float64))
+        every = grid(s, core)
+        slots = tucker_topk(s, 8, core)
+        torch.testing.assert_close(every.gather(-1, slots), every.topk(8).values, rtol=0, atol=1e-12)
+        assert all(len(set(row)) == 8 for row in slots.flatten(0, 1).tolist())
+    full = torch.randn(2, 2, generator=generator, dtype=torch.float64)  # elsewhere it is an approximation
+    missed = grid(s, full).topk(8).values.sum(-1) - grid(s, full).gather(-1, tucker_topk(s, 8, full)).sum(-1)
+    assert missed.min() > -1e-9 and missed.max() > 0
+
+
+def test_a_core_of_1_is_product_key_retrieval_with_products_for_sums():
+    s = torch.rand(2, 3, 1, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    slots = tucker_topk(s, 8, torch.ones(1, 1, dtype=torch.float64))
+    pairs = torch.tensor([(a, b) for a in range(8) for b in range(8 // (a + 1))]).T
+    assert torch.equal(slots, product_topk(s[:, :, 0].log(), 8, pairs))
+
+
+def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
+    s = torch.randn(2, 3, 2, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    core = torch.tensor([[1.0, 0.4], [-0.3, 0.6]], dtype=torch.float64)
+    svd, want = torch.linalg.svd, tucker_topk(s, 8, core)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", lambda matrix: tuple(sign * part for sign, part in zip((-1, 1, -1), svd(matrix), strict=True)))
+        assert torch.equal(grid(s, core).gather(-1, want), grid(s, core).gather(-1, tucker_topk(s, 8, core)))
+
+
+def test_the_permutation_is_a_bijection_and_is_kept(tmp_path):
+    model = make(ULTRAMEM)
+    permutation = model.pool.permutation
+    assert torch.equal(permutation.long().sort().values, torch.arange(4 * 36))
+    assert not torch.equal(permutation.long(), torch.arange(4 * 36))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    other = GPT(ULTRAMEM).double()
+    assert not torch.equal(other.pool.permutation, permutation)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(other.pool.permutation, permutation)
+
+
+def test_the_rate_of_the_values_falls_to_that_of_the_network():
+    config = TrainConfig(mem_decay=4.0, max_iters=100, warmup_iters=10, learning_rate=1e-3, min_lr=1e-4)
+    assert [memory_rate(config, it) / learning_rate(config, it) for it in (0, 50, 100)] == pytest.approx([4, 2.5, 1])
+    assert memory_rate(replace(config, mem_decay=0.0), 50) == config.mem_learning_rate
+
+
+def test_the_layers_output_comes_after_a_later_block():
+    model, idx = make(replace(ULTRAMEM, mem_layers=(0,), mem_skip=2)), torch.randint(50, (1, 16))
+    assert all(isinstance(block.ffn, SwiGLU) for block in model.blocks)
+    before = model(idx)[0]
+    x = model.embedding(idx)
+    later = model.blocks[0].skip(model.blocks[0].skip_norm(x), model.pool)
+    for block in model.blocks:
+        x = block(x, model.pool, model.cos[:16], model.sin[:16])
+    torch.testing.assert_close(model.logits(model.norm(x + later)), before)
+
+
+# --- all of them --------------------------------------------------------------------------------------------------------
+
+SYSTEMS = {
+    "moe": ["--system=moe", "--moe_experts=4", "--moe_topk=2"],
+    "peer": ["--system=peer", "--mem_gate=false"],
+    "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
+                 "--mem_layers=0", "--mem_skip=1", "--mem_value_dim=16", "--mem_decay=4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "facts"
+    assert run("data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("system", ["dense2x", "pkm", "moe", "peer", "ultramem"])
+def test_each_system_learns_the_facts_of_20_people(twenty, tmp_path, system):
+    options = ["--n_layer=2", "--n_embd=48", "--n_ffn=64", "--block_size=64", "--mem_keys=16", "--mem_topk=4", "--device=cpu"]
+    options += ["--mem_count=2"] if system == "moe" else ["--mem_layers=0"]
+    options += ["--max_iters=600", "--eval_interval=600", "--eval_iters=4"]
+    done = run("train.py", f"--preset=facts-{system}", f"--dataset={twenty}", f"--out_dir={tmp_path}", *options)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["recall"] > 0.9, last
+
+
+@pytest.mark.parametrize("family", ["facts", "shakespeare", "gpt2", "gpt2-small"])
+def test_presets_of_a_family_have_equal_flops_and_parameters(family):
+    def counts(system):
+        vocab_size = {"facts": 1312, "shakespeare": 256}.get(family, 50257)
+        config = make_configs(PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size})[1]
+        with torch.device("meta"):
+            model = GPT(config)
+        return sum(model.flops_per_token(config.block_size).values()), sum(model.parameter_counts().values())
+
+    flops, parameters = counts("memory")
+    systems = [name.removeprefix(f"{family}-") for name in PRESETS if name.rpartition("-")[0] == family]
+    assert set(systems) == {"memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem"}
+    for system in set(systems) - {"memory"}:
+        got = counts(system)
+        assert got[0] / flops == pytest.approx(2 if system == "dense2x" else 1, rel=0.03), system
+        if "dense" not in system:
+            assert got[1] / parameters == pytest.approx(1, rel=0.05), system
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--moe_experts=2", "--moe_topk=3", "--system=moe"], ["moe_topk=3", "moe_experts=2"]),
+        (["--system=moe", "--n_ffn=12"], ["n_ffn=12", "multiples of 8"]),
+        (["--system=peer", "--mem_value_dim=16"], ["mem_value_dim=16", "n_embd=32"]),
+        (["--mem_rank=2"], ["mem_rank=2", "system=ultramem"]),
+        (["--mem_softmax=false", "--system=peer"], ["mem_softmax=False", "system=ultramem"]),
+        (["--mem_skip=1", "--mem_count=0", "--system=moe"], ["mem_skip=1"]),
+        (["--system=ultramem", "--mem_skip=1"], ["mem_skip=1", "block 2"]),
+        (["--system=ultramem", "--mem_cores=2"], ["mem_cores=2", "mem_rank=0"]),
+        (["--system=ultramem", "--mem_rank=1", "--mem_cores=3"], ["mem_cores=3", "mem_value_dim=32"]),
+        (["--system=ultramem", "--mem_expand=3"], ["mem_expand=3", "square"]),
+        (["--system=ultramem", "--mem_rank=3"], ["mem_key_dim=16", "6 parts"]),
+        (["--system=dense"], ["system=dense", "moe"]),
+        (["--system=ultramem", "--mem_rank=2", "--mem_topk=9"], ["mem_topk=9", "half"]),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_refused_by_name(facts, tmp_path, options, words):
+    done = run("train.py", *SMALL, "--mem_layers=1", f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *options)
+    assert_refused(done, *words)
+    assert not (tmp_path / "out").exists()
