@@ -240,23 +240,25 @@ def lookup_forward(
     values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
     x: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """lookup with weights, (n, D); or dot with x, (P,)"""
+    """lookup with weights, or dot with x"""
     if indices.numel() == 0:
         return empty_result(values, indices, offsets, weights, x).zero_()
     if DEBUG or not values.is_cuda:
         low, high = (bound.item() for bound in indices.aminmax())
         if low < 0 or high >= len(values):
             raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
-    paths = ((torch_forward, torch_dot), (triton_forward, triton_dot))
-    run, given = paths[uses_triton(values)][weights is None], x if weights is None else weights
+    forward, product = (triton_forward, triton_dot) if uses_triton(values) else (torch_forward, torch_dot)
+    tensors = values.contiguous(), indices.flatten(), offsets
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        return run(*(t.contiguous() for t in (values, indices, offsets, given)))
+        if weights is None:
+            return product(*tensors, x.contiguous()).view(indices.shape).clone()  # no view: compile fails on it
+        return forward(*tensors, weights.flatten())
 
 
 @lookup_forward.register_fake
 def empty_result(values, indices, offsets, weights, x):
     if weights is None:
-        return values.new_empty(len(indices), dtype=torch.promote_types(values.dtype, torch.float32))
+        return values.new_empty(indices.shape, dtype=torch.promote_types(values.dtype, torch.float32))
     return values.new_empty(len(offsets) - 1, values.size(1))
 
 
@@ -266,8 +268,10 @@ def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
         rows = indices.new_zeros(0, dtype=torch.int64)
         return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
     run = triton_backward if uses_triton(values) else torch_backward
+    tensors = values.contiguous(), indices.flatten(), offsets, weights.flatten(), grad.contiguous()
     with torch.cuda.device_of(values):
-        return run(*(t.contiguous() for t in (values, indices, offsets, weights, grad)), table_grad)
+        rows, grad_rows, grad_weights = run(*tensors, table_grad)
+    return rows, grad_rows, grad_weights.view(weights.shape)
 
 
 @torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("table_grad", "touched"))
@@ -345,15 +349,14 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
         want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
         raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
     offsets, run = even_offsets(indices) if offsets is None else offsets, traceable(accumulator)
-    return run(values, indices.flatten(), offsets, weights.flatten(), None, accumulator)
+    return run(values, indices, offsets, weights, None, accumulator)
 
 
 def dot(values, indices, x, accumulator=None):
     """z[i, j] = values[indices[i, j]] . x[i], which in lookup's backward pass is the gradient of the weights.
 
     x (n, D) floating point -> (n, k), float32 or wider. Differentiable in values and x; else as lookup."""
-    offsets, run = even_offsets(indices), traceable(accumulator)
-    return run(values, indices.flatten(), offsets, None, x, accumulator).view(indices.shape)
+    return traceable(accumulator)(values, indices, even_offsets(indices), None, x, accumulator)
 
 
 def even_offsets(indices):

@@ -136,7 +136,7 @@ class MemoryLayer(nn.Module):
     def forward(self, x, pool):
         """x (B, T, C) -> (B, T, C)"""
         y = self.read(x.flatten(0, 1), pool).view(*x.shape[:2], -1)  # (B, T, D)
-        y = y if self.gate is None else y * F.silu(self.gate(x))
+        y = y.type_as(x) if self.gate is None else y * F.silu(self.gate(x))
         return y if self.out is None else self.out(y)
 
     def read(self, x, pool):

@@ -14,6 +14,13 @@ SMALL = (
     "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
     "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
 ).split()
+SYSTEMS = {  # options of a model of at least two blocks
+    "memory": [],
+    "moe": ["--system=moe", "--mem_layers=0,1", "--moe_experts=4", "--moe_topk=2"],
+    "peer": ["--system=peer", "--mem_gate=false"],
+    "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
+                 "--mem_layers=0", "--mem_skip=1", "--mem_value_dim=16", "--mem_decay=4"],
+}  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
 
 

@@ -12,13 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import RowAdam
 from model import GPT, GPTConfig, sample_token
-from train import PRESETS, make_configs
 
 DENSE = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16)
 MEMORY = replace(DENSE, mem_layers=(0, 2), mem_keys=9, mem_heads=3, mem_topk=4, mem_key_dim=10, mem_value_dim=12)
 PKM = replace(DENSE, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4, mem_gate=False, mem_qk_norm=False)
+MOE = replace(DENSE, system="moe", mem_layers=(0, 1, 2), moe_experts=4, moe_topk=2)
+PEER = replace(MEMORY, system="peer", mem_gate=False, mem_value_dim=16)
+ULTRAMEM = replace(
+    MEMORY, system="ultramem", mem_layers=(0, 1), mem_key_dim=12, mem_gate=False, mem_value_dim=8, mem_rank=2, mem_cores=2,
+    mem_softmax=False, mem_expand=4, mem_skip=1,
+)  # fmt: skip
+SYSTEMS = {"dense": DENSE, "memory": MEMORY, "pkm": PKM, "moe": MOE, "peer": PEER, "ultramem": ULTRAMEM}
 BOTH = pytest.mark.parametrize("config", [DENSE, MEMORY], ids=["dense", "memory"])
-ALL = pytest.mark.parametrize("config", [DENSE, MEMORY, PKM], ids=["dense", "memory", "pkm"])
+ALL = pytest.mark.parametrize("config", SYSTEMS.values(), ids=SYSTEMS)
 
 
 def make(config, seed=0):
@@ -97,7 +103,7 @@ def test_loss_is_mean_cross_entropy_and_ignores_minus_one():
     assert logits.shape == (2, 24, 61) and loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-@BOTH
+@ALL
 def test_no_token_sees_what_follows(config):
     model, idx = make(config), tokens(2, 24)
     changed = idx.clone()
@@ -119,31 +125,35 @@ def test_positions_matter_and_are_relative():
     assert (here[:, 4] - swapped[:, 4]).abs().max() > 1e-3
 
 
-@BOTH
+@ALL
 def test_torch_compile_changes_nothing_and_has_one_graph(config):
     """Traced, with gradients, but without a C++ compiler; fullgraph=True refuses a break. Two micro-steps: gradients add up."""
     model, idx, targets = make(config), tokens(2, 24), tokens(2, 24, 1)
     if model.pool is not None:
         model.pool.collect_gradients()
-    gradients = []
+    gradients, autocast = [], torch.autocast("cpu", torch.bfloat16, enabled=config.system == "moe")  # see grouped_product
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         for part in (slice(0, 1), slice(1, 2)):
-            run(idx[part], targets[part])[1].backward()
+            with autocast:
+                loss = run(idx[part], targets[part])[1]
+            loss.backward()
         if model.pool is not None:
             model.pool.combine_gradient()
         gradients.append([p.grad.to_dense().clone() for p in model.parameters()])
     for plain, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
+        assert (plain - compiled).norm() <= (0.05 if config.system == "moe" else 1e-4) * plain.norm()
 
 
-def test_torch_compile_takes_a_model_that_nobody_collects_for():
-    """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing."""
-    model, idx, gradients = make(MEMORY), tokens(2, 24), []
+@pytest.mark.parametrize("system", ["memory", "moe", "peer", "ultramem"])
+def test_torch_compile_takes_a_model_that_nobody_collects_for(system):
+    """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing; so do experts in
+    float32."""
+    model, idx, gradients = make(SYSTEMS[system]), tokens(2, 24), []
     for run in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
         run(idx, idx)[1].backward()
-        gradients.append(model.pool.values.grad.to_dense())
+        gradients.append(torch.cat([p.grad.to_dense().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -235,7 +245,7 @@ def test_counts_of_a_memory_model_equal_those_by_hand():
     assert model.flops_per_token(9) == want
 
 
-@ALL
+@pytest.mark.parametrize("config", [DENSE, MEMORY, PKM, PEER], ids=["dense", "memory", "pkm", "peer"])
 def test_flops_equal_what_pytorch_counts_while_running(config):
     """All but the lookup, which PyTorch does not count, and attention, for which it counts positions that causality leaves out."""
     B, T = 2, 24
@@ -246,30 +256,22 @@ def test_flops_equal_what_pytorch_counts_while_running(config):
     products = sum(flops for op, flops in counted.items() if "attention" not in op)
     flops = model.flops_per_token(T)
     c = config
-    lookup = len(c.mem_layers) * 2 * c.mem_heads * c.mem_topk * c.mem_value_dim
+    lookup = len(c.mem_layers) * 2 * c.mem_heads * c.mem_topk * c.mem_value_dim * (2 if c.system == "peer" else 1)
     attention = c.n_layer * 2 * c.n_embd * (T + 1)
     assert products == B * T * (sum(flops.values()) - lookup - attention)
 
 
-@pytest.mark.parametrize(
-    "presets",
-    [
-        "facts-dense facts-memory facts-pkm",
-        "gpt2 gpt2-memory",
-        "shakespeare-memory",
-        "gpt2-small-memory",
-    ],
-)
-def test_presets_of_a_family_have_equal_flops_within_3_percent(presets):
-    def flops(preset, **options):
-        options |= {"vocab_size": 50257 if "gpt2" in preset else 1312}
-        config = make_configs(PRESETS[preset] | options)[1]
-        with torch.device("meta"):
-            return sum(GPT(config).flops_per_token(config.block_size).values())
-
-    presets = presets.split()
-    dense = flops(presets[0], mem_count=0)
-    assert all(0 < abs(flops(preset) / dense - 1) < 0.03 for preset in presets if preset not in ("gpt2", "facts-dense"))
+def test_counts_of_ultramem_equal_those_by_hand():
+    # Query 16 x (3 heads * 12); keys 2 halves * 3 heads * 2 components * 18 * 3; norms of 3; 2 cores 2 x 2; output 4 * 8 x 16.
+    layer = 16 * 36 + 2 * 3 * 2 * 18 * 3 + 2 * 3 + 2 * 4 + 32 * 16
+    model = GPT(ULTRAMEM)
+    dense = 64 * 16 + 3 * (1024 + 2304 + 32) + 16 + 2 * (layer + 16)
+    assert model.parameter_counts() == {"dense": dense, "pool": 81 * 8}
+    # Query 576, scores 3 * 2 * 2 * 18 * 3 = 648, lookup 12 * 8, output 512. For each head: first pass 2 * 18 * 2; second pass twice
+    # 4 * 2 * 2 and 4 * 4 * 2; weights of 4 slots: for 2 cores 2 * 2 and 2.
+    memory = 2 * 2 * (576 + 648 + 96 + 512 + 3 * (72 + 2 * (16 + 32) + 4 * 2 * (4 + 2)))
+    assert model.flops_per_token(9)["memory"] == memory
+    assert model.flops_per_token(9)["ffn"] == 3 * 2 * 2304  # none is replaced
 
 
 def test_memory_layers_are_centred_with_a_stride():
@@ -383,7 +385,6 @@ def test_generation_is_repeatable_from_its_generator():
         (dict(mem_count=13), "mem_count=13"),
         (dict(mem_count=1, mem_key_dim=9), "mem_key_dim=9"),
         (dict(mem_count=1, mem_heads=0), "mem_heads=0"),
-        (dict(mem_count=1, mem_gate=False, mem_value_dim=7), "mem_value_dim=7"),
         (dict(n_ffn=-8), "n_ffn=-8"),
     ],
 )

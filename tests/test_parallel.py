@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import SYSTEMS
 from train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +115,21 @@ def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
     if ranks == M == 2:  # one process samples from what several have written
         done = run([sys.executable, "sample.py", f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=5"])
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("system", ["moe", "peer", "ultramem"])
+def test_two_ranks_equal_one_for_each_system(facts, tmp_path, system, M):
+    options = [*OPTIONS, *SYSTEMS[system], "--max_iters=8", "--eval_interval=4", f"--dataset={facts}"]
+    for ranks, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        status, _, errors = together(ranks, *options, f"--out_dir={out}", f"--memory_parallel={M if ranks > 1 else 1}")
+        assert status == [0] * ranks, errors
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    if system == "ultramem":  # its permutation is not drawn anew
+        status, _, errors = together(1, "--resume", f"--out_dir={tmp_path / 'two'}", "--memory_parallel=1", "--max_iters=9")
+        assert status == [0], errors
+        weights = [load_checkpoint(tmp_path / name / "ckpt.pt")["model"].pool.permutation for name in ("one", "two")]
+        assert torch.equal(*weights) and torch.equal(weights[0].long().sort().values, torch.arange(4 * 256))
 
 
 CHECK = """

@@ -434,14 +434,6 @@ def test_the_layers_output_comes_after_a_later_block():
 
 # --- all of them --------------------------------------------------------------------------------------------------------
 
-SYSTEMS = {
-    "moe": ["--system=moe", "--moe_experts=4", "--moe_topk=2"],
-    "peer": ["--system=peer", "--mem_gate=false"],
-    "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
-                 "--mem_layers=0", "--mem_skip=1", "--mem_value_dim=16", "--mem_decay=4"],
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "facts"
