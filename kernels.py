@@ -7,14 +7,13 @@ V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients 
     dV = W^T dY      row s of V collects the dY of every token that read it: a lookup with the roles swapped
     dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
-In this order: the definition, the same in PyTorch (for a CPU), the same in Triton (for a GPU), `lookup` (what
-the model calls) and `dot` (dW by itself), `RowAdam` (the optimiser of the rows that were read), and the
-kernel that selects slots (memory.py). `python kernels.py` checks and times all of it.
+In this order: the definition, the same in PyTorch (for a CPU) and in Triton (for a GPU), `lookup` and `dot`
+(dW by itself), `RowAdam` (the optimiser of the rows that were read), and the kernel that selects slots
+(memory.py). `python kernels.py` checks and times all of it.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
 R distinct rows read, P = n * k pairs of token and slot. Inside, indices and weights are (P,), and token i has
-the pairs offsets[i] to offsets[i + 1]: also where tokens read different numbers of slots (UltraMem).
-"""
+pairs offsets[i] to offsets[i + 1] - 1: UltraMem's read different numbers of slots. """
 
 import os
 import types
@@ -42,9 +41,7 @@ def lookup_reference(values, indices, weights):
 
 def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (P,) -> order (P,), rows (R,), starts (R + 1,), int64.
-
-    Pairs order[starts[r] : starts[r + 1]] are those that read rows[r]. The sort is stable: a row's pairs stay
-    in the order of the tokens, so sums have the same bits each time."""
+    Pairs order[starts[r] : starts[r + 1]] read rows[r], in the order of the tokens: the same sums each time."""
     if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
         packed = (indices.long() << 32) + torch.arange(len(indices))
         packed.numpy().sort()
@@ -57,8 +54,8 @@ def group_by_row(indices):
 
 def token_of_pair(offsets, P):
     """offsets (n + 1,) -> (P,) int64"""
-    n = len(offsets) - 1
-    return torch.arange(n, device=offsets.device).repeat_interleave(offsets.diff(), output_size=P)
+    tokens = torch.arange(len(offsets) - 1, device=offsets.device)
+    return tokens.repeat_interleave(offsets.diff(), output_size=P)
 
 
 # --- PyTorch --------------------------------------------------------------------------------------------
@@ -250,8 +247,8 @@ def lookup_forward(
     forward, product = (triton_forward, triton_dot) if uses_triton(values) else (torch_forward, torch_dot)
     tensors = values.contiguous(), indices.flatten(), offsets
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        if weights is None:
-            return product(*tensors, x.contiguous()).view(indices.shape).clone()  # no view: compile fails on it
+        if weights is None:  # a clone, because torch.compile fails on a view
+            return product(*tensors, x.contiguous()).view(indices.shape).clone()
         return forward(*tensors, weights.flatten())
 
 
@@ -290,10 +287,9 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 
 class Lookup(torch.autograd.Function):
-    """Ties forward and backward together. With weights w and without x it is lookup, the other way dot: the
-    derivatives, by x and by w, of the sum over all pairs of w_p values[i_p] . x_p. The backward pass of either
-    takes the gradient for what is not given: then all derivatives are there. That by values is sparse, or
-    added to the accumulator."""
+    """Without x it is lookup, without weights w dot: the derivatives, by x and by w, of the sum over all pairs
+    of w_p values[i_p] . x_p. In the backward pass the gradient takes the place of what is None. The gradient
+    of the values is sparse, or added to the accumulator."""
 
     @staticmethod
     def forward(ctx, values, indices, offsets, weights, x, accumulator):
@@ -304,18 +300,16 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        values, indices, offsets, weights, x = ctx.saved_tensors
-        grad_values = grad_x = None
-        tensors = values, indices, offsets, grad if weights is None else weights, grad if x is None else x
+        *table, weights, x = ctx.saved_tensors  # values, indices, offsets
+        tensors, grad_values = (*table, grad if weights is None else weights, grad if x is None else x), None
         if ctx.accumulator is not None:
             grad_weights = lookup_backward_into(*tensors, *ctx.accumulator)
         else:
             rows, grad_rows, grad_weights = lookup_backward(*tensors)
-            grad_values = sparse_rows(rows, grad_rows, values)
-        if weights is None:
-            grad_x = lookup_forward(values, indices, offsets, grad, None).to(x.dtype)
-        grad_weights = None if weights is None else grad_weights.to(weights.dtype)
-        return grad_values, None, None, grad_weights, grad_x, None
+            grad_values = sparse_rows(rows, grad_rows, table[0])
+        if x is None:
+            return grad_values, None, None, grad_weights.to(weights.dtype), None, None
+        return grad_values, None, None, None, lookup_forward(*table, grad, None).to(x.dtype), None
 
 
 def sparse_rows(rows, grads, values):
@@ -331,7 +325,7 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
     indices      (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with NANOMEM_DEBUG=1
     weights      (n, k) floating point, best float32; n * k below 2^31
     accumulator  None, or where the gradient of values goes: (S, D) of values' dtype, and (S,) of uint8
-    offsets      None, or (n + 1,) int64: then indices and weights are (P,), those of token i begin at offsets[i]
+    offsets      None, or (n + 1,) int64; indices and weights are (P,) then, those of token i from offsets[i]
     returns      (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
@@ -348,15 +342,15 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
         got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, weights))
         want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
         raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
-    offsets, run = even_offsets(indices) if offsets is None else offsets, traceable(accumulator)
-    return run(values, indices, offsets, weights, None, accumulator)
+    offsets = even_offsets(indices) if offsets is None else offsets
+    return apply(values, indices, offsets, weights, None, accumulator)
 
 
 def dot(values, indices, x, accumulator=None):
     """z[i, j] = values[indices[i, j]] . x[i], which in lookup's backward pass is the gradient of the weights.
 
     x (n, D) floating point -> (n, k), float32 or wider. Differentiable in values and x; else as lookup."""
-    return traceable(accumulator)(values, indices, even_offsets(indices), None, x, accumulator)
+    return apply(values, indices, even_offsets(indices), None, x, accumulator)
 
 
 def even_offsets(indices):
@@ -364,10 +358,10 @@ def even_offsets(indices):
     return torch.arange(len(indices) + 1, device=indices.device) * indices.size(1)
 
 
-def traceable(accumulator):
-    if accumulator is None and torch.is_grad_enabled():  # torch.compile cannot trace sparse gradients
-        return torch.compiler.disable(Lookup.apply)
-    return Lookup.apply
+def apply(values, indices, offsets, weights, x, accumulator):
+    sparse = accumulator is None and torch.is_grad_enabled()  # torch.compile cannot trace such a gradient
+    run = torch.compiler.disable(Lookup.apply) if sparse else Lookup.apply
+    return run(values, indices, offsets, weights, x, accumulator)
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------

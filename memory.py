@@ -72,10 +72,28 @@ def product_topk(s, K, pairs):
     return i.gather(-1, a[best]) * s.size(-1) + j.gather(-1, b[best])
 
 
+def tucker_topk(s, K, core):
+    """The slots of the K best of S_grid = S_row^T core S_col; S_row, S_col = s (2, H, r, n, N) -> (H, n, K).
+
+    UltraMem's two passes. The best approximation of rank 1, core = sigma u w^T, gives a grid of products
+    a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the largest a and b,
+    or the smallest (the paper leaves out these products of two negative numbers; but u and w could as well
+    be -u and -w). Among those 2 K * K the core decides. Exact if its rank is 1, and K products positive."""
+    u, _, w = torch.linalg.svd(core)
+    ab, found = (s * torch.stack((u[:, 0], w[0])).view(2, 1, -1, 1, 1)).sum(2), []  # (2, H, n, N)
+    for sign in (1, -1):
+        i, j = columns = topk_columns(sign * ab, K)  # (2, H, n, K)
+        row, col = s.gather(-1, columns.unsqueeze(2).expand(-1, -1, len(core), -1, -1))  # (H, r, n, K)
+        grid = torch.einsum("hrni,rs,hsnj->hnij", row, core, col)
+        found.append((grid.flatten(-2), (i.unsqueeze(-1) * s.size(-1) + j.unsqueeze(-2)).flatten(-2)))
+    grid, slots = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))  # (H, n, 2 * K * K)
+    return slots.gather(-1, topk_columns(grid, K))
+
+
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
 def select(scores: torch.Tensor, pairs: torch.Tensor, K: int, core: torch.Tensor | None) -> torch.Tensor:
-    """Each head's K best slots, best first: (H, n, K). scores (2, H, n, N), pairs: candidate_pairs(K); or, with
-    UltraMem's core (r, r), scores (2, H, r, n, N)."""
+    """Each head's K best slots, best first: (H, n, K). scores (2, H, n, N), or with UltraMem's core (2, H, r,
+    n, N); pairs: candidate_pairs(K)."""
     if core is not None:
         return tucker_topk(widen(scores), K, core)
     if uses_triton(scores) and scores.size(2) > 0:
@@ -86,25 +104,6 @@ def select(scores: torch.Tensor, pairs: torch.Tensor, K: int, core: torch.Tensor
 @select.register_fake
 def _(scores, pairs, K, core):
     return scores.new_empty(scores.size(1), scores.size(-2), K, dtype=torch.int64)
-
-
-def tucker_topk(s, K, core):
-    """The slots of the K best of S_grid = S_row^T core S_col; S_row, S_col = s (2, H, r, n, N) -> (H, n, K).
-
-    UltraMem's two passes: the grid of the best approximation of rank 1, core = sigma u w^T, is that of products
-    a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the largest a and b, or
-    with the smallest: products of two negative numbers, which the paper leaves out (so that its slots depend on
-    the sign of u and w, which is arbitrary). On these 2 K * K the whole core has the last word. Exact for a core
-    of rank 1, if K products are positive."""
-    u, _, w = torch.linalg.svd(core)
-    ab, found = (s * torch.stack((u[:, 0], w[0])).view(2, 1, -1, 1, 1)).sum(2), []  # (2, H, n, N)
-    for sign in (1, -1):
-        i, j = columns = topk_columns(sign * ab, K)  # (2, H, n, K)
-        row, col = s.gather(-1, columns.unsqueeze(2).expand(-1, -1, len(core), -1, -1))  # (H, r, n, K)
-        grid = torch.einsum("hrni,rs,hsnj->hnij", row, core, col)
-        found.append((grid.flatten(-2), (i.unsqueeze(-1) * s.size(-1) + j.unsqueeze(-2)).flatten(-2)))
-    grid, slots = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))  # (H, n, 2 * K * K)
-    return slots.gather(-1, topk_columns(grid, K))
 
 
 def widen(x):
@@ -161,12 +160,12 @@ class MemoryLayer(nn.Module):
         return torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).unflatten(0, (2, self.H))
 
 
-# --- other layers ---------------------------------------------------------------------------------------
+# --- other systems --------------------------------------------------------------------------------------
 
 
 class PEER(MemoryLayer):
-    """A million experts of one neuron each (He 2024, arXiv:2407.04153). Retrieval is that of Memory+, but slot s
-    holds a neuron: u_s, row s of the pool, and v_s, row S + s. y = sum over slots of p gelu(u_s . x) v_s"""
+    """A million experts of one neuron (He 2024, arXiv:2407.04153). Retrieval is that of Memory+, but slot s
+    holds a neuron, u_s and v_s, rows s and S + s of the pool: y = sum over slots of p gelu(u_s . x) v_s"""
 
     def read(self, x, pool):
         slots, weights = self.retrieve(x)  # (n, H*K)
@@ -174,22 +173,26 @@ class PEER(MemoryLayer):
 
 
 class UltraMem(MemoryLayer):
-    """UltraMem (Huang et al. 2024, arXiv:2411.12364). With all of its options off it is PKM. mem_rank=r: the score
-    of slot (i, j) is S_row[:, i]^T core S_col[:, j] instead of a sum, S_row and S_col (r, N) being as many
-    products of queries and sub-keys, which are layer-normalised. mem_cores=h: slots are chosen by the sum of h
-    cores, each of which weights one h-th of a value's width. mem_softmax=False: scores are the weights.
-    mem_expand=E: E times as many virtual slots share the table; those that the pool's permutation puts in block
-    e are projected by W_e, a part of W_o. (Values of half the width, mem_skip and mem_decay are not here.)"""
+    """UltraMem (Huang et al. 2024, arXiv:2411.12364). Its parts, without which it is PKM:
+
+    mem_rank=r     the score of slot (i, j) is S_row[:, i]^T core S_col[:, j], not a sum. Rows and columns
+                   have r scores each, of r queries and sub-keys with LayerNorm; the core is learned
+    mem_cores=h    slots are chosen by the sum of h cores; each weights its own h-th of a value's width
+    mem_softmax    False: scores weight the values as they are
+    mem_expand=E   E times the slots are addressed. A permutation maps each to a block e and a row of the
+                   table; what was read of block e is multiplied by its own W_e, a part of W_o
+    mem_skip       the layer reads the input of a block, and is added after a later one (GPT.hidden)"""
 
     def __init__(self, c):
         r, E, off = max(1, c.mem_rank), c.mem_expand, dict(mem_rank=0, mem_cores=1, mem_expand=1)
-        shape = dict(mem_heads=c.mem_heads * r, mem_key_dim=c.mem_key_dim // r, mem_value_dim=c.mem_value_dim * E)
-        super().__init__(replace(c, mem_keys=c.mem_keys * math.isqrt(E), **shape, **off))
-        self.r, self.h, self.E, self.softmax, self.core = r, c.mem_cores, E, c.mem_softmax, None
+        shape = dict(mem_keys=c.mem_keys * math.isqrt(E), mem_value_dim=c.mem_value_dim * E)
+        shape |= dict(mem_heads=c.mem_heads * r, mem_key_dim=c.mem_key_dim // r)
+        super().__init__(replace(c, **shape, **off))
+        self.r, self.E, self.softmax, self.core = r, E, c.mem_softmax, None
         if c.mem_rank:
-            self.core = nn.Parameter(torch.empty(self.h, self.r, self.r))
-            if c.mem_qk_norm:
-                self.query_norm, self.key_norm = (nn.LayerNorm(self.Q, 1e-6, bias=False) for _ in range(2))
+            self.core = nn.Parameter(torch.empty(c.mem_cores, r, r))
+        if c.mem_rank and c.mem_qk_norm:
+            self.query_norm, self.key_norm = (nn.LayerNorm(self.Q, 1e-6, bias=False) for _ in range(2))
 
     def retrieve(self, x):
         """x (n, C) -> virtual slots (n, H*K), weights (n, h, H*K)"""
@@ -207,29 +210,30 @@ class UltraMem(MemoryLayer):
         """x (n, C) -> (n, E*D)"""
         slots, weights = self.retrieve(x)
         n, h, _ = weights.shape
-        block, order = (slots if self.E == 1 else pool.permutation[slots].long()).sort(-1)  # by block, then slot
+        places, order = (slots if self.E == 1 else pool.permutation[slots].long()).sort(-1)  # by block
         weights = weights.gather(-1, order.unsqueeze(1).expand_as(weights))
-        block, slots = block // pool.S, block % pool.S
-        rows = slots.unsqueeze(1) + pool.S * torch.arange(h, device=x.device).unsqueeze(1)  # (n, h, k)
-        lengths = F.one_hot(block, self.E).sum(1, keepdim=True).expand(n, h, self.E)  # slots of each block
-        offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
+        core = torch.arange(h, device=x.device).unsqueeze(1)
+        rows = (places % pool.S).unsqueeze(1) + pool.S * core  # (n, h, H*K): one table for each core
+        lengths = F.one_hot(places // pool.S, self.E).sum(1, keepdim=True)  # (n, 1, E), slots of each block
+        offsets = F.pad(lengths.expand(n, h, self.E).flatten().cumsum(0), (1, 0))
         y = pool(rows.flatten(), weights.flatten(), offsets)  # (n * h * E, D/h)
         return y.view(n, h, self.E, -1).transpose(1, 2).flatten(1)
 
     def auxiliary(self):
-        """1e-3 times the mean square of what the core's singular values but the first have over 0.15, so that its
-        approximation of rank 1 misses little."""
-        if self.r == 1:
+        """1e-3 / (r - 1) times the sum of max(0, sigma - 0.15)^2 over the core's singular values but the
+        largest: the smaller they are, the less the pass of rank 1 misses."""
+        if self.core is None:
             return 0.0
-        return 1e-3 * (torch.linalg.svdvals(self.core.sum(0))[1:] - 0.15).relu().square().mean()
+        excess = (torch.linalg.svdvals(self.core.sum(0))[1:] - 0.15).relu()
+        return 1e-3 * excess.square().sum() / max(1, self.r - 1)
 
 
 # --- the values ---------------------------------------------------------------------------------------------
 
 
 class ValuePool(nn.Module):
-    """The values of S slots, width D, that all memory layers of a model read. The GPT hands it to them. Where a
-    slot has several (PEER; the slices of UltraMem) they are in `tables` of S rows, one below the other.
+    """The values of S slots, width D, that all memory layers of a model read. The GPT hands it to them. If a
+    slot has several (PEER, UltraMem's cores) they are in as many tables of S rows, one below the other.
 
     With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has
     all S rows, but D/M of their columns. All must then call it together, with equally many tokens."""
@@ -254,7 +258,7 @@ class ValuePool(nn.Module):
             permutation.copy_(torch.randperm(len(permutation), device=permutation.device))
 
     def forward(self, rows, weights, offsets=None):
-        """rows (n, H*K), weights (n, H*K) -> (n, D); or, as in lookup, (P,) both and offsets (n + 1,)"""
+        """rows of the tables (n, H*K), weights (n, H*K) -> (n, D); with offsets as in lookup"""
         if self.usage is not None:
             self.usage.add(rows % self.S, weights)
         if self.group is not None:
@@ -262,7 +266,7 @@ class ValuePool(nn.Module):
         return lookup(self.values, rows, weights, self.accumulator, offsets)
 
     def dot(self, rows, x):
-        """rows (n, H*K), x (n, D) -> the products of x with those rows, (n, H*K)"""
+        """rows (n, H*K), x (n, D) -> their products (n, H*K)"""
         if self.group is not None:
             return torch.compiler.disable(sharded_dot)(self, rows, x)
         return dot(self.values, rows, x, self.accumulator)
@@ -344,29 +348,28 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, ctx.group), None
 
 
-def sharded_lookup(pool, slots, weights, offsets=None):
-    """slots, weights (n, k), k = H*K -> (n, D). Each rank tells all what its tokens read, and looks up its
-    columns for all of them; an all-to-all returns each token's D/M columns to its rank.
-
-    A rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward and (M - 1) n (e D / M + 4 k) backward, for e
-    bytes a number: nothing depends on S. The columns' gradients are complete without further exchange."""
-    M, group = pool.M, pool.group
-    slots = Exchange.apply(slots.int().expand(M, *slots.shape), group).flatten(0, 1)  # of each rank's tokens
-    weights = Exchange.apply(weights.expand(M, *weights.shape), group).flatten(0, 1)  # backward sums over ranks
-    if offsets is not None:
-        lengths = Exchange.apply(offsets.diff().expand(M, -1), group)
-        offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
-    y = lookup(pool.values, slots, weights, pool.accumulator, offsets)  # (M*n, D/M)
-    return Exchange.apply(y.unflatten(0, (M, -1)), group).transpose(0, 1).flatten(1)  # (n, M, D/M) -> (n, D)
+def tell_all(x, pool):
+    """x (n, ...) of this rank's tokens -> (M * n, ...), of all ranks'; its gradient sums over the ranks."""
+    return Exchange.apply(x.expand(pool.M, *x.shape), pool.group).flatten(0, 1)
 
 
-def sharded_dot(pool, slots, x):
-    """slots (n, k), x (n, D) -> (n, k): each rank multiplies its columns of all tokens' x, and ranks are summed."""
-    M, group = pool.M, pool.group
-    slots = Exchange.apply(slots.int().expand(M, *slots.shape), group).flatten(0, 1)  # (M*n, k)
-    x = Exchange.apply(x.unflatten(1, (M, -1)).transpose(0, 1), group).flatten(0, 1)  # (M*n, D/M)
-    z = dot(pool.values, slots, x, pool.accumulator).unflatten(0, (M, -1))  # (M, n, k)
-    return Exchange.apply(z, group).sum(0)
+def sharded_lookup(pool, rows, weights, offsets=None):
+    """As ValuePool.forward. Each rank tells all what its tokens read, and looks up its columns for all of
+    them; an all-to-all returns each token's D/M columns to its rank.
+
+    For n tokens of k slots a rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward, (M - 1) n (e D / M +
+    4 k) backward, at e bytes a number: nothing depends on S. The columns' gradients are complete."""
+    rows, weights = tell_all(rows.int(), pool), tell_all(weights, pool)
+    offsets = None if offsets is None else F.pad(tell_all(offsets.diff(), pool).cumsum(0), (1, 0))
+    y = lookup(pool.values, rows, weights, pool.accumulator, offsets)  # (M * n, D/M)
+    return Exchange.apply(y.unflatten(0, (pool.M, -1)), pool.group).transpose(0, 1).flatten(1)  # (n, D)
+
+
+def sharded_dot(pool, rows, x):
+    """As ValuePool.dot. Each rank multiplies its columns of all tokens' x; the products are summed."""
+    x = Exchange.apply(x.unflatten(1, (pool.M, -1)).transpose(0, 1), pool.group).flatten(0, 1)
+    z = dot(pool.values, tell_all(rows.int(), pool), x, pool.accumulator)  # (M * n, H*K)
+    return Exchange.apply(z.unflatten(0, (pool.M, -1)), pool.group).sum(0)
 
 
 def whole_table(pool, part):

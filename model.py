@@ -50,8 +50,8 @@ class GPTConfig:
     mem_rank: int = option(0, "ultramem: rank r of row and column scores; 0: their sum, as elsewhere")
     mem_cores: int = option(1, "ultramem: cores h, each of which weights one h-th of a value", 1)
     mem_softmax: bool = option(True, "ultramem: softmax of the scores")
-    mem_expand: int = option(1, "ultramem: virtual blocks E, a square number; E times the slots, one table", 1)
-    mem_skip: int = option(0, "ultramem: add the layer's output so many blocks later; 0: instead of an FFN")
+    mem_expand: int = option(1, "ultramem: virtual blocks E, a square number: E times the slots", 1)
+    mem_skip: int = option(0, "ultramem: add the output so many blocks later; 0: in place of the FFN")
 
     def __post_init__(self):
         check_options(self)
@@ -98,14 +98,15 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of E experts, each a SwiGLU, of which every token uses the k with the largest router probability
+    """Mixture of E experts, each a SwiGLU, of which a token uses the k that the router finds likeliest
     (arXiv:1701.06538; k = 1 is the Switch Transformer, arXiv:2101.03961). No token is dropped."""
 
     def __init__(self, config):
         super().__init__()
-        C, F, E, self.k = config.n_embd, config.n_ffn, config.moe_experts, config.moe_topk
+        C, E, self.k = config.n_embd, config.moe_experts, config.moe_topk
         self.router = nn.Linear(C, E, bias=False)
-        self.gate_up, self.down = nn.Parameter(torch.empty(E, C, 2 * F)), nn.Parameter(torch.empty(E, F, C))
+        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.n_ffn))
+        self.down = nn.Parameter(torch.empty(E, config.n_ffn, C))
 
     def forward(self, x, pool):
         """x (B, T, C) -> (B, T, C)"""
@@ -115,10 +116,9 @@ class MoE(nn.Module):
         weights, experts = p.topk(self.k)  # (n, k)
         weights = weights / weights.sum(-1, keepdim=True) if self.k > 1 else weights
         chosen = F.one_hot(experts.flatten(), E)  # (n * k, E)
-        # E times the sum of share of the pairs times mean probability: 1 where both are even (2101.03961, eq. 4)
+        # E times the sum of share of pairs times mean probability: 1 if both are even (2101.03961, eq. 4)
         self.imbalance = E * (chosen.float().mean(0) * p.mean(0)).sum()
-        # The pairs of token and expert, grouped by expert; of each expert's matrices, one grouped product.
-        order, ends = experts.flatten().argsort(stable=True), chosen.sum(0).cumsum(0).int()
+        order, ends = experts.flatten().argsort(stable=True), chosen.sum(0).cumsum(0).int()  # by expert
         a, b = grouped_product(x.repeat_interleave(self.k, 0)[order], self.gate_up, ends).chunk(2, dim=-1)
         y = grouped_product(F.silu(a) * b, self.down, ends)[order.argsort()]  # (n * k, C)
         return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1).type_as(y).view(shape)
@@ -139,11 +139,9 @@ class Block(nn.Module):
     def __init__(self, config, i):
         super().__init__()
         self.attn_norm, self.ffn_norm = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
-        self.attn, self.skip_norm = Attention(config), None
-        layer = {"memory": MemoryLayer, "moe": MoE, "peer": PEER, "ultramem": UltraMem}[config.system]
-        self.ffn = layer(config) if i in config.mem_layers and not config.mem_skip else SwiGLU(config)
-        if i in config.mem_layers and config.mem_skip:
-            self.skip_norm, self.skip = nn.RMSNorm(config.n_embd, eps=1e-6), layer(config)
+        system = {"memory": MemoryLayer, "moe": MoE, "peer": PEER, "ultramem": UltraMem}[config.system]
+        layer, self.attn = system(config) if i in config.mem_layers else None, Attention(config)
+        self.ffn, self.skip = (SwiGLU(config), layer) if config.mem_skip or not layer else (layer, None)
 
     def forward(self, x, pool, cos, sin, cache=None, start=0):
         x = x + self.attn(self.attn_norm(x), cos, sin, cache, start)
@@ -191,23 +189,21 @@ class GPT(nn.Module):
                 nn.init.ones_(module.weight)
             elif isinstance(module, MemoryLayer):
                 nn.init.normal_(module.keys, std=module.Q**-0.5)
-                if getattr(module, "core", None) is not None:
-                    # scores have a spread of 1 / sqrt(slots): their weighted sum of values has the values' size
+                if getattr(module, "core", None) is not None:  # of H*K values, a sum of the size of one
                     nn.init.normal_(module.core, std=(module.H * module.K * module.r) ** -0.5)
             elif isinstance(module, ValuePool):
                 module.initialize(std=0.02)
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None. Target -1 is
-        ignored. Logits beside a loss are detached: a compiled backward pass would read zeros for them.
-        Auxiliary losses of the layers are in the loss's gradient, not in its value."""
+        ignored. Logits beside a loss are detached: a compiled backward pass would read zeros for them. The
+        layers' auxiliary losses are in the gradient of the loss, not in its value."""
         logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        auxiliary = sum(m.auxiliary() for m in self.modules() if hasattr(m, "auxiliary"))
-        if torch.is_tensor(auxiliary):
-            loss = loss + (auxiliary - auxiliary.detach())
+        for auxiliary in [m.auxiliary() for m in self.modules() if hasattr(m, "auxiliary")]:
+            loss = loss + (auxiliary - torch.as_tensor(auxiliary).detach())
         return logits.detach(), loss
 
     def hidden(self, idx, cache=None, start=0):
@@ -218,8 +214,8 @@ class GPT(nn.Module):
         cos, sin = self.cos[start : start + T], self.sin[start : start + T]
         x, skips = self.embedding(idx), {}
         for i, block in enumerate(self.blocks):
-            if block.skip_norm is not None:
-                skips[i + self.config.mem_skip] = block.skip(block.skip_norm(x), self.pool)
+            if block.skip is not None:
+                skips[i + self.config.mem_skip] = block.skip(block.attn_norm(x), self.pool)
             x = block(x, self.pool, cos, sin, None if cache is None else cache[i], start)
             x = x + skips.pop(i) if i in skips else x
         return self.norm(x)
@@ -302,9 +298,9 @@ class GPT(nn.Module):
         else:  # query, scores of both halves; lookup, PEER's twice; gate and output matrix
             layer = C * H * key + H * N * key + H * K * D * (1 + (c.system == "peer"))
             layer += C * E * D * (c.mem_gate + (c.mem_gate or E * D != C))
-            layer += H * r * (2 * N + 2 * K * (r + K) + K * c.mem_cores * (r + 1))  # Tucker: both passes, weights
+            layer += H * r * (2 * N + 2 * K * (r + K) + K * c.mem_cores * (r + 1))  # UltraMem's cores
         adds = {"attention": c.n_layer * (4 * C * C + C * (T + 1))}
-        adds |= {"ffn": (c.n_layer - (layers if c.mem_skip == 0 else 0)) * ffn}
+        adds |= {"ffn": (c.n_layer - layers * (c.mem_skip == 0)) * ffn}
         adds |= {"memory": layers * layer, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
 
@@ -369,21 +365,21 @@ def fill_in_and_check(c):
         object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
     for i in layers:
         check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
+    for name in ("mem_rank", "mem_cores", "mem_softmax", "mem_expand", "mem_skip"):
+        value, off = getattr(c, name), type(c).__dataclass_fields__[name].default
+        check(c.system == "ultramem" or value == off, f"{name}={value}: only system=ultramem has it")
     if layers and c.system == "moe":
         check(c.moe_topk <= c.moe_experts, f"moe_topk={c.moe_topk}: there are moe_experts={c.moe_experts}")
-        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"n_embd={c.n_embd}, n_ffn={c.n_ffn}: moe wants multiples of 8")
+        widths = f"n_embd={c.n_embd}, n_ffn={c.n_ffn}"
+        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"{widths}: experts want multiples of 8")
     elif layers:
-        subkeys, D, last = f"each half has only mem_keys={c.mem_keys} sub-keys", c.mem_value_dim, layers[-1] + c.mem_skip
-        check(c.mem_topk <= c.mem_keys, f"mem_topk={c.mem_topk}: {subkeys} to choose from")
-        parts = 2 * max(1, c.mem_rank)
-        check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: a key has {parts} parts of equal width")
-        check(c.system != "peer" or D == c.n_embd, f"mem_value_dim={D}: peer wants n_embd={c.n_embd}")
-        check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: cores are r x r, and mem_rank=0")
+        E, D, parts, last = c.mem_expand, c.mem_value_dim, 2 * max(1, c.mem_rank), layers[-1] + c.mem_skip
+        N = c.mem_keys * math.isqrt(E)
+        most = N // 2 if c.mem_rank else N  # the first pass takes the best and the worst
+        check(math.isqrt(E) ** 2 == E, f"mem_expand={E}: must be a square number")
+        check(c.mem_topk <= most, f"mem_topk={c.mem_topk}: with {N} sub-keys in a half at most {most}")
+        check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: a key has {parts} parts of one width")
+        check(c.system != "peer" or c.n_embd == D, f"mem_value_dim={D}: peer wants n_embd={c.n_embd}")
+        check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
         check(D % c.mem_cores == 0, f"mem_cores={c.mem_cores} must divide mem_value_dim={D}")
-        check(math.isqrt(c.mem_expand) ** 2 == c.mem_expand, f"mem_expand={c.mem_expand}: must be a square number")
-        wide = not c.mem_rank or c.mem_keys * math.isqrt(c.mem_expand) >= 2 * c.mem_topk
-        check(wide, f"mem_topk={c.mem_topk}: with mem_rank at most half of the sub-keys, sqrt(mem_expand) * mem_keys")
         check(last < L, f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={L}")
-    off = {"mem_rank": 0, "mem_cores": 1, "mem_softmax": True, "mem_expand": 1, "mem_skip": 0}
-    for name, value in off.items():
-        check(c.system == "ultramem" or getattr(c, name) == value, f"{name}={getattr(c, name)}: only system=ultramem has it")

@@ -265,7 +265,7 @@ def test_counts_of_ultramem_equal_those_by_hand():
     # Query 16 x (3 heads * 12); keys 2 halves * 3 heads * 2 components * 18 * 3; norms of 3; 2 cores 2 x 2; output 4 * 8 x 16.
     layer = 16 * 36 + 2 * 3 * 2 * 18 * 3 + 2 * 3 + 2 * 4 + 32 * 16
     model = GPT(ULTRAMEM)
-    dense = 64 * 16 + 3 * (1024 + 2304 + 32) + 16 + 2 * (layer + 16)
+    dense = 64 * 16 + 3 * (1024 + 2304 + 32) + 16 + 2 * layer
     assert model.parameter_counts() == {"dense": dense, "pool": 81 * 8}
     # Query 576, scores 3 * 2 * 2 * 18 * 3 = 648, lookup 12 * 8, output 512. For each head: first pass 2 * 18 * 2; second pass twice
     # 4 * 2 * 2 and 4 * 4 * 2; weights of 4 slots: for 2 cores 2 * 2 and 2.
@@ -377,7 +377,7 @@ def test_generation_is_repeatable_from_its_generator():
         (dict(n_embd=10, n_head=3), "n_embd=10 must be divisible by n_head=3"),
         (dict(n_embd=6, n_head=2), "must be even"),
         (dict(n_layer=0), "n_layer=0: must be at least 1"),
-        (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: each half has only mem_keys=8"),
+        (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: with 8 sub-keys"),
         (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
         (dict(mem_layers=(1,), mem_dtype="float16"), "mem_dtype=float16: must be one of float32, bfloat16"),
         (dict(mem_layers=(1, 12)), "no block 12; n_layer=12 has blocks 0 to 11"),
