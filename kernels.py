@@ -41,7 +41,7 @@ def lookup_reference(values, indices, weights):
 
 def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (P,) -> order (P,), rows (R,), starts (R + 1,), int64.
-    Pairs order[starts[r] : starts[r + 1]] read rows[r], in the order of the tokens: the same sums each time."""
+    Pairs order[starts[r] : starts[r + 1]] read rows[r], in the order of the tokens: sums are repeatable."""
     if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
         packed = (indices.long() << 32) + torch.arange(len(indices))
         packed.numpy().sort()
@@ -287,9 +287,9 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 
 class Lookup(torch.autograd.Function):
-    """Without x it is lookup, without weights w dot: the derivatives, by x and by w, of the sum over all pairs
-    of w_p values[i_p] . x_p. In the backward pass the gradient takes the place of what is None. The gradient
-    of the values is sparse, or added to the accumulator."""
+    """Without x it is lookup, without weights dot: the derivatives, by x and by w, of the sum over all pairs
+    of w_p values[i_p] . x_p. In the backward pass the gradient takes the place of what is None. The values'
+    gradient is sparse, or added to the accumulator."""
 
     @staticmethod
     def forward(ctx, values, indices, offsets, weights, x, accumulator):

@@ -378,7 +378,7 @@ def fill_in_and_check(c):
         most = N // 2 if c.mem_rank else N  # the first pass takes the best and the worst
         check(math.isqrt(E) ** 2 == E, f"mem_expand={E}: must be a square number")
         check(c.mem_topk <= most, f"mem_topk={c.mem_topk}: with {N} sub-keys in a half at most {most}")
-        check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: a key has {parts} parts of one width")
+        check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: it has {parts} parts of one width")
         check(c.system != "peer" or c.n_embd == D, f"mem_value_dim={D}: peer wants n_embd={c.n_embd}")
         check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
         check(D % c.mem_cores == 0, f"mem_cores={c.mem_cores} must divide mem_value_dim={D}")

@@ -217,8 +217,8 @@ def tables(done):
         memory, swiglu, plain = (t[f"{name}_ms"] for name in ("memory", "swiglu", "plain"))
         lines += ["", f"A layer's training step: {memory:.2f} ms, SwiGLU's {swiglu:.2f} ms: "]
         lines[-1] += f"{memory / swiglu:.2f} times as long; straightforward {plain:.2f} ms"
-    lines += ["", "| | gpt2-dense | gpt2-memory | gpt2-dense, eager | gpt2-memory, eager |", "|---|---|---|---|---|"]
     presets = "gpt2-dense", "gpt2-memory"
+    lines += ["", "| | {} | {} | {}, eager | {}, eager |".format(*presets, *presets), "|---|---|---|---|---|"]
     runs = [got.get(f"{preset} {form}", {}) for form in ("compiled", "eager") for preset in presets]
     for label, name, form in (
         ("tokens a second", "tokens_per_s", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"),

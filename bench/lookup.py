@@ -158,7 +158,8 @@ def measure(n, k, S, D, dtype, device, slots, copy):
     values.grad = values.grad.coalesce()  # as the model's is
     R, e = values.grad._nnz(), values.element_size()
     row = {"slots": slots, "S": S, "D": D, "R/S": R / S}
-    tensors, step = (values, indices, kernels.even_offsets(indices), weights), kernels.lookup_backward_into
+    tensors = values, indices, kernels.even_offsets(indices), weights
+    step = kernels.lookup_backward_into
     with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
         parts = {
             "forward": ((n * k * D + n * D) * e, lambda: kernels.lookup_forward(*tensors, None)),
@@ -168,7 +169,8 @@ def measure(n, k, S, D, dtype, device, slots, copy):
         for name, (moved, run) in parts.items():
             t = seconds(run, device)
             row |= {f"{name}_ms": 1e3 * t, f"{name}_GB/s": moved / t / 1e9, f"{name}_share": moved / t / copy}
-        row["sort_share"] = 1e3 * seconds(lambda: kernels.group_by_row(indices.flatten()), device) / row["backward_ms"]
+        sort = seconds(lambda: kernels.group_by_row(indices.flatten()), device)
+        row["sort_share"] = 1e3 * sort / row["backward_ms"]
     del optimizer, parts, run  # and the moments
     ours, sparse = times(own), partial(embedding_bag, sparse=True)
     others = {"definition": kernels.lookup_reference, "embedding_bag": embedding_bag, "sparse": sparse}

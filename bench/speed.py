@@ -2,6 +2,7 @@
 
     python bench/speed.py                   all of them, with tables of 2^14 and 2^20 slots
     python bench/speed.py --compile         also train with torch.compile (minutes)
+    python bench/speed.py --systems         all systems of the facts presets instead, and what dominates each
 
 On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, width 1,024, a million slots,
 bfloat16. A CPU times in turns, so that all meet the same disturbances; a GPU, which is steady but has less
@@ -20,6 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from bench import training
 from bench.lookup import embedding_bag, random_problem, timed
 from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
@@ -216,11 +218,43 @@ def generation_times(memory, dense, device, context, new_tokens, repeats=5):
     return result
 
 
+def system_times(device, context, repeats):
+    """All systems of the facts presets: training in turns, generation at batch 1, what dominates a step."""
+    configs = {}
+    for system in train.SYSTEMS:
+        options = train.PRESETS[f"facts-{system}"] | {"vocab_size": 1312}
+        configs[system] = train.make_configs(options)[1]
+    idx = torch.randint(1312, (8, 128), device=device)
+    makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
+    rates = {name: idx.numel() / t for name, t in in_turns(makers, device, repeats).items()}
+    record = torch.profiler.record_function("combine_gradient")
+    ValuePool.combine_gradient = record(ValuePool.combine_gradient)  # nothing else runs after this
+    print("\nTokens a second of the facts presets (relative to dense), and shares of a training step:")
+    for name, config in configs.items():
+        with device:
+            model = GPT(config).eval()
+        with context, torch.inference_mode():
+            generate = partial(model.generate, idx[:1, :8], 64, temperature=0)
+            text = 64 / statistics.median(timed(generate, device) for _ in range(9))
+        step, schedule = makers[name](), torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
+        with torch.profiler.profile(schedule=schedule) as profiler:
+            for _ in range(8):
+                step()
+                profiler.step()
+        shares = training.shares_of(profiler.key_averages(), device.type == "cuda")
+        largest = sorted(((share, part) for part, share in shares.items() if share > 0.03), reverse=True)[:3]
+        counts, flops = model.parameter_counts(), sum(model.flops_per_token(config.block_size).values())
+        print(f"  {name:9}{flops / 1e6:6.3f} MFLOPs{sum(counts.values()):10,} parameters; training", end="")
+        print(f"{rates[name]:8,.0f} ({rates[name] / rates['dense']:.2f}), generating{text:6,.0f}; ", end="")
+        print(", ".join(f"{part} {share:.0%}" for share, part in largest), flush=True)
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
+    parser.add_argument("--systems", action="store_true", help="all systems of the facts presets instead")
     args = parser.parse_args()
     device = train.choose_device(args.device)
     context = train.precision("auto", device)
@@ -234,6 +268,8 @@ def main():
     card = torch.cuda.get_device_name() if device.type == "cuda" else device
     threads = f"{torch.get_num_threads()} threads"
     print(f"PyTorch {torch.__version__}, {card}, {threads}; medians of {args.repeats}")
+    if args.systems:
+        return system_times(device, context, args.repeats)
     lookup_times(memory, device, tokens, args.repeats)
     layer_times(memory, device, tokens, context, args.repeats)
     dense = replace(memory, mem_layers=(), mem_count=0)

@@ -1,6 +1,6 @@
 """How fast does a preset train, and what takes the time? Trains it for some steps, then profiles a few more.
 
-    python bench/training.py gpt2-dense gpt2-memory --steps=300      tokens a second, MFU, peak memory, profile
+    python bench/training.py gpt2-dense gpt2-memory --steps=300     tokens/s, MFU, peak memory, profile
     python bench/training.py shakespeare-memory --steps=20 --batch_size=4      any option of train.py
 
 Trains on --dataset, or on random tokens: these read the rows more evenly than text does.
@@ -30,6 +30,7 @@ PARTS = {
     "lookup, forward": "nanomem::lookup_forward",
     "lookup, backward": "nanomem::lookup_backward_into",
     "taking out the gradient": "combine_gradient",
+    "products of experts": "aten::_grouped_mm",
     "RowAdam": "Optimizer.step#RowAdam.step",
     "AdamW": "Optimizer.step#AdamW.step",
 }

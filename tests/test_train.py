@@ -337,7 +337,7 @@ def test_shares_of_a_step_count_each_kernel_once():
     ]
     shares = training.shares_of(events, on_gpu=True)
     want = {"lookup, forward": 0.2, "lookup, backward": 0.3, "RowAdam": 0.15, "AdamW": 0, "choosing the slots": 0}
-    assert shares == pytest.approx(want | {"taking out the gradient": 0})
+    assert shares == pytest.approx(want | {"taking out the gradient": 0, "products of experts": 0})
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
