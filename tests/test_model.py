@@ -168,11 +168,13 @@ def test_logits_beside_a_loss_carry_no_gradient():
 # --- what only a GPU runs, as far as a machine without one carries ----------------------------------------------------
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("device", ["cuda:0", "meta"])
 def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
     """Tensors on a GPU that need not be there: PyTorch's fake ones have shapes, dtypes and devices, and no numbers. Its CPU build
     cannot slice them, and the backward pass asks for a driver: so meta tensors do the same, on a device that is no GPU."""
+    if config.system == "moe" and device == "meta":
+        pytest.skip("a router leaves autocast, of which meta tensors have none")
     with FakeTensorMode() if device == "cuda:0" else contextlib.nullcontext():
         if device == "cuda:0":
             try:
@@ -185,7 +187,8 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
         assert {t.device for t in (*model.parameters(), *model.buffers())} == {torch.device(device)}
         if model.pool is not None:
             model.pool.collect_gradients()
-        logits, loss = model(idx, idx)
+        with torch.autocast("cuda", torch.bfloat16) if config.system == "moe" else contextlib.nullcontext():
+            logits, loss = model(idx, idx)
         assert logits.shape == (2, 24, 61) and loss.shape == ()
         if device == "meta":  # on a GPU autograd asks the driver
             loss.backward()
@@ -194,7 +197,7 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
             torch.optim.AdamW(network, fused=False).step()
         if model.pool is not None:  # a resume: the state comes from a file
             optimizer = RowAdam([model.pool.values])
-            state = {"step": 1} | {name: torch.zeros(81, 12) for name in ("means", "squares")}
+            state = {"step": 1} | {name: torch.zeros(model.pool.values.shape) for name in ("means", "squares")}
             optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
             loaded = optimizer.state[model.pool.values]
             assert loaded["means"].device == torch.device(device) and loaded["means"].dtype == torch.float32
