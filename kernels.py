@@ -130,7 +130,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    values, weights, grad, order, tokens, rows, begins, ends, out, targets, grad_weights,
+    values, rows, begins, ends, out, targets, weights, grad, order, tokens, grad_weights,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns one row: it reads it once and walks over the pairs that read it, BLOCK_P at a time.
@@ -195,7 +195,7 @@ def triton_dot(values, indices, offsets, x):
     return triton_backward(values, indices, offsets, torch.zeros_like(indices, dtype=torch.float32), x)[2]
 
 
-def run_backward(values, rows, begins, ends, out, targets, weights, grad, order, tokens, grad_weights):
+def run_backward(values, rows, begins, ends, out, targets, *pairs):
     """out[targets[r]] += gradient of rows[r], of pairs order[begins[r] : ends[r]]; fills in grad_weights.
 
     Rows read by many tokens are split, so that no program dominates the run time: pieces of PIECE pairs are
@@ -203,10 +203,8 @@ def run_backward(values, rows, begins, ends, out, targets, weights, grad, order,
     D, hot = values.size(1), ends - begins > PIECE  # (R,)
     block_p, block_d, warps = backward_tile(D)
     cold_ends = torch.where(hot, begins, ends)  # first, hot rows get an empty range
-    backward_kernel[(len(rows),)](
-        values, weights, grad, order, tokens, rows, begins, cold_ends, out, targets, grad_weights,
-        D, block_p, block_d, num_warps=warps,
-    )  # fmt: skip
+    tensors = values, rows, begins, cold_ends, out, targets, *pairs
+    backward_kernel[(len(rows),)](*tensors, D, block_p, block_d, num_warps=warps)
     hot = hot.nonzero().flatten()
     if len(hot) > 0:  # then their pieces, and the sums of these
         pieces = (ends - begins)[hot].add(PIECE - 1) // PIECE  # of each hot row
@@ -216,7 +214,6 @@ def run_backward(values, rows, begins, ends, out, targets, weights, grad, order,
         begin = begins[owner] + (number - firsts[:-1].repeat_interleave(pieces)) * PIECE
         end = torch.minimum(begin + PIECE, ends[owner])
         partial = torch.zeros(len(owner), D, device=values.device)  # float32
-        pairs = weights, grad, order, tokens, grad_weights
         run_backward(values, rows[owner], begin, end, partial, number, *pairs)
         ones, unused = torch.ones_like(partial[:, 0]), torch.empty_like(partial[:, 0])
         hot_rows = rows[hot], firsts[:-1], firsts[1:], out, targets[hot]
