@@ -26,7 +26,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--checkpoint", default="ckpt.pt", help="or best.pt, of the lowest loss (default: %(default)s)")
+    add("--checkpoint", default="ckpt.pt", help="its file in that folder (default: %(default)s)")
     add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
     add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
     add("--max_new_tokens", type=int, default=200, help="length of each, in tokens (default: %(default)s)")

@@ -174,21 +174,17 @@ def make_configs(options):
     return training, GPTConfig(**{name: value for name, value in options.items() if name in names})
 
 
-def complete_options(given, ranks):
+def complete_options(given):
     """Options of the command line -> all of them: over a preset, or over those of the run that is resumed."""
     options, preset = dict(given), given["preset"]
     options["out_dir"] = given.get("out_dir", f"out/{preset or 'facts-memory'}")
     path = Path(options["out_dir"], "ckpt.pt")
-    if ranks.began(path.parent):  # and was restarted by torchrun, perhaps before its first checkpoint
-        options |= {"resume": path.exists(), "overwrite": True}
-    elif preset and options.get("resume"):
+    if preset and options.get("resume"):
         raise ValueError("preset: a resumed run keeps its options; give --out_dir, and what is to change")
     del options["preset"]
     if not options.get("resume"):
         return PRESETS[preset or "facts-memory"] | options
     checkpoint = read_checkpoint(path)
-    if "optimizers" not in checkpoint:
-        raise ValueError(f"{path} has weights only, like a best.pt: training cannot go on from it")
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         saved = checkpoint["train_config"] | checkpoint["model_config"]
         make_configs(saved)
@@ -203,7 +199,7 @@ def complete_options(given, ranks):
 
 # --- checkpoints ----------------------------------------------------------------------------------------
 
-FORMAT = "nanomem-2"
+FORMAT = "nanomem-3"
 
 
 def save_checkpoint(path, checkpoint):
@@ -235,14 +231,11 @@ def load_checkpoint(path, device="cpu", group=None):
             model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
         weights = checkpoint["model"]
         if group is not None:
-            tables = [(weights, "pool.values")]
-            if "optimizers" in checkpoint:
-                tables += [(checkpoint["optimizers"][1]["state"][0], name) for name in ("means", "squares")]
-            for tensors, name in tables:
+            moments = checkpoint["optimizers"][1]["state"][0]
+            for tensors, name in ((weights, "pool.values"), (moments, "means"), (moments, "squares")):
                 tensors[name] = tensors[name][:, model.pool.columns]
         model.load_state_dict(weights)
-        kinds = {"iter": int, "seconds": float, "best_val_loss": float}
-        kinds |= {"separator": int, "fingerprint": str}
+        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
         wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
         if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
             raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
@@ -374,7 +367,7 @@ class Ranks:
     def __init__(self, timeout=600):
         """Finds the others. Raises ValueError if what torchrun says is not enough for that."""
         self.rank, self.local, self.world, self.on = 0, 0, 1, "RANK" in os.environ
-        self.M, self.group, self.replicas, self.store = 1, None, None, None
+        self.M, self.group, self.replicas = 1, None, None
         if not self.on:
             return
         self.timeout = timeout = datetime.timedelta(seconds=timeout)
@@ -383,19 +376,9 @@ class Ranks:
             if orphaned():
                 raise ValueError("torchrun has died meanwhile")
             self.local = int(os.environ["LOCAL_RANK"])
-            self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=timeout))
-            # After a restart torchrun's store still has the addresses of the processes before.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), self.store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            numbers = {"rank": self.rank, "world_size": self.world, "timeout": timeout}
-            dist.init_process_group(backend, store=store, **numbers)
-
-    def began(self, out_dir, now=False):
-        """Whether this very job has begun the run in out_dir, and was restarted by torchrun since."""
-        key = f"nanomem {Path(out_dir).resolve()}"
-        if now and self.store:
-            self.store.set(key, "")
-        return self.store is not None and self.store.check([key])
+            dist.init_process_group(backend, timeout=timeout)
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def make_groups(self, M):
         """M ranks share a table; world / M hold the same columns. M divides world."""
@@ -514,7 +497,7 @@ def train(run):
             shown |= {k: f"{x:,.{0 if x > 999 else 3}f}" for k, x in line.items() if k in IN_BAR}
             bar.set_postfix(shown)
             if evaluating or stopped_by:
-                save(run, best=evaluating and result["val_loss"] == state["best_val_loss"])
+                save(run)
             clock, since = time.perf_counter(), it  # evaluation and saving are not training time
         if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
             bar.close()
@@ -542,7 +525,6 @@ def report(run, line, evaluating):
         with precision(config.dtype, run.device):
             result = evaluate(run.model, run.data, config, run.device)
         refuse_nan(result["val_loss"], run)
-        run.state["best_val_loss"] = min(run.state["best_val_loss"], result["val_loss"])
         line |= result
     if run.ranks.rank == 0:
         with writing(log), open(log, "a") as file:
@@ -558,11 +540,11 @@ def refuse_nan(number, run, what="loss"):
         raise Refused(f"{what}. Try a smaller {rates}")
 
 
-def save(run, best):
-    """Write ckpt.pt, and if no evaluation was better best.pt, without optimisers."""
+def save(run):
+    """Write ckpt.pt."""
     largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())  # NaN if one is
     refuse_nan(sum(run.ranks.gather(largest)), run, "largest weight")  # the loss was that before the update
-    weights, ranks, out_dir = run.model.state_dict(), run.ranks, Path(run.config.out_dir)
+    weights = run.model.state_dict()
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if run.model.pool is not None:
         weights["pool.values"] = whole_table(run.model.pool, weights["pool.values"])
@@ -574,16 +556,12 @@ def save(run, best):
         "model_config": dataclasses.asdict(run.model.config),
         "train_config": dataclasses.asdict(run.config),
         "model": weights,
+        "optimizers": optimizers,
         **{name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")},
         **run.state,
     }
-    if ranks.rank > 0:
-        return
-    if not (out_dir.exists() and os.path.samestat(os.stat(out_dir), lock(out_dir))):
-        raise Refused(f"{out_dir} is not the folder that this run has begun in: it was moved or replaced")
-    if best:
-        save_checkpoint(out_dir / "best.pt", checkpoint)
-    save_checkpoint(out_dir / "ckpt.pt", checkpoint | {"optimizers": optimizers})
+    if run.ranks.rank == 0:
+        save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
 
 
 # --- start to end ---------------------------------------------------------------------------------------
@@ -606,7 +584,7 @@ def check_memory(config, group, device):
 
 def start(given, ranks):
     """Everything that can be wrong is found here, before training. Returns what train() needs."""
-    options = complete_options(given, ranks)
+    options = complete_options(given)
     config, model_config = make_configs(options)
     M, steps = config.memory_parallel, config.gradient_accumulation_steps
     M = M if model_config.mem_layers and model_config.system != "moe" else 1
@@ -616,11 +594,6 @@ def start(given, ranks):
     if ranks.world % M or (width := model_config.mem_value_dim // model_config.mem_cores) % M:
         width = f"the values' width, {width}"
         raise ValueError(f"memory_parallel={M} must divide the {ranks.world} processes and {width}")
-    for rank, other in enumerate(ranks.gather(options)):
-        for name in options:
-            if other.get(name) != options[name]:
-                values = f"{options[name]} on rank {ranks.rank} and {other.get(name)} on rank {rank}"
-                raise ValueError(f"{name}= is {values}: all must have the same")
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(M)
 
@@ -633,7 +606,7 @@ def start(given, ranks):
     folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
     model_config = make_configs(options | {"vocab_size": Dataset(folder).vocab_size})[1]
     data = open_dataset(folder, model_config.block_size, config.seed)
-    state = {"iter": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    state = {"iter": 0, "seconds": 0.0}
     if config.resume:
         checkpoint = load_checkpoint(Path(config.out_dir, "ckpt.pt"), device, ranks.group)
         model, state = checkpoint["model"], {key: checkpoint[key] for key in state}
@@ -652,7 +625,7 @@ def start(given, ranks):
             restore(optimizers, checkpoint)
     ranks.gather(None)  # nobody has found anything wrong
     if ranks.rank == 0:
-        prepare_out_dir(config, state["iter"], ranks)
+        prepare_out_dir(config, state["iter"])
     parts = {"model": model, "optimizers": optimizers, "data": data, "state": state}
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
@@ -661,7 +634,7 @@ def hold(config):
     """Lock out_dir, and see that no other run is lost. Returns the files of the run that is in it."""
     out_dir = Path(config.out_dir)
     lock(out_dir)
-    old = [path for name in ("log.jsonl", "best.pt", "ckpt.pt") if (path := out_dir / name).exists()]
+    old = [path for name in ("log.jsonl", "ckpt.pt") if (path := out_dir / name).exists()]
     if old and not (config.resume or config.overwrite):
         go_on = "go on (--resume), " * (out_dir / "ckpt.pt").exists()
         way_out = f"{go_on}replace it (--overwrite), or give another --out_dir"
@@ -669,12 +642,12 @@ def hold(config):
     return old
 
 
-def prepare_out_dir(config, it, ranks):
+def prepare_out_dir(config, it):
     """Make the folder ready for this run, which goes on after step `it`."""
     out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
     out_dir.mkdir(parents=True, exist_ok=True)
     old = hold(config)
-    sweep(out_dir, r"(ckpt|best)\.pt|log\.jsonl")
+    sweep(out_dir, r"ckpt\.pt|log\.jsonl")
     if not config.resume:
         for path in old:
             path.unlink()
@@ -682,7 +655,6 @@ def prepare_out_dir(config, it, ranks):
         step = re.compile(rb'{"iter": (\d{1,18}),')
         lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         write_file(log, b"".join(line for line in lines if not ((m := step.match(line)) and int(m[1]) > it)))
-    ranks.began(out_dir, now=True)
 
 
 def describe(model):
@@ -708,7 +680,7 @@ def summarize(run, result):
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
-    print(f"  written to   {config.out_dir}/ckpt.pt (last), best.pt (lowest validation loss), log.jsonl")
+    print(f"  written to   {config.out_dir}/ckpt.pt, log.jsonl")
     recall = " --recall" * ("recall" in result)
     print(f"\nNext:\n  python sample.py --out_dir={shlex.quote(config.out_dir)}{recall}")
     if model.pool is not None and config.dataset == "facts":

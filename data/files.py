@@ -130,7 +130,7 @@ def write_file(path, data):
 @functools.cache  # a process may lock a folder again
 def lock(folder, wait=False):
     """Lock a folder for this process until it ends, in whatever way. If another process has locked it, raise
-    ValueError or wait. Returns the os.stat of the folder, to recognise it by."""
+    ValueError or wait."""
     with contextlib.suppress(OSError):  # of a disk without locks
         handle = fcntl and os.open(folder, os.O_RDONLY)
         try:
@@ -141,7 +141,6 @@ def lock(folder, wait=False):
                 raise ValueError(f"another process is at work in {folder}: {way_out}") from None
             print(f"Waiting for another process that is at work in {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
-    return os.stat(folder)
 
 
 def sweep(folder, names):

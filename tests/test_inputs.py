@@ -102,7 +102,7 @@ DATA = [
     (written("train.bin", b""), "train.bin has 0 bytes"),
 ]
 CHECKPOINTS = [
-    *((edited(**{name: None}), "ckpt.pt") for name in ("iter", "seconds", "best_val_loss", "separator", "fingerprint")),
+    *((edited(**{name: None}), "ckpt.pt") for name in ("iter", "seconds", "separator", "fingerprint")),
     *((edited(**{name: None}), "ckpt.pt") for name in ("model", "model_config", "train_config")),
     (edited(iter="4"), "iter cannot be right"),
     (edited(iter=-4), "iter or separator cannot be right"),
@@ -116,6 +116,7 @@ CHECKPOINTS = [
 ]
 RESUMED = [
     (edited(optimizers=[]), "ckpt.pt"),
+    (edited(optimizers=None), "optimisers"),
     (inside("optimizers", lambda optimizers: optimizers[0]["state"].pop(3)), "optimisers"),
     (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].pop("exp_avg")), "optimisers"),
     (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].update(step=torch.tensor(7.0))), "optimisers"),
@@ -264,7 +265,7 @@ def test_a_path_is_a_path_and_a_name_is_a_folder_of_data(facts, tmp_path, monkey
 
 
 def test_a_resume_may_repeat_an_option_that_stands_for_another_value(finished, tmp_path):
-    """As a restart by torchrun does: 0 hidden units are a default, and blocks are put in order."""
+    """0 hidden units are a default, and blocks are put in order."""
     shutil.copytree(finished, tmp_path / "out")
     with handlers():
         train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--n_ffn=0", "--mem_layers=1,1", "--mem_count=2"])
@@ -281,9 +282,8 @@ def test_questions_may_hold_any_character(facts, tmp_path):
 
 
 def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(facts, finished, tmp_path, capsys):
-    """As a death between best.pt and ckpt.pt leaves it."""
-    for name in ("best.pt", "log.jsonl"):
-        shutil.copy(finished / name, tmp_path / name)
+    """As a death before the first ckpt.pt leaves it."""
+    shutil.copy(finished / "log.jsonl", tmp_path)
     said = refusal(train.main, [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}"], capsys)
     assert "--overwrite" in said and "--resume" not in said
 

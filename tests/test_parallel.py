@@ -44,8 +44,7 @@ def start_ranks(count, *arguments, without=()):
     for rank in range(count):
         environment = ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         environment |= {name: value for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)) if name not in without}
-        mine = [str(a[rank] if isinstance(a, tuple) else a) for a in arguments]  # a tuple: one for each rank
-        command = [sys.executable, "train.py", *mine]
+        command = [sys.executable, "train.py", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     return processes
@@ -250,20 +249,6 @@ def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
     assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([line["loss"] for line in log_of(alone)], abs=1e-5)
 
 
-def test_torchrun_restarts_a_run_where_it_was(facts, alone, tmp_path):
-    command = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1", "train.py", *OPTIONS]
-    command += [f"--dataset={facts}", f"--out_dir={tmp_path}", "--preset=facts-memory"]
-    job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_step(tmp_path, 10, [job])
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    said, errors = job.communicate(timeout=120)
-    assert job.returncode == 0, errors
-    assert "20 steps" in said
-    iters = [line["iter"] for line in log_of(tmp_path)]
-    assert iters == list(range(1, 21))
-
-
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
@@ -282,14 +267,6 @@ def test_wrong_input_is_said_once_and_by_name(facts, tmp_path, options, words):
     lines = [line for line in done.stderr.splitlines() if "train.py: " in line]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
     assert done.returncode != 0 and "train.py\", line" not in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_ranks_that_are_given_different_options_say_so(facts, tmp_path):
-    rates = "--learning_rate=1e-3", "--learning_rate=2e-3"
-    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", rates)
-    said = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    assert "learning_rate= is 0.001 on rank 0 and 0.002 on rank 1" in said[0] and "Traceback" not in said[0]
 
 
 def test_a_compiled_model_trains_on_several_ranks_as_alone(facts, alone, tmp_path):
