@@ -567,12 +567,13 @@ def start(given, ranks):
     config, model_config = make_configs(options)
     M, steps = config.memory_parallel, config.gradient_accumulation_steps
     M = M if model_config.mem_layers and model_config.system != "moe" else 1
+    width = model_config.mem_value_dim // model_config.mem_cores
     if steps % ranks.world:
         what = f"gradient_accumulation_steps={steps}, the micro-steps of all processes together"
         raise ValueError(f"{what}, must be divisible by the {ranks.world} that torchrun has started")
-    if ranks.world % M or (width := model_config.mem_value_dim // model_config.mem_cores) % M:
-        width = f"the values' width, {width}"
-        raise ValueError(f"memory_parallel={M} must divide the {ranks.world} processes and {width}")
+    if ranks.world % M or width % M:
+        both = f"the {ranks.world} processes and the values' width, {width}"
+        raise ValueError(f"memory_parallel={M} must divide {both}")
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(M)
 
