@@ -7,7 +7,6 @@
 
 import argparse
 import codecs
-import collections
 import os
 import sys
 import time
@@ -26,7 +25,6 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--checkpoint", default="ckpt.pt", help="its file in that folder (default: %(default)s)")
     add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
     add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
     add("--max_new_tokens", type=int, default=200, help="length of each, in tokens (default: %(default)s)")
@@ -61,14 +59,12 @@ def sample(model, encoding, separator, ids, args):
     ids = ids if ids[:1] == [separator] else [separator, *ids]  # as at the beginning of a document
     prompt = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator
     began = time.perf_counter()
     for number in range(args.num_samples):
-        if number > 0:
-            print("\n" + "-" * 40)
-        print(encoding.decode(ids[1:]), end="", flush=True)
+        print(f"\n{'-' * 40}\n" * (number > 0) + encoding.decode(ids[1:]), end="", flush=True)
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end within a character
-        for token in model.stream(prompt, args.max_new_tokens, generator=generator, **options):
+        for token in model.stream(prompt, *options):
             print(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
         print(characters.decode(b"", final=True))
     rate = args.num_samples * args.max_new_tokens / (time.perf_counter() - began)
@@ -77,46 +73,44 @@ def sample(model, encoding, separator, ids, args):
 
 def print_recall(model, encoding, separator, questions, rows):
     """Ask all questions; show the first of them, and the accuracy for each kind."""
-    shown, score = questions[: rows or None], collections.defaultdict(list)
+    shown, score = questions[: rows or None], {}
     width = max(len(q["prompt"]) for q in shown)
     print(f"{'prompt':{width}}  {'expected':24}  {'got':24}")
     for i, (question, ids) in enumerate(zip(questions, answer(model, questions, separator), strict=True)):
         right = ids == question["answer_ids"]
-        score[question["attribute"]].append(right)
+        score.setdefault(question["attribute"], []).append(right)
         if i < len(shown):
             got, verdict = " ".join(encoding.decode(ids).split()), "right" if right else "wrong"
             print(f"{question['prompt']:{width}}  {question['answer']:24}  {got:24}  {verdict}")
-    if len(shown) < len(questions):
-        print(f"... {len(questions) - len(shown):,} more (--rows=0 shows all)")
-    print()
+    more = len(questions) - len(shown)
+    print(f"... {more:,} more (--rows=0 shows all)\n" if more else "")
     score["all"] = [right for results in score.values() for right in results]
     for attribute, results in score.items():
         print(f"{attribute:12} {sum(results) / len(results):6.1%} of {len(results):,}")
 
 
+@one_line("sample.py")
 def main(argv):
     args = parse(argv)
-    path = Path(args.out_dir) / args.checkpoint
-    with one_line("sample.py"):
-        device = choose_device(args.device)
-        checkpoint = load_checkpoint(path, device)
-        model, separator = checkpoint["model"], checkpoint["separator"]
-        with blame(f"{path}", "give another --checkpoint"):
-            encoding = make_encoding(checkpoint["vocabulary"])
-            if encoding.n_vocab != (size := model.config.vocab_size):
-                raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {size} in its model")
-        if args.recall:
-            folder = find_folder(checkpoint["train_config"]["dataset"])
-            questions = Dataset(folder).questions()
-            if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
-                raise ValueError(f"--recall: {folder} is not what this checkpoint was trained on")
-            if not questions:
-                raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
-        text = read_start(args.start)
-        with blame("--start", f"the vocabulary in {path} cannot take it"):
-            ids = encoding.encode(text, allowed_special="all")
-    named = blame(f"{path} cannot be sampled from", "give another --checkpoint")
-    with one_line("sample.py"), named, enough_memory(), precision(args.dtype, device), torch.inference_mode():
+    path, device = Path(args.out_dir, "ckpt.pt"), choose_device(args.device)
+    checkpoint = load_checkpoint(path, device)
+    model, separator = checkpoint["model"], checkpoint["separator"]
+    with blame(path, "give another --out_dir"):
+        encoding = make_encoding(checkpoint["vocabulary"])
+        if encoding.n_vocab != (size := model.config.vocab_size):
+            raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {size} in its model")
+    if args.recall:
+        folder = find_folder(checkpoint["train_config"]["dataset"])
+        questions = Dataset(folder).questions()
+        if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
+            raise ValueError(f"--recall: {folder} is not what this checkpoint was trained on")
+        if not questions:
+            raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
+    text = read_start(args.start)
+    with blame("--start", f"the vocabulary in {path} cannot take it"):
+        ids = encoding.encode(text, allowed_special="all")
+    named = blame(f"{path} cannot be sampled from", "give another --out_dir")
+    with named, enough_memory(), precision(args.dtype, device):
         try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)

@@ -1,21 +1,16 @@
-"""Train a GPT, with memory layers or without.
+"""Train a GPT, with memory layers or without. Options are the fields of TrainConfig and GPTConfig (model.py).
 
     python train.py                          a small Memory+ model on facts to remember; minutes on a laptop
     python train.py --preset=facts-dense     the same compute without a memory, to compare
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
     python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
     torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2       in two processes
-
-Options are the fields of TrainConfig below and of GPTConfig in model.py.
 """
 
-import argparse
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import io
-import itertools
 import json
 import math
 import os
@@ -24,6 +19,8 @@ import shlex
 import signal
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +40,7 @@ from memory import whole_table
 from model import GPT, GPTConfig, check_options, option
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainConfig:
     """How to train. Raises ValueError, naming the option, for a value that makes no sense."""
 
@@ -102,9 +99,8 @@ SYSTEMS = {  # what makes each of them
         mem_expand=4, mem_skip=1, mem_decay=4.0),
 }  # fmt: skip
 SIZES = {  # and what makes them equal
-    "facts": dict(dense=dict(learning_rate=8e-3), dense2x=dict(n_ffn=600),
-        moe=dict(mem_count=4, moe_experts=9), peer=dict(mem_keys=90, n_ffn=184),
-        ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=80)),
+    "facts": dict(dense=dict(learning_rate=8e-3), dense2x=dict(n_ffn=600), peer=dict(mem_keys=90, n_ffn=184),
+        moe=dict(mem_count=4, moe_experts=9), ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=80)),
     "shakespeare": dict(dense2x=dict(n_ffn=888), pkm=dict(n_ffn=360),
         moe=dict(mem_count=4, moe_experts=5, n_ffn=328), peer=dict(mem_keys=90, n_ffn=360),
         ultramem=dict(mem_keys=180, mem_value_dim=64, n_ffn=216)),
@@ -113,10 +109,8 @@ SIZES = {  # and what makes them equal
     "gpt2-small": dict(dense2x=dict(n_ffn=5536), moe=dict(mem_count=8, moe_experts=9),
         peer=dict(mem_keys=362), ultramem=dict(mem_keys=724, mem_value_dim=256, n_ffn=864)),
 }  # fmt: skip
-PRESETS = {
-    f"{family}-{system}": FAMILIES[family] | SYSTEMS[system] | SIZES[family].get(system, {})
-    for family in FAMILIES for system in SYSTEMS
-}  # fmt: skip
+PRESETS = {f"{family}-{system}": FAMILIES[family] | SYSTEMS[system] | SIZES[family].get(system, {})
+    for family in FAMILIES for system in SYSTEMS}  # fmt: skip
 
 
 # --- command line ---------------------------------------------------------------------------------------
@@ -124,55 +118,44 @@ PRESETS = {
 
 def parse_options(argv):
     """argv -> {option: value} of what was given. Exits with 2, naming it, on what cannot be read."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help=f"{', '.join(PRESETS)} (default: the first)")
-    for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(GPTConfig)[1:]):  # not vocab_size
-        choices, kind = f.metadata["choices"], type(f.default)
-        parse = {bool: to_bool, tuple: to_numbers, str: str.lower if choices else str}.get(kind, kind)
-        options = {"nargs": "?", "const": True} if kind is bool else {}  # --resume alone means true
-        values = f"{', '.join(choices)}; " if choices else ""
-        help = f"{f.metadata['help']} ({values}default: {f.default!r})".replace("%", "%%")
-        options |= {"default": argparse.SUPPRESS, "help": help, "metavar": ""}
-        parser.add_argument(f"--{f.name}", type=parse, **options)
+    raw = RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.register("type", bool, lambda text: ("false", "0", "true", "1").index(text.lower()) > 1)
+    parser.register("type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part))
+    parser.add_argument("--preset", choices=PRESETS, help="(default: facts-memory)")
+    for f in (*fields(TrainConfig), *fields(GPTConfig)[1:]):  # not vocab_size
+        choices = f.metadata["choices"]
+        kind = str.lower if choices else type(f.default)
+        flag = {"nargs": "?", "const": True} if kind is bool else {}  # --resume means --resume=true
+        help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=kind, default=SUPPRESS, help=help, metavar="", **flag)
     return vars(parser.parse_args(argv))
-
-
-def to_bool(text):
-    return ("false", "0", "true", "1").index(text.lower()) > 1
-
-
-def to_numbers(text):
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def make_configs(options):
     """{option: value} -> TrainConfig, GPTConfig. Raises ValueError for values that do not fit."""
-    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    names = {f.name for f in fields(GPTConfig)}
     training = TrainConfig(**{name: value for name, value in options.items() if name not in names})
     return training, GPTConfig(**{name: value for name, value in options.items() if name in names})
 
 
 def complete_options(given):
     """Options of the command line -> all of them: over a preset, or over those of the run that is resumed."""
-    options, preset = dict(given), given["preset"]
-    options["out_dir"] = given.get("out_dir", f"out/{preset or 'facts-memory'}")
-    path = Path(options["out_dir"], "ckpt.pt")
-    if preset and options.get("resume"):
-        raise ValueError("preset: a resumed run keeps its options; give --out_dir, and what is to change")
-    del options["preset"]
+    options = {"out_dir": f"out/{given['preset'] or 'facts-memory'}"} | given
+    preset, path = options.pop("preset"), Path(options["out_dir"], "ckpt.pt")
     if not options.get("resume"):
         return PRESETS[preset or "facts-memory"] | options
+    if preset:
+        raise ValueError("preset: a resumed run keeps its options; give --out_dir, and what is to change")
     checkpoint = read_checkpoint(path)
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         saved = checkpoint["train_config"] | checkpoint["model_config"]
         make_configs(saved)
     layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
-    asked = [dataclasses.asdict(config) for config in make_configs(saved | layers | options)]
-    for name in (*asked[1], "seed", "batch_size", "gradient_accumulation_steps"):
-        if name in options and (asked[0] | asked[1])[name] != saved[name]:
-            kept = f"the run in {path.parent} has {name}={saved[name]} and must keep it"
-            raise ValueError(f"{name}={options[name]}: {kept}")
+    training, model = map(asdict, make_configs(saved | layers | options))
+    for name in (*model, "seed", "batch_size", "gradient_accumulation_steps"):
+        if name in options and (training | model)[name] != saved[name]:
+            raise ValueError(f"{name}={options[name]}: the run in {path.parent} keeps {name}={saved[name]}")
     return saved | options
 
 
@@ -188,11 +171,10 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    try:
-        with blame(f"{path} is damaged or not a checkpoint", "give another one"):  # mmap: read what is used
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name a folder that has one") from None
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name a folder that has one")
+    with blame(f"{path} is damaged or not a checkpoint", "give another one"):  # mmap: read what is used
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of nanomem")
     return checkpoint
@@ -201,19 +183,17 @@ def read_checkpoint(path):
 def load_checkpoint(path, device="cpu", group=None):
     """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
     With a group each of its processes gets its columns of the table, however many have written the file.
-
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
     checkpoint = read_checkpoint(path)
     with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
         TrainConfig(**checkpoint["train_config"])
         with torch.device(device):
             model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
-        weights = checkpoint["model"]
         if group is not None:
-            moments = checkpoint["optimizers"][1]["state"][0]
-            for tensors, name in ((weights, "pool.values"), (moments, "means"), (moments, "squares")):
-                tensors[name] = tensors[name][:, model.pool.columns]
-        model.load_state_dict(weights)
+            state = checkpoint["optimizers"][1]["state"][0]
+            for part, name in ((checkpoint["model"], "pool.values"), (state, "means"), (state, "squares")):
+                part[name] = part[name][:, model.pool.columns]
+        model.load_state_dict(checkpoint["model"])
         kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
         wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
         if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
@@ -227,14 +207,13 @@ def restore(optimizers, checkpoint):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
         names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            moments = {**optimizer.state[p]}
-            step, kind = moments.pop("step"), (p.shape, torch.float32, torch.strided)
-            right = {*moments} == names and {(m.shape, m.dtype, m.layout) for m in moments.values()} == {kind}
-            if not right or step != checkpoint["iter"]:
+            state, right = optimizer.state[p], dict.fromkeys(names, (p.shape, torch.float32, torch.strided))
+            kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
+            if kinds != right or state["step"] != checkpoint["iter"]:
                 raise ValueError("not two moments for each parameter, after as many steps as the run")
 
 
-# --- device, optimisers, learning rate --------------------------------------------------------------------
+# --- device, optimisers, learning rate, evaluation --------------------------------------------------------
 
 
 def choose_device(name, number=0):
@@ -248,24 +227,21 @@ def choose_device(name, number=0):
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
         elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # glibc returns large blocks to the system when they are freed; a step has to fault them in again,
-            # for 8% of its time: raise M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1).
-            libc.mallopt(-3, 2**30)
-            libc.mallopt(-1, 2**30)
+            # Else large blocks that are freed must be faulted in again, for 8% of a step's time.
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     return device
 
 
 def precision(name, device):
     """The context to compute in: autocast to bfloat16, or float32 throughout."""
-    if name == "auto":
-        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if good else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on = auto if name == "auto" else name == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def make_optimizers(model, config):
     """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read.
-
     eps only guards against 0 / 0. The loss is a mean over all tokens of a step: with half a million of them a
     row has gradients of 1e-9, and a sub-key little more: the usual 1e-8 would stop what is read least."""
     groups, betas = model.parameter_groups(), (config.beta1, config.beta2)
@@ -287,30 +263,24 @@ def learning_rate(config, it):
 
 def memory_rate(config, it):
     """Of the values: constant; or with mem_decay (UltraMem) the network's, times what falls from it to 1."""
-    if config.mem_decay == 0:
-        return config.mem_learning_rate
-    return learning_rate(config, it) * (config.mem_decay + (1 - config.mem_decay) * it / config.max_iters)
+    factor = config.mem_decay + (1 - config.mem_decay) * it / config.max_iters
+    return learning_rate(config, it) * factor if config.mem_decay > 0 else config.mem_learning_rate
 
 
-# --- evaluation -----------------------------------------------------------------------------------------
-
-
-def inputs_and_targets(windows, device):
-    """windows (B, T + 1), a numpy array -> two tensors (B, T) on the device."""
-    windows = torch.from_numpy(windows)
-    windows = windows.pin_memory() if device.type == "cuda" else windows  # for an asynchronous copy
-    windows = windows.to(device, non_blocking=True)
-    return windows[:, :-1], windows[:, 1:]
+def batches(windows, numbers, size, device):
+    """For each number of a micro-step its inputs and targets, two tensors (B, T). windows: dataset.Batches"""
+    for i in numbers:
+        batch = torch.from_numpy(windows(range(i * size, (i + 1) * size)))  # (B, T + 1)
+        batch = batch.pin_memory() if device.type == "cuda" else batch  # for an asynchronous copy
+        batch = batch.to(device, non_blocking=True)
+        yield batch[:, :-1], batch[:, 1:]
 
 
 @torch.no_grad()
-def mean_loss(model, batches, config, device):
+def mean_loss(model, windows, config, device):
     """Mean loss over eval_iters batches, the same ones every time."""
-    total, size = 0.0, config.batch_size
-    for i in range(config.eval_iters):
-        idx, targets = inputs_and_targets(batches(range(i * size, (i + 1) * size)), device)
-        total += model(idx, targets)[1].item()
-    return total / config.eval_iters
+    pairs = batches(windows, range(config.eval_iters), config.batch_size, device)
+    return sum(model(idx, targets)[1].item() for idx, targets in pairs) / config.eval_iters
 
 
 def answer(model, questions, separator):
@@ -321,9 +291,8 @@ def answer(model, questions, separator):
 
 def evaluate(model, data, config, device):
     """Losses, recall if the dataset asks questions, and how evenly a memory is used."""
-    usage = contextlib.nullcontext() if model.pool is None else model.pool.record_usage()
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
-    with usage as counts:
+    with contextlib.nullcontext() if model.pool is None else model.pool.record_usage() as counts:
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
     if data["questions"]:
         got = answer(model, data["questions"], data["separator"])
@@ -339,25 +308,22 @@ def evaluate(model, data, config, device):
 
 class Ranks:
     """This process among those that torchrun has started: `rank` of `world`, `local` on its machine.
-
     With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on: `group` is that
     of this rank, or None. `replicas` are the ranks that hold the same columns as this one."""
 
     def __init__(self, timeout=600):
         """Finds the others. Raises ValueError if what torchrun says is not enough for that."""
         self.rank, self.local, self.world, self.on = 0, 0, 1, "RANK" in os.environ
-        self.M, self.group, self.replicas = 1, None, None
-        if not self.on:
-            return
-        self.timeout = timeout = datetime.timedelta(seconds=timeout)
-        what = "processes do not find each other by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        with blame(what, "start them with torchrun"):
+        self.M, self.group, self.replicas, self.timeout = 1, None, None, datetime.timedelta(seconds=timeout)
+        names = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        with blame(f"processes do not find each other by {names}", "start them with torchrun"):
             if orphaned():
                 raise ValueError("torchrun has died meanwhile")
-            self.local = int(os.environ["LOCAL_RANK"])
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=timeout)
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            if self.on:
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                self.local = int(os.environ["LOCAL_RANK"])
+                dist.init_process_group(backend, timeout=self.timeout)
+                self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def make_groups(self, M):
         """M ranks share a table; world / M hold the same columns. M divides world."""
@@ -414,29 +380,26 @@ class Stop:
             os._exit(130)
 
 
-# --- training ------------------------------------------------------------------------------------------
+# --- training, from start to end ------------------------------------------------------------------------
 
 
 def train(run):
-    """The loop. run: what start() has prepared; run.state is updated in place. Returns the last evaluation.
+    """The loop. run: what start() has prepared; run.state is updated in place. Returns the log's last line.
     Exits with 128 and the number of the signal if one stops the run, after saving."""
     model, config, device, state, ranks = run.model, run.config, run.device, run.state, run.ranks
-    stop, context, shown, result = Stop(), precision(config.dtype, device), {}, None
+    stop, context, shown = Stop(), precision(config.dtype, device), {}
     auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     run_model = torch.compile(model) if auto or config.compile == "true" else model
     network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
     if model.pool is not None:
         model.pool.collect_gradients()
     total = config.gradient_accumulation_steps  # of all ranks
-    micro_step = itertools.count(state["iter"] * total + ranks.rank, ranks.world)  # of this rank
-
-    def next_batch():
-        first = next(micro_step) * config.batch_size
-        return inputs_and_targets(run.data["train"](range(first, first + config.batch_size)), device)
-
+    numbers = range(state["iter"] * total + ranks.rank, (config.max_iters + 1) * total, ranks.world)
+    pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
+    in_bar = "loss", "tokens_per_s", "gpu_gib", "val_loss", "recall"  # of a line of the log
     options = {"initial": state["iter"], "unit": "step", "dynamic_ncols": True, "disable": ranks.rank > 0}
     bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
-    clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next_batch()
+    clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next(pairs)
     while state["iter"] < config.max_iters:
         # forward and backward; then the next batch, while a GPU is still at work with this one
         loss = torch.zeros((), device=device)
@@ -445,7 +408,7 @@ def train(run):
                 micro_loss = run_model(inputs, targets)[1] * ranks.world / total  # mean of this rank
             micro_loss.backward()
             loss += micro_loss.detach()
-            inputs, targets = next_batch()
+            inputs, targets = next(pairs)
 
         # combine over ranks
         ranks.average([p.grad for p in network])
@@ -472,8 +435,8 @@ def train(run):
             tokens = (it - since) * total * config.batch_size * model.config.block_size
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": tokens / (now - clock)}
             state["seconds"] += now - clock
-            result = report(run, line, evaluating) or result
-            shown |= {k: f"{x:,.{0 if x > 999 else 3}f}" for k, x in line.items() if k in IN_BAR}
+            report(run, line, evaluating)
+            shown |= {k: f"{x:,.{0 if x > 999 else 3}f}" for k, x in line.items() if k in in_bar}
             bar.set_postfix(shown)
             if evaluating or stopped_by:
                 save(run)
@@ -486,97 +449,73 @@ def train(run):
                 print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
             (os._exit if ranks.on else sys.exit)(128 + stopped_by)  # see main()
     bar.close()
-    return result
-
-
-IN_BAR = ("loss", "tokens_per_s", "gpu_gib", "val_loss", "recall")  # of a line of the log
+    return line
 
 
 def report(run, line, evaluating):
-    """Complete a line of the log and write it. Returns the evaluation, if it is time for one."""
-    result, log, config = None, Path(run.config.out_dir, "log.jsonl"), run.config
+    """Complete a line of the log, with an evaluation if it is time for one, and write it."""
     refuse_nan(line["loss"], run)
     if run.device.type == "cuda":
         line["gpu_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(run.device) / 2**30
     if evaluating:
         run.ranks.check_in_step(run.model)
-        with precision(config.dtype, run.device):
-            result = evaluate(run.model, run.data, config, run.device)
-        refuse_nan(result["val_loss"], run)
-        line |= result
+        with precision(run.config.dtype, run.device):
+            line |= evaluate(run.model, run.data, run.config, run.device)
+        refuse_nan(line["val_loss"], run)
     if run.ranks.rank == 0:
-        with writing(log), open(log, "a") as file:
+        with writing(log := Path(run.config.out_dir, "log.jsonl")), open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
-    return result
 
 
 def refuse_nan(number, run, what="loss"):
     if not math.isfinite(number):
-        rates = f"learning_rate (now {run.config.learning_rate:g}) or mem_learning_rate"
-        rates += f" (now {run.config.mem_learning_rate:g}), or a longer warmup_iters"
+        now = [f"{k} (now {getattr(run.config, k):g})" for k in ("learning_rate", "mem_learning_rate")]
         what = f"the {what} is {number} at step {run.state['iter']}: training has diverged"
-        raise Refused(f"{what}. Try a smaller {rates}")
+        raise Refused(f"{what}. Try a smaller {' or '.join(now)}, or a longer warmup_iters")
 
 
 def save(run):
-    """Write ckpt.pt."""
+    """Write ckpt.pt. Rank 0 does, but all take part: each may have a part of the table."""
     largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())  # NaN if one is
     refuse_nan(sum(run.ranks.gather(largest)), run, "largest weight")  # the loss was that before the update
-    weights = run.model.state_dict()
+    weights, pool = run.model.state_dict(), run.model.pool
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    if run.model.pool is not None:
-        weights["pool.values"] = whole_table(run.model.pool, weights["pool.values"])
-        table = optimizers[1]["state"][0]
-        moments = {k: whole_table(run.model.pool, t) for k, t in table.items() if torch.is_tensor(t)}
-        optimizers[1]["state"] = {0: table | moments}
-    checkpoint = {
-        "format": FORMAT,
-        "model_config": dataclasses.asdict(run.model.config),
-        "train_config": dataclasses.asdict(run.config),
-        "model": weights,
-        "optimizers": optimizers,
-        **{name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")},
-        **run.state,
-    }
+    if pool is not None:
+        weights["pool.values"] = whole_table(pool, weights["pool.values"])
+        state = optimizers[1]["state"]
+        state[0] = {k: whole_table(pool, x) if torch.is_tensor(x) else x for k, x in state[0].items()}
+    checkpoint = {"format": FORMAT, "model": weights, "optimizers": optimizers, **run.state}
+    checkpoint |= {name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")}
+    checkpoint |= {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
     if run.ranks.rank == 0:
         save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
-
-
-# --- start to end ---------------------------------------------------------------------------------------
 
 
 def check_memory(config, group, device):
     """Raises ValueError if this machine cannot hold the model: the system would just end the process."""
     with torch.device("meta"):  # a model that takes no room
         needs = sum(2 * p.nbytes + 8 * p.numel() for p in GPT(config, group, initialize=False).parameters())
-    have = math.inf
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1]
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    if device.type == "cpu" and hasattr(os, "sysconf"):
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
-        way_out = f"lower mem_keys={config.mem_keys}, n_embd or n_layer"
-        raise ValueError(f"the model does not fit: it takes {sizes}; {way_out}")
+        raise ValueError(f"the model does not fit: {sizes}; lower mem_keys={config.mem_keys} or n_embd")
 
 
 def start(given, ranks):
     """Everything that can be wrong is found here, before training. Returns what train() needs."""
-    options = complete_options(given)
-    config, model_config = make_configs(options)
-    M, steps = config.memory_parallel, config.gradient_accumulation_steps
+    config, model_config = make_configs(complete_options(given))
+    M, steps, world = config.memory_parallel, config.gradient_accumulation_steps, ranks.world
     M = M if model_config.mem_layers and model_config.system != "moe" else 1
     width = model_config.mem_value_dim // model_config.mem_cores
-    if steps % ranks.world:
-        what = f"gradient_accumulation_steps={steps}, the micro-steps of all processes together"
-        raise ValueError(f"{what}, must be divisible by the {ranks.world} that torchrun has started")
-    if ranks.world % M or width % M:
-        both = f"the {ranks.world} processes and the values' width, {width}"
-        raise ValueError(f"memory_parallel={M} must divide {both}")
+    if steps % world:
+        raise ValueError(f"gradient_accumulation_steps={steps} must be divisible by the {world} processes")
+    if world % M or width % M:
+        raise ValueError(f"memory_parallel={M} must divide {world} processes and the width {width} of values")
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(M)
-
     torch.manual_seed(config.seed)
     if ranks.rank == 0 and Path(config.out_dir).is_dir():
         hold(config)  # before its checkpoint is read: nobody may write another one meanwhile
@@ -584,7 +523,7 @@ def start(given, ranks):
         find_folder(config.dataset)  # which makes the facts, if they are not there
     ranks.gather(None)  # a barrier
     folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
-    model_config = make_configs(options | {"vocab_size": Dataset(folder).vocab_size})[1]
+    model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
     state = {"iter": 0, "seconds": 0.0}
     if config.resume:
@@ -600,8 +539,7 @@ def start(given, ranks):
             model = GPT(model_config, ranks.group)
     optimizers = make_optimizers(model, config)
     if config.resume:
-        wrong = f"{config.out_dir}/ckpt.pt: the state of its optimisers is wrong"
-        with blame(wrong, "go on from another one"):
+        with blame(f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"):
             restore(optimizers, checkpoint)
     ranks.gather(None)  # nobody has found anything wrong
     if ranks.rank == 0:
@@ -611,26 +549,23 @@ def start(given, ranks):
 
 
 def hold(config):
-    """Lock out_dir, and see that no other run is lost. Returns the files of the run that is in it."""
-    out_dir = Path(config.out_dir)
-    lock(out_dir)
-    old = [path for name in ("log.jsonl", "ckpt.pt") if (path := out_dir / name).exists()]
+    """Lock out_dir, and see that no other run is lost."""
+    lock(out_dir := Path(config.out_dir))
+    old = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
     if old and not (config.resume or config.overwrite):
-        go_on = "go on (--resume), " * (out_dir / "ckpt.pt").exists()
-        way_out = f"{go_on}replace it (--overwrite), or give another --out_dir"
+        way_out = "go on with --resume, " * ("ckpt.pt" in old) + "--overwrite it, or give another --out_dir"
         raise ValueError(f"{out_dir} holds a run already: {way_out}")
-    return old
 
 
 def prepare_out_dir(config, it):
     """Make the folder ready for this run, which goes on after step `it`."""
     out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
     out_dir.mkdir(parents=True, exist_ok=True)
-    old = hold(config)
+    hold(config)
     sweep(out_dir, r"ckpt\.pt|log\.jsonl")
     if not config.resume:
-        for path in old:
-            path.unlink()
+        log.unlink(missing_ok=True)
+        (out_dir / "ckpt.pt").unlink(missing_ok=True)
     elif log.exists():  # without lines of later steps, and one that a kill has cut short
         step = re.compile(rb'{"iter": (\d{1,18}),')
         lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -649,14 +584,13 @@ def describe(model):
 
 
 def summarize(run, result):
-    model, config, steps = run.model, run.config, run.state["iter"]
+    model, config, data, steps = run.model, run.config, run.data, run.state["iter"]
     tokens = steps * config.batch_size * config.gradient_accumulation_steps * model.config.block_size
     print(f"\n{steps:,} steps, {tokens:,} tokens in {run.state['seconds']:.0f} s of training")
     print(f"  {describe(model)}")
     print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
     if "recall" in result:
-        questions = f"{len(run.data['questions']):,} closed-book questions"
-        print(f"  recall       {result['recall']:.1%} of {questions}")
+        print(f"  recall       {result['recall']:.1%} of {len(data['questions']):,} closed-book questions")
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
@@ -688,13 +622,10 @@ def main(argv):
         if rank != "0":  # all may have found it: the others wait while rank 0 speaks, and torchrun ends them
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        message = f"another process is lost ({explain(error)})" if lost else explain(error)
-        message = f"rank {rank}: {message}" if rank != "0" else message
-        if run:
-            way_out = "Start again with --overwrite"
-            if Path(run.config.out_dir, "ckpt.pt").exists():
-                way_out = "The last checkpoint is whole: go on with --resume"
-            message += f". {way_out}"
+        message = f"rank {rank}: " * (rank != "0") + "another process is lost: " * lost + explain(error)
+        kept = run and Path(run.config.out_dir, "ckpt.pt").exists()
+        hint = "The last checkpoint is whole: go on with --resume" if kept else "Start again with --overwrite"
+        message += f". {hint}" if run else ""
         print(f"{chr(10) * bool(run)}train.py: {message}", file=sys.stderr, flush=True)  # below the bar
         (os._exit if dist.is_initialized() else sys.exit)(1)  # a tidy end would wait for the other processes
     if rank == "0":

@@ -528,7 +528,6 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
         (["--top_p=2"], ["--top_p"]),
         (["--num_samples=none"], ["--num_samples"]),
         (["--start=FILE:nowhere.txt"], ["nowhere.txt"]),
-        (["--checkpoint=other.pt"], ["other.pt"]),
     ],
 )
 def test_sample_names_a_wrong_option(finished, capsys, options, words):
