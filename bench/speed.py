@@ -26,6 +26,7 @@ from bench.lookup import embedding_bag, random_problem, timed
 from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
+from presets import PRESETS, SYSTEMS
 
 
 class PlainPool(ValuePool):
@@ -221,8 +222,8 @@ def generation_times(memory, dense, device, context, new_tokens, repeats=5):
 def system_times(device, context, repeats):
     """All systems of the facts presets: training in turns, generation at batch 1, what dominates a step."""
     configs = {}
-    for system in train.SYSTEMS:
-        options = train.PRESETS[f"facts-{system}"] | {"vocab_size": 1312}
+    for system in SYSTEMS:
+        options = PRESETS[f"facts-{system}"] | {"vocab_size": 1312}
         configs[system] = train.make_configs(options)[1]
     idx = torch.randint(1312, (8, 128), device=device)
     makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
@@ -262,7 +263,7 @@ def main():
         shape = dict(n_layer=8, n_head=16, n_embd=1024, block_size=1024, mem_dtype="bfloat16")
         tokens, memory = 16384, GPTConfig(**shape, mem_count=1)
     else:
-        preset, names = train.PRESETS["facts-memory"], GPTConfig.__dataclass_fields__
+        preset, names = PRESETS["facts-memory"], GPTConfig.__dataclass_fields__
         shape = {name: value for name, value in preset.items() if name in names}
         tokens, memory = 1024, GPTConfig(vocab_size=1312, **shape)
     card = torch.cuda.get_device_name() if device.type == "cuda" else device

@@ -23,6 +23,7 @@ import train
 from data.dataset import describe_vocabulary, write_dataset
 from memory import ValuePool
 from model import GPT, GPTConfig
+from presets import PRESETS
 
 # The profiler's names of parts of a step that do not overlap. The rest is attention, networks, and the loss.
 PARTS = {
@@ -131,7 +132,7 @@ def describe(preset, measured, first):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add, names = parser.add_argument, list(train.PRESETS)
+    add, names = parser.add_argument, list(PRESETS)
     add("preset", nargs="+", choices=names, help=", ".join(names), metavar="PRESET")
     add("--steps", type=int, default=300, help="steps that are timed (default: %(default)s)")
     add("--dataset", help="as in train.py (default: random tokens)")
