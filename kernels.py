@@ -89,7 +89,7 @@ def torch_backward(values, indices, offsets, weights, grad, table_grad=None):
 
 def torch_dot(values, indices, offsets, x):
     """dW = dY V^T where W is not zero: values[indices[p]] . x[the token of pair p], (P,). x (n, D)"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(torch.promote_types(torch.promote_types(values.dtype, x.dtype), torch.float32))
     # Pairs are the entries of a sparse W. Several may be of one slot: sampled_addmm takes each on its own.
     if wide.device.type == "cpu" and wide.dtype == values.dtype and offsets.diff().max() <= len(values):
         zeros, size = wide.new_zeros(len(indices)), (len(x), len(values))
@@ -242,11 +242,11 @@ def lookup_forward(
         if low < 0 or high >= len(values):
             raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
     forward, product = (triton_forward, triton_dot) if uses_triton(values) else (torch_forward, torch_dot)
-    tensors = values.contiguous(), indices.flatten(), offsets
+    tensors = values.contiguous(), indices.contiguous().flatten(), offsets
     with torch.cuda.device_of(values):  # Triton launches on the current device
         if weights is None:  # a clone, because torch.compile fails on a view
             return product(*tensors, x.contiguous()).view(indices.shape).clone()
-        return forward(*tensors, weights.flatten())
+        return forward(*tensors, weights.contiguous().flatten())
 
 
 @lookup_forward.register_fake
@@ -262,8 +262,9 @@ def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
         rows = indices.new_zeros(0, dtype=torch.int64)
         return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
     run = triton_backward if uses_triton(values) else torch_backward
-    tensors = values.contiguous(), indices.flatten(), offsets, weights.flatten(), grad.contiguous()
+    values, indices, weights_, grad = (t.contiguous() for t in (values, indices, weights, grad))
     with torch.cuda.device_of(values):
+        tensors = values, indices.flatten(), offsets, weights_.flatten(), grad
         rows, grad_rows, grad_weights = run(*tensors, table_grad)
     return rows, grad_rows, grad_weights.view(weights.shape)
 
@@ -280,7 +281,7 @@ def lookup_backward_into(
 
 @lookup_backward_into.register_fake
 def _(values, indices, offsets, weights, grad, table_grad, touched):
-    return torch.empty_like(weights)
+    return weights.new_empty(weights.shape)
 
 
 class Lookup(torch.autograd.Function):
@@ -330,15 +331,6 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
     each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd sees no
     gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give the same
     bits every time. Raises ValueError for tensors that do not fit together."""
-    dims = 2 if offsets is None else 1
-    shapes = values.ndim == 2 and indices.ndim == dims and indices.shape == weights.shape
-    small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
-    dtypes = values.is_floating_point() and weights.is_floating_point()
-    dtypes = dtypes and not wide and indices.dtype in (torch.int32, torch.int64)
-    if not (shapes and small and dtypes and values.device == indices.device == weights.device):
-        got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, weights))
-        want = "values (S, D), weights (n, k) in floating point (float64 on a CPU only), indices (n, k) of"
-        raise ValueError(f"lookup wants {want} int32 or int64, on one device, S, n k below 2^31; not {got}")
     offsets = even_offsets(indices) if offsets is None else offsets
     return apply(values, indices, offsets, weights, None, accumulator)
 
@@ -352,10 +344,21 @@ def dot(values, indices, x, accumulator=None):
 
 def even_offsets(indices):
     """indices (n, k) -> 0, k, 2k, ..., nk: (n + 1,)"""
-    return torch.arange(len(indices) + 1, device=indices.device) * indices.size(1)
+    return torch.arange(len(indices) + 1, device=indices.device) * indices.size(-1)
 
 
 def apply(values, indices, offsets, weights, x, accumulator):
+    given = x if weights is None else weights
+    shape = (len(indices), values.size(-1)) if weights is None else indices.shape
+    shapes = values.ndim == 2 and 1 <= indices.ndim <= 2 and given.shape == shape
+    small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
+    dtypes = values.is_floating_point() and given.is_floating_point()
+    dtypes = dtypes and not wide and indices.dtype in (torch.int32, torch.int64)
+    if not (shapes and small and dtypes and values.device == indices.device == given.device):
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, given))
+        want = "values (S, D), weights (n, k) or x (n, D) in floating point (float64 on a CPU only), indices"
+        want += " (n, k) of int32 or int64, on one device, S, n k below 2^31"
+        raise ValueError(f"lookup wants {want}; not {got}")
     sparse = accumulator is None and torch.is_grad_enabled()  # torch.compile cannot trace such a gradient
     run = torch.compiler.disable(Lookup.apply) if sparse else Lookup.apply
     return run(values, indices, offsets, weights, x, accumulator)

@@ -79,15 +79,16 @@ def tucker_topk(s, K, core):
     a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the largest a and b,
     or the smallest (the paper leaves out these products of two negative numbers; but u and w could as well
     be -u and -w). Among those 2 K * K the core decides. Exact if its rank is 1, and K products positive."""
-    u, _, w = torch.linalg.svd(core)
-    ab, found = (s * torch.stack((u[:, 0], w[0])).view(2, 1, -1, 1, 1)).sum(2), []  # (2, H, n, N)
-    for sign in (1, -1):
-        i, j = columns = topk_columns(sign * ab, K)  # (2, H, n, K)
-        row, col = s.gather(-1, columns.unsqueeze(2).expand(-1, -1, len(core), -1, -1))  # (H, r, n, K)
-        grid = torch.einsum("hrni,rs,hsnj->hnij", row, core, col)
-        found.append((grid.flatten(-2), (i.unsqueeze(-1) * s.size(-1) + j.unsqueeze(-2)).flatten(-2)))
-    grid, slots = (torch.cat(part, dim=-1) for part in zip(*found, strict=True))  # (H, n, 2 * K * K)
-    return slots.gather(-1, topk_columns(grid, K))
+    u, _, w = torch.linalg.svd(core.nan_to_num())
+    ab, grids = (s * torch.stack((u[:, 0], w[0])).view(2, 1, -1, 1, 1)).sum(2), []  # (2, H, n, N)
+    columns = [topk_columns(sign * ab, K) for sign in (1, -1)]  # (2, H, n, K) each
+    for part in columns:
+        row, col = s.gather(-1, part.unsqueeze(2).expand(-1, -1, len(core), -1, -1))  # (H, r, n, K)
+        row = (row.unsqueeze(2) * core[..., None, None]).sum(1)  # core^T row; autocast rounds no such product
+        grids.append(sum(row[:, r].unsqueeze(-1) * col[:, r].unsqueeze(-2) for r in range(len(core))))
+    best = topk_columns(torch.stack(grids, dim=-3).flatten(-3), K)  # (H, n, K) of 2 * K * K
+    i, j = torch.cat(columns, dim=-1)  # (H, n, 2K)
+    return i.gather(-1, best // K) * s.size(-1) + j.gather(-1, best // K**2 * K + best % K)
 
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
@@ -202,8 +203,10 @@ class UltraMem(MemoryLayer):
         i = slots // self.N
         ij = torch.stack((i, slots - i * self.N)).unsqueeze(2).expand(-1, -1, self.r, -1, -1)
         row, col = widen(s.gather(-1, ij))  # (H, r, n, K)
-        p = row + col if core is None else torch.einsum("arnk,crs,asnk->acnk", row, self.core, col)
-        p = p.softmax(-1) if self.softmax else p  # (H, h, n, K)
+        if core is not None:  # products that autocast does not round
+            row = (row[:, None, :, None] * self.core[..., None, None]).sum(2)  # (H, h, r, n, K)
+        p = row + col if core is None else (row * col.unsqueeze(1)).sum(2)  # (H, h, n, K)
+        p = p.softmax(-1) if self.softmax else p
         return slots.transpose(0, 1).flatten(1), p.permute(2, 1, 0, 3).flatten(2)
 
     def read(self, x, pool):
@@ -224,7 +227,7 @@ class UltraMem(MemoryLayer):
         largest: the smaller they are, the less the pass of rank 1 misses."""
         if self.core is None:
             return 0.0
-        excess = (torch.linalg.svdvals(self.core.sum(0))[1:] - 0.15).relu()
+        excess = (torch.linalg.svdvals(self.core.sum(0).nan_to_num())[1:] - 0.15).relu()
         return 1e-3 * excess.square().sum() / max(1, self.r - 1)
 
 

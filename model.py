@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memory import PEER, MemoryLayer, UltraMem, ValuePool
+from memory import PEER, MemoryLayer, UltraMem, ValuePool, widen
 
 
 def option(default, help, low=0, below=2**31, choices=()):
@@ -112,7 +112,7 @@ class MoE(nn.Module):
         """x (B, T, C) -> (B, T, C)"""
         shape, x, E = x.shape, x.flatten(0, 1), len(self.down)
         with torch.autocast(x.device.type, enabled=False):
-            p = F.linear(x.float(), self.router.weight).softmax(-1)  # (n, E)
+            p = F.linear(widen(x), self.router.weight).softmax(-1)  # (n, E)
         weights, experts = p.topk(self.k)  # (n, k)
         weights = weights / weights.sum(-1, keepdim=True) if self.k > 1 else weights
         chosen = F.one_hot(experts.flatten(), E)  # (n * k, E)
@@ -189,10 +189,12 @@ class GPT(nn.Module):
                 nn.init.ones_(module.weight)
             elif isinstance(module, MemoryLayer):
                 nn.init.normal_(module.keys, std=module.Q**-0.5)
-                if getattr(module, "core", None) is not None:  # of H*K values, a sum of the size of one
+                if getattr(module, "core", None) is not None:  # scores of spread 1 / sqrt(H*K)
                     nn.init.normal_(module.core, std=(module.H * module.K * module.r) ** -0.5)
             elif isinstance(module, ValuePool):
                 module.initialize(std=0.02)
+                if self.config.system == "peer":  # u . x of spread 1
+                    module.values[: module.S] *= 50 * self.config.n_embd**-0.5
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None. Target -1 is
@@ -365,9 +367,10 @@ def fill_in_and_check(c):
         object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
     for i in layers:
         check(0 <= i < L, f"mem_layers: there is no block {i}; n_layer={L} has blocks 0 to {L - 1}")
-    for name in ("mem_rank", "mem_cores", "mem_softmax", "mem_expand", "mem_skip"):
+    only = dict.fromkeys(("mem_rank", "mem_cores", "mem_softmax", "mem_expand", "mem_skip"), "ultramem")
+    for name, system in (only | {"moe_experts": "moe", "moe_topk": "moe"}).items():
         value, off = getattr(c, name), type(c).__dataclass_fields__[name].default
-        check(c.system == "ultramem" or value == off, f"{name}={value}: only system=ultramem has it")
+        check(c.system == system or value == off, f"{name}={value}: only system={system} has it")
     if layers and c.system == "moe":
         check(c.moe_topk <= c.moe_experts, f"moe_topk={c.moe_topk}: there are moe_experts={c.moe_experts}")
         widths = f"n_embd={c.n_embd}, n_ffn={c.n_ffn}"
@@ -379,6 +382,8 @@ def fill_in_and_check(c):
         check(math.isqrt(E) ** 2 == E, f"mem_expand={E}: must be a square number")
         check(c.mem_topk <= most, f"mem_topk={c.mem_topk}: with {N} sub-keys in a half at most {most}")
         check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: it has {parts} parts of one width")
+        thin = c.mem_rank and c.mem_qk_norm and c.mem_key_dim < 3 * parts  # nothing is left of 1 or 2 numbers
+        check(not thin, f"mem_key_dim={c.mem_key_dim}: LayerNorm wants 3 in each of {parts} parts")
         check(c.system != "peer" or c.n_embd == D, f"mem_value_dim={D}: peer wants n_embd={c.n_embd}")
         check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
         check(D % c.mem_cores == 0, f"mem_cores={c.mem_cores} must divide mem_value_dim={D}")

@@ -21,18 +21,20 @@ FAMILIES = {
 }  # fmt: skip
 SYSTEMS = {  # what makes each of them
     "memory": {}, "dense": dict(mem_count=0), "dense2x": dict(mem_count=0), "moe": dict(system="moe"),
-    "pkm": dict(mem_gate=False, mem_qk_norm=False), "peer": dict(system="peer", mem_gate=False),
+    "pkm": dict(mem_count=1, mem_gate=False, mem_qk_norm=False), "peer": dict(system="peer", mem_gate=False),
     "ultramem": dict(system="ultramem", mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2,
         mem_expand=4, mem_skip=1, mem_decay=4.0),
 }  # fmt: skip
 SIZES = {  # and what makes them equal
     "facts": dict(dense=dict(learning_rate=8e-3), dense2x=dict(n_ffn=600), peer=dict(mem_keys=90, n_ffn=184),
-        moe=dict(moe_experts=32), ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=80)),
+        moe=dict(moe_experts=32),
+        ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=80, mem_learning_rate=4e-3)),
     "shakespeare": dict(dense2x=dict(n_ffn=888), pkm=dict(n_ffn=360),
         moe=dict(moe_experts=17, n_ffn=336), peer=dict(mem_keys=90, n_ffn=360),
-        ultramem=dict(mem_keys=180, mem_value_dim=64, n_ffn=216)),
+        ultramem=dict(mem_keys=180, mem_value_dim=64, n_ffn=216, mem_learning_rate=2e-3)),
     "gpt2": dict(dense2x=dict(n_ffn=6712), moe=dict(moe_experts=58),
-        peer=dict(mem_keys=724, n_ffn=2176), ultramem=dict(mem_keys=1448, mem_value_dim=384, n_ffn=1224)),
+        peer=dict(mem_keys=724, n_ffn=2176),
+        ultramem=dict(mem_keys=1448, mem_value_dim=384, n_ffn=1224, mem_learning_rate=6e-4)),
     "gpt2-small": dict(dense2x=dict(n_ffn=5536), moe=dict(moe_experts=33),
         peer=dict(mem_keys=362), ultramem=dict(mem_keys=724, mem_value_dim=256, n_ffn=864)),
 }  # fmt: skip

@@ -55,8 +55,8 @@ class TrainConfig:
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)", below=1e31)
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "constant rate of the memory's values (RowAdam)", 1e-30, 1e31)
-    mem_decay: float = option(0.0, "values' rate: the network's times what falls from this to 1; 0: constant")
+    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
+    mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
     weight_decay: float = option(0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31)
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
@@ -217,18 +217,20 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def learning_rate(config, it):
-    """Linear warmup, then a cosine from learning_rate to min_lr at max_iters. it counts from 0."""
+def learning_rate(config, it, largest):
+    """Linear warmup to the largest rate, then a cosine to min_lr at max_iters. it counts from 0."""
     if it < config.warmup_iters:
-        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+        return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (largest - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def memory_rate(config, it):
-    """Of the values: constant; or with mem_decay (UltraMem) the network's, times what falls from it to 1."""
+    """Of the values: constant; or with mem_decay (UltraMem) such a cosine, times what falls from it to 1."""
+    if config.mem_decay == 0:
+        return config.mem_learning_rate
     factor = config.mem_decay + (1 - config.mem_decay) * it / config.max_iters
-    return learning_rate(config, it) * factor if config.mem_decay > 0 else config.mem_learning_rate
+    return learning_rate(config, it, config.mem_learning_rate) * factor
 
 
 def batches(windows, numbers, size, device):
@@ -382,7 +384,7 @@ def train(run):
         # step
         if config.grad_clip > 0:
             clip_grad_norm_(network, config.grad_clip)
-        lr = learning_rate(config, state["iter"])
+        lr = learning_rate(config, state["iter"], config.learning_rate)
         for optimizer, rate in zip(run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -145,6 +145,11 @@ def test_torch_compile_changes_nothing_and_has_one_graph(config):
         assert (plain - compiled).norm() <= (0.05 if config.system == "moe" else 1e-4) * plain.norm()
 
 
+def test_torch_compile_takes_one_slot_a_head():
+    """Then weights are a view of other strides."""
+    test_torch_compile_changes_nothing_and_has_one_graph(replace(MEMORY, mem_topk=1))
+
+
 @pytest.mark.parametrize("system", ["memory", "moe", "peer", "ultramem"])
 def test_torch_compile_takes_a_model_that_nobody_collects_for(system):
     """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing; so do experts in

@@ -127,7 +127,25 @@ def test_dot_and_its_gradients_equal_loops(path, D, dtype, tolerance):
     assert torch.equal(into[1].nonzero().flatten(), indices.unique())
 
 
+def test_tensors_need_not_be_contiguous(path):
+    """Expanded weights, a column of a larger tensor, and a gradient that sum() expands."""
+    values, indices = table(), torch.randint(40, (6, 2), generator=torch.Generator().manual_seed(0))
+    weights = torch.arange(12.0).view(6, 2)
+    want = lookup(values, indices, torch.full((6, 2), 0.5))
+    torch.testing.assert_close(lookup(values, indices, torch.tensor(0.5).expand(6, 2)), want)
+    want = lookup(values, indices[:, :1].clone(), weights[:, :1].clone())
+    torch.testing.assert_close(lookup(values, indices[:, :1], weights[:, :1]), want)
+    x = torch.randn(6, 24, requires_grad=True)
+    dot(values, indices, x).sum().backward()
+    torch.testing.assert_close(x.grad, values[indices].sum(1))
+
+
 def test_nothing_to_multiply_and_wrong_slots(path):
+    for x, indices in ((torch.zeros(3, 5), torch.zeros(3, 2).long()), (torch.zeros(2, 24), torch.zeros(3, 2).long())):
+        with pytest.raises(ValueError, match=r"x \(n, D\)"):
+            dot(table(), indices, x)
+    with pytest.raises(ValueError, match="int32 or int64"):
+        dot(table(), torch.zeros(3, 2), torch.zeros(3, 24))
     assert dot(table(), torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 24)).shape == (0, 5)
     with pytest.raises(ValueError, match="the table has slots 0 to 39"):
         dot(table(), torch.tensor([[40]]), torch.zeros(1, 24))
@@ -343,7 +361,7 @@ def ultramem_by_loops(x, p, config, permutation):
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"mem_rank": 3, "mem_key_dim": 12, "mem_cores": 4}, {"mem_rank": 0, "mem_cores": 1}, {"mem_cores": 1},
+        {}, {"mem_rank": 3, "mem_key_dim": 18, "mem_cores": 4}, {"mem_rank": 0, "mem_cores": 1}, {"mem_cores": 1},
         {"mem_softmax": True}, {"mem_expand": 1}, {"mem_expand": 9}, {"mem_qk_norm": False}, {"mem_value_dim": 16, "mem_expand": 1},
     ],
     ids=["all", "rank 3", "sums", "one core", "softmax", "one block", "nine blocks", "no norms", "whole width"],
@@ -419,8 +437,9 @@ def test_the_permutation_is_a_bijection_and_is_kept(tmp_path):
 
 
 def test_the_rate_of_the_values_falls_to_that_of_the_network():
-    config = TrainConfig(mem_decay=4.0, max_iters=100, warmup_iters=10, learning_rate=1e-3, min_lr=1e-4)
-    assert [memory_rate(config, it) / learning_rate(config, it) for it in (0, 50, 100)] == pytest.approx([4, 2.5, 1])
+    config = TrainConfig(mem_decay=4.0, max_iters=100, warmup_iters=10, learning_rate=1e-3, mem_learning_rate=1e-3, min_lr=1e-4)
+    ratios = [memory_rate(config, it) / learning_rate(config, it, 1e-3) for it in (0, 50, 100)]
+    assert ratios == pytest.approx([4, 2.5, 1])
     assert memory_rate(replace(config, mem_decay=0.0), 50) == config.mem_learning_rate
 
 
@@ -487,6 +506,8 @@ def test_presets_of_a_family_have_equal_flops_and_parameters(family):
         (["--system=ultramem", "--mem_expand=3"], ["mem_expand=3", "square"]),
         (["--system=ultramem", "--mem_rank=3"], ["mem_key_dim=16", "6"]),
         (["--system=dense"], ["system=dense", "moe"]),
+        (["--moe_topk=2"], ["moe_topk=2", "system=moe"]),
+        (["--system=ultramem", "--mem_rank=2", "--mem_key_dim=8"], ["mem_key_dim=8", "LayerNorm"]),
         (["--system=ultramem", "--mem_rank=2", "--mem_topk=9"], ["mem_topk=9", "at most 8"]),
     ],
 )  # fmt: skip
