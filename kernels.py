@@ -242,11 +242,11 @@ def lookup_forward(
         if low < 0 or high >= len(values):
             raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
     forward, product = (triton_forward, triton_dot) if uses_triton(values) else (torch_forward, torch_dot)
-    tensors = values.contiguous(), indices.contiguous().flatten(), offsets
+    tensors = values.contiguous(), indices.flatten(), offsets
     with torch.cuda.device_of(values):  # Triton launches on the current device
         if weights is None:  # a clone, because torch.compile fails on a view
-            return product(*tensors, x.contiguous()).view(indices.shape).clone()
-        return forward(*tensors, weights.contiguous().flatten())
+            return product(*tensors, x).view(indices.shape).clone()
+        return forward(*tensors, weights.flatten())
 
 
 @lookup_forward.register_fake
@@ -262,9 +262,8 @@ def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
         rows = indices.new_zeros(0, dtype=torch.int64)
         return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
     run = triton_backward if uses_triton(values) else torch_backward
-    values, indices, weights_, grad = (t.contiguous() for t in (values, indices, weights, grad))
+    tensors = values.contiguous(), indices.flatten(), offsets, weights.flatten(), grad
     with torch.cuda.device_of(values):
-        tensors = values, indices.flatten(), offsets, weights_.flatten(), grad
         rows, grad_rows, grad_weights = run(*tensors, table_grad)
     return rows, grad_rows, grad_weights.view(weights.shape)
 
@@ -298,7 +297,7 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *table, weights, x = ctx.saved_tensors  # values, indices, offsets
+        grad, (*table, weights, x) = grad.contiguous(), ctx.saved_tensors  # table: values, indices, offsets
         tensors, grad_values = (*table, grad if weights is None else weights, grad if x is None else x), None
         if ctx.accumulator is not None:
             grad_weights = lookup_backward_into(*tensors, *ctx.accumulator)
@@ -361,7 +360,8 @@ def apply(values, indices, offsets, weights, x, accumulator):
         raise ValueError(f"lookup wants {want}; not {got}")
     sparse = accumulator is None and torch.is_grad_enabled()  # torch.compile cannot trace such a gradient
     run = torch.compiler.disable(Lookup.apply) if sparse else Lookup.apply
-    return run(values, indices, offsets, weights, x, accumulator)
+    weights, x = (t if t is None else t.contiguous() for t in (weights, x))
+    return run(values, indices.contiguous(), offsets, weights, x, accumulator)
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------
