@@ -5,8 +5,7 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (
     x = x + attention(norm(x))
     x = x + ffn(norm(x))          SwiGLU, or in the blocks of config.mem_layers what config.system says
 
-Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py.
-"""
+Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -163,8 +162,7 @@ class GPT(nn.Module):
             h, tables = config.mem_cores, 2 if config.system == "peer" else config.mem_cores
             self.pool = ValuePool(S, config.mem_value_dim // h, dtype, group, tables, config.mem_expand)
         half = config.n_embd // config.n_head // 2
-        frequencies = 10000.0 ** (-torch.arange(half) / half)
-        angle = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, half)
+        angle = torch.arange(config.block_size).outer(10000.0 ** (-torch.arange(half) / half))  # (T, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         if initialize:
@@ -229,7 +227,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T). Temperature 0: greedy.
-
         Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes
         on from there: every token has between half a block and a whole block of context."""
         B, block, device = len(idx), self.config.block_size, idx.device.type
@@ -271,7 +268,6 @@ class GPT(nn.Module):
 
     def parameter_groups(self):
         """{"matrices", "norm_weights", "pool"}: lists; each parameter in one of them, by the role it plays.
-
         Matrices (embedding, projections, sub-keys) are decayed; the pool has its own optimiser."""
         groups = {"matrices": [], "norm_weights": [], "pool": [] if self.pool is None else [self.pool.values]}
         for name, parameter in self.named_parameters():
@@ -285,12 +281,11 @@ class GPT(nn.Module):
         return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool * M}
 
     def flops_per_token(self, T):
-        """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T.
-
-        2 for each multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees
-        on average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
-        Training costs three times this: the backward pass makes two products for each one."""
-        c = self.config
+        """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T, 2 for each
+        multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees on
+        average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual. Training
+        costs three times this: backward, two products for each."""
+        c, L = self.config, self.config.n_layer
         C, H, K, key, r, E = c.n_embd, c.mem_heads, c.mem_topk, c.mem_key_dim, c.mem_rank, c.mem_expand
         ffn, layers, N, D = 3 * C * c.n_ffn, len(c.mem_layers), c.mem_keys * math.isqrt(E), c.mem_value_dim
         if c.system == "moe":
@@ -299,8 +294,7 @@ class GPT(nn.Module):
             layer = C * H * key + H * N * key + H * K * D * (1 + (c.system == "peer"))
             layer += C * E * D * (c.mem_gate + (c.mem_gate or E * D != C))
             layer += H * r * (2 * N + 2 * K * (r + K) + K * c.mem_cores * (r + 1))  # UltraMem's cores
-        adds = {"attention": c.n_layer * (4 * C * C + C * (T + 1))}
-        adds |= {"ffn": (c.n_layer - layers * (c.mem_skip == 0)) * ffn}
+        adds = {"attention": L * (4 * C * C + C * (T + 1)), "ffn": (L - layers * (c.mem_skip == 0)) * ffn}
         adds |= {"memory": layers * layer, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
 
@@ -354,13 +348,9 @@ def fill_in_and_check(c):
     check(count <= L, f"mem_count={count}: the model has only n_layer={L} blocks")
     # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
     layers = sorted(set(c.mem_layers)) or [(2 * i + 1) * L // (2 * count) for i in range(count)]
-    values = {
-        "n_ffn": c.n_ffn or -(-c.n_embd * 8 // 3 // 8) * 8,
-        "mem_layers": tuple(layers),
-        "mem_count": len(layers),
-        "mem_key_dim": c.mem_key_dim or max(2, min(c.n_embd // 2, 512) // 2 * 2),
-        "mem_value_dim": c.mem_value_dim or c.n_embd,
-    }
+    values = dict(n_ffn=c.n_ffn or -(-c.n_embd * 8 // 3 // 8) * 8, mem_value_dim=c.mem_value_dim or c.n_embd)
+    values |= dict(mem_key_dim=c.mem_key_dim or max(2, min(c.n_embd // 2, 512) // 2 * 2))
+    values |= dict(mem_layers=tuple(layers), mem_count=len(layers))
     for name, value in values.items():
         object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
     for i in layers:
@@ -370,8 +360,7 @@ def fill_in_and_check(c):
         check(c.system == "ultramem" or value == off, f"{name}={value}: only system=ultramem has it")
     if layers and c.system == "moe":
         check(c.moe_topk <= c.moe_experts, f"moe_topk={c.moe_topk}: there are moe_experts={c.moe_experts}")
-        widths = f"n_embd={c.n_embd}, n_ffn={c.n_ffn}"
-        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"{widths}: experts want multiples of 8")
+        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"n_embd={c.n_embd}, n_ffn={c.n_ffn}: must be multiples of 8")
     elif layers:
         E, D, parts, last = c.mem_expand, c.mem_value_dim, 2 * max(1, c.mem_rank), layers[-1] + c.mem_skip
         N = c.mem_keys * math.isqrt(E)
