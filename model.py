@@ -73,8 +73,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
-        # After a cached start there is one query, and it may look at every key.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # one query, after a start, sees all
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -229,16 +228,16 @@ class GPT(nn.Module):
         """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T). Temperature 0: greedy.
         Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes
         on from there: every token has between half a block and a whole block of context."""
-        B, block, device = len(idx), self.config.block_size, idx.device.type
-        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
+        B, c, block, device = len(idx), self.config, self.config.block_size, idx.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype
-        cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=device, dtype=dtype)
+        cache = idx.new_zeros(c.n_layer, 2, B, c.n_head, block, c.n_embd // c.n_head, dtype=dtype)
         window, start = idx[:, -block:], 0
         for _ in range(max_new_tokens):
             if start + window.size(1) > block:
                 window, start = idx[:, -max(1, block // 2) :], 0
-            with sdpa_kernel(GENERATION):
+            # Not cuDNN's attention, PyTorch's first choice on an H100, which plans anew for each length.
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 x = self.hidden(window, cache, start)[:, -1]  # (B, C)
             start += window.size(1)
             window = sample_token(self.logits(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
@@ -247,8 +246,7 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
-        new = [token.unsqueeze(1) for token in self.stream(idx, max_new_tokens, **options)]
-        return torch.cat([idx, *new], dim=1)
+        return torch.column_stack([idx, *self.stream(idx, max_new_tokens, **options)])
 
     def complete(self, prompts, lengths, batch_size=256):
         """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add
@@ -297,10 +295,6 @@ class GPT(nn.Module):
         adds = {"attention": L * (4 * C * C + C * (T + 1)), "ffn": (L - layers * (c.mem_skip == 0)) * ffn}
         adds |= {"memory": layers * layer, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
-
-
-# Attention while generating. cuDNN's, PyTorch's first choice on an H100, plans anew for each length.
-GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
