@@ -79,12 +79,11 @@ def torch_backward(values, indices, offsets, weights, grad, table_grad=None):
     order, rows, starts = group_by_row(indices)
     wide = widen(grad)
     # dV = W^T dY: row r sums the dY of the tokens that read it; unlike index_add_, in a fixed order.
-    tokens, pair_weights = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
-    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=pair_weights, mode="sum")
-    grad_rows, grad_weights = grad_rows.to(values.dtype), torch_dot(values, indices, offsets, grad)
+    tokens, w = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
+    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=w, mode="sum").to(values.dtype)
     if table_grad is not None:
         table_grad.index_add_(0, rows, grad_rows)  # each row once
-    return rows, grad_rows, grad_weights
+    return rows, grad_rows, torch_dot(values, indices, offsets, grad)
 
 
 def torch_dot(values, indices, offsets, x):
@@ -180,10 +179,9 @@ def triton_forward(values, indices, offsets, weights):
 def triton_backward(values, indices, offsets, weights, grad, table_grad=None):
     """As torch_backward. All tensors contiguous."""
     order, rows, starts = group_by_row(indices)
-    R, D = len(rows), values.size(1)
     out, targets = table_grad, rows
     if table_grad is None:
-        out, targets = values.new_zeros(R, D), torch.arange(R, device=rows.device)
+        out, targets = values.new_zeros(len(rows), grad.size(1)), torch.arange(len(rows), device=rows.device)
     grad_weights = torch.empty_like(weights, dtype=torch.float32)
     pairs = weights, grad, order, token_of_pair(offsets, len(order))[order], grad_weights
     run_backward(values, rows, starts[:-1], starts[1:], out, targets, *pairs)
@@ -280,7 +278,7 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 
 class Lookup(torch.autograd.Function):
-    """Without x it is lookup, without weights dot: derivatives, by x and w, of the sum over pairs of w_p
+    """Lookup without x, dot without weights: derivatives, by x and w, of the sum over pairs of w_p
     values[i_p] . x_p. Backward, the gradient replaces what is None; that of values is sparse or
     accumulated."""
 
@@ -321,10 +319,9 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
     returns      (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
-    rows that were read: its size is independent of S. Lookups in one table should share an accumulator: a
-    backward pass adds to rows of its first tensor and sets them to 1 in its second, autograd sees no
-    gradient, torch.compile no graph break. The same inputs give the same bits. ValueError if tensors do not
-    fit."""
+    rows read: its size is independent of S. Lookups in one table should share an accumulator: backward passes
+    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient, torch.compile
+    no graph break. The same inputs give the same bits. ValueError if they do not fit."""
     shapes = values.ndim == 2 and indices.shape == weights.shape and indices.ndim == 1 + (offsets is None)
     small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
     dtypes = values.is_floating_point() and weights.is_floating_point()
@@ -355,13 +352,11 @@ def apply(values, indices, offsets, weights, x, accumulator):
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------
-# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D random bits
-# (bfloat16).
+# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D random bits.
 
 
 def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """A step of RowAdam, in place; rate and eps include the bias correction. rows (R,), each once; grads and
-    bits (R, D): for bfloat16 values, 16 random bits each."""
+    """RowAdam's step, in place; rate, eps bias-corrected. rows (R,), each once; grads, random bits (R, D)."""
     g = grads.float()
     mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
     square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -393,9 +388,9 @@ def adam_kernel(
     tl.store(squares + place, square, mask=inside)
     if values.dtype.element_ty == tl.bfloat16:
         random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        rounded = ((value.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        finite = tl.abs(value) < float("inf")  # False of NaN, too
-        value = tl.where(finite, rounded, value.to(tl.bfloat16))
+        rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
+        rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        value = tl.where(tl.abs(value) < float("inf"), rounded, value.to(tl.bfloat16))  # False of NaN, too
     tl.store(values + place, value, mask=inside)
 
 

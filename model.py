@@ -249,8 +249,7 @@ class GPT(nn.Module):
         return torch.column_stack([idx, *self.stream(idx, max_new_tokens, **options)])
 
     def complete(self, prompts, lengths, batch_size=256):
-        """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add
-        to each. Returns the new tokens, list by list."""
+        """Greedily continue prompts (lists of token ids), by lengths[i] tokens. Returns the new ones."""
         device, new = self.embedding.weight.device, [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         while order:  # prompts of one length at a time: no padding
@@ -281,8 +280,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T, 2 for each
         multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees on
-        average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual. Training
-        costs three times this: backward, two products for each."""
+        average, and the lookup; as usual not norms, softmax, top-k. Training costs three times this."""
         c, L = self.config, self.config.n_layer
         C, H, K, key, r, E = c.n_embd, c.mem_heads, c.mem_topk, c.mem_key_dim, c.mem_rank, c.mem_expand
         ffn, layers, N, D = 3 * C * c.n_ffn, len(c.mem_layers), c.mem_keys * math.isqrt(E), c.mem_value_dim
