@@ -7,9 +7,8 @@ V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients 
     dV = W^T dY      row s of V collects the dY of every token that read it: a lookup with the roles swapped
     dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
-In this order: the definition, the same in PyTorch (for a CPU) and in Triton (for a GPU), `lookup` and `dot`
-(dW by itself), `RowAdam` (the optimiser of the rows that were read), and the kernel that selects slots
-(memory.py). `python kernels.py` checks and times all of it.
+Below: the definition, the same in PyTorch (CPU) and Triton (GPU), `lookup` and `dot` (dW alone), `RowAdam`
+(the optimiser), the kernel that selects slots (memory.py). `python kernels.py` checks and times them.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
 R distinct rows read, P = n * k pairs of token and slot. Inside, indices and weights are (P,), and token i has
@@ -35,8 +34,12 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 def lookup_reference(values, indices, weights):
     """The definition. values (S, D), indices (n, k), weights (n, k) -> (n, D); sums in float32 or wider."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return (values[indices].to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(values.dtype)
+    return (widen(values[indices]) * weights.unsqueeze(-1)).sum(1).to(values.dtype)
+
+
+def widen(x):
+    """bfloat16 to float32, for sums, norms and softmax; wider numbers stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def group_by_row(indices):
@@ -54,8 +57,7 @@ def group_by_row(indices):
 
 def token_of_pair(offsets, P):
     """offsets (n + 1,) -> (P,) int64"""
-    tokens = torch.arange(len(offsets) - 1, device=offsets.device)
-    return tokens.repeat_interleave(offsets.diff(), output_size=P)
+    return torch.repeat_interleave(offsets.diff(), output_size=P)
 
 
 # --- PyTorch --------------------------------------------------------------------------------------------
@@ -66,30 +68,27 @@ def torch_forward(values, indices, offsets, weights):
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         options = {"per_sample_weights": weights.to(values.dtype), "include_last_offset": True}
         return F.embedding_bag(indices, values, offsets.to(indices.dtype), mode="sum", **options)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    pairs = values[indices].to(wide) * weights.to(wide).unsqueeze(-1)
+    pairs = widen(values[indices]) * weights.unsqueeze(-1)
     out = pairs.new_zeros(len(offsets) - 1, values.size(1))
     return out.index_add_(0, token_of_pair(offsets, len(indices)), pairs).to(values.dtype)
 
 
 def torch_backward(values, indices, offsets, weights, grad, table_grad=None):
-    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (P,).
-    table_grad (S, D): if it is there, the rows' gradients are added to it, and None is returned for them."""
+    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (P,). table_grad
+    (S, D): if it is there, the rows' gradients are added to it."""
     order, rows, starts = group_by_row(indices)
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    wide = widen(grad)
     # dV = W^T dY: row r sums the dY of the tokens that read it; unlike index_add_, in a fixed order.
-    tokens, pair_weights = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
-    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=pair_weights, mode="sum")
-    grad_rows, grad_weights = grad_rows.to(values.dtype), torch_dot(values, indices, offsets, grad)
-    if table_grad is None:
-        return rows, grad_rows, grad_weights
-    table_grad.index_add_(0, rows, grad_rows)  # each row once
-    return rows, None, grad_weights
+    tokens, w = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
+    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=w, mode="sum").to(values.dtype)
+    if table_grad is not None:
+        table_grad.index_add_(0, rows, grad_rows)  # each row once
+    return rows, grad_rows, torch_dot(values, indices, offsets, grad)
 
 
 def torch_dot(values, indices, offsets, x):
     """dW = dY V^T where W is not zero: values[indices[p]] . x[the token of pair p], (P,). x (n, D)"""
-    wide = x.to(torch.promote_types(torch.promote_types(values.dtype, x.dtype), torch.float32))
+    wide = widen(x.to(torch.promote_types(values.dtype, x.dtype)))
     # Pairs are the entries of a sparse W. Several may be of one slot: sampled_addmm takes each on its own.
     if wide.device.type == "cpu" and wide.dtype == values.dtype and offsets.diff().max() <= len(values):
         zeros, size = wide.new_zeros(len(indices)), (len(x), len(values))
@@ -180,14 +179,13 @@ def triton_forward(values, indices, offsets, weights):
 def triton_backward(values, indices, offsets, weights, grad, table_grad=None):
     """As torch_backward. All tensors contiguous."""
     order, rows, starts = group_by_row(indices)
-    R, D = len(rows), values.size(1)
     out, targets = table_grad, rows
     if table_grad is None:
-        out, targets = values.new_zeros(R, D), torch.arange(R, device=rows.device)
+        out, targets = values.new_zeros(len(rows), grad.size(1)), torch.arange(len(rows), device=rows.device)
     grad_weights = torch.empty_like(weights, dtype=torch.float32)
     pairs = weights, grad, order, token_of_pair(offsets, len(order))[order], grad_weights
     run_backward(values, rows, starts[:-1], starts[1:], out, targets, *pairs)
-    return rows, out if table_grad is None else None, grad_weights
+    return rows, out, grad_weights
 
 
 def triton_dot(values, indices, offsets, x):
@@ -197,27 +195,24 @@ def triton_dot(values, indices, offsets, x):
 
 def run_backward(values, rows, begins, ends, out, targets, *pairs):
     """out[targets[r]] += gradient of rows[r], of pairs order[begins[r] : ends[r]]; fills in grad_weights.
-
     Rows read by many tokens are split, so that no program dominates the run time: pieces of PIECE pairs are
     summed on their own, and then the partial sums by the same kernel, as if they were dY of weight 1."""
     D, hot = values.size(1), ends - begins > PIECE  # (R,)
     block_p, block_d, warps = backward_tile(D)
-    cold_ends = torch.where(hot, begins, ends)  # first, hot rows get an empty range
-    tensors = values, rows, begins, cold_ends, out, targets, *pairs
+    tensors = values, rows, begins, torch.where(hot, begins, ends), out, targets, *pairs  # no hot rows yet
     backward_kernel[(len(rows),)](*tensors, D, block_p, block_d, num_warps=warps)
     hot = hot.nonzero().flatten()
     if len(hot) > 0:  # then their pieces, and the sums of these
         pieces = (ends - begins)[hot].add(PIECE - 1) // PIECE  # of each hot row
         firsts = F.pad(pieces.cumsum(0), (1, 0))  # pieces firsts[h] to firsts[h + 1] are those of row hot[h]
         owner = hot.repeat_interleave(pieces)
-        number = torch.arange(len(owner), device=rows.device)
-        begin = begins[owner] + (number - firsts[:-1].repeat_interleave(pieces)) * PIECE
-        end = torch.minimum(begin + PIECE, ends[owner])
+        piece = torch.arange(len(owner), device=rows.device)
+        begin = begins[owner] + (piece - firsts[:-1].repeat_interleave(pieces)) * PIECE
         partial = torch.zeros(len(owner), D, device=values.device)  # float32
-        run_backward(values, rows[owner], begin, end, partial, number, *pairs)
+        run_backward(values, rows[owner], begin, (begin + PIECE).minimum(ends[owner]), partial, piece, *pairs)
         ones, unused = torch.ones_like(partial[:, 0]), torch.empty_like(partial[:, 0])
         hot_rows = rows[hot], firsts[:-1], firsts[1:], out, targets[hot]
-        run_backward(values, *hot_rows, ones, partial, number, number, unused)
+        run_backward(values, *hot_rows, ones, partial, piece, piece, unused)
 
 
 # --- lookup: what the model calls -----------------------------------------------------------------------
@@ -259,8 +254,7 @@ def empty_result(values, indices, offsets, weights, x):
 def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
     """As torch_backward."""
     if indices.numel() == 0:
-        rows = indices.new_zeros(0, dtype=torch.int64)
-        return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
+        return indices.new_zeros(0).long(), values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
     run = triton_backward if uses_triton(values) else torch_backward
     tensors = values.contiguous(), indices.flatten(), offsets, weights.flatten(), grad
     with torch.cuda.device_of(values):
@@ -284,9 +278,9 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 
 class Lookup(torch.autograd.Function):
-    """Without x it is lookup, without weights dot: the derivatives, by x and by w, of the sum over all pairs
-    of w_p values[i_p] . x_p. In the backward pass the gradient takes the place of what is None. The values'
-    gradient is sparse, or added to the accumulator."""
+    """Lookup without x, dot without weights: derivatives, by x and w, of the sum over pairs of w_p
+    values[i_p] . x_p. Backward, the gradient replaces what is None; that of values is sparse or
+    accumulated."""
 
     @staticmethod
     def forward(ctx, values, indices, offsets, weights, x, accumulator):
@@ -311,8 +305,7 @@ class Lookup(torch.autograd.Function):
 
 def sparse_rows(rows, grads, values):
     """A coalesced sparse tensor of the shape of values: grads (R, D) at rows (R,), sorted, each once."""
-    options = {"is_coalesced": True, "check_invariants": False}
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), grads, values.shape, **options)
+    return torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
 
 
 def lookup(values, indices, weights, accumulator=None, offsets=None):
@@ -326,17 +319,16 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
     returns      (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
-    rows that were read, so its size does not depend on S. Lookups in one table should share an accumulator:
-    each backward pass adds to the rows of its first tensor and sets them to 1 in its second, autograd sees no
-    gradient of values, and torch.compile takes lookup() without a graph break. The same inputs give the same
-    bits every time. Raises ValueError for tensors that do not fit together."""
+    rows read: its size is independent of S. Lookups in one table should share an accumulator: backward passes
+    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient of the values,
+    and torch.compile no graph break. The same inputs give the same bits every time. Raises ValueError for
+    tensors that do not fit together."""
     offsets = even_offsets(indices) if offsets is None else offsets
     return apply(values, indices, offsets, weights, None, accumulator)
 
 
 def dot(values, indices, x, accumulator=None):
     """z[i, j] = values[indices[i, j]] . x[i], which in lookup's backward pass is the gradient of the weights.
-
     x (n, D) floating point -> (n, k), float32 or wider. Differentiable in values and x; else as lookup."""
     return apply(values, indices, even_offsets(indices), None, x, accumulator)
 
@@ -365,13 +357,11 @@ def apply(values, indices, offsets, weights, x, accumulator):
 
 
 # --- RowAdam: the optimiser -----------------------------------------------------------------------------
-# Bytes of a step: R * D * e of the gradient, 2 * R * D * e of the values, 16 * R * D of the float32 moments,
-# and for bfloat16 values 4 * R * D of random bits, written and read.
+# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D random bits.
 
 
 def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """A step of RowAdam, in place; rate and eps include the bias correction. rows (R,), each once; grads and
-    bits (R, D): for bfloat16 values, 16 random bits each."""
+    """RowAdam's step, in place; rate, eps bias-corrected. rows (R,), each once; grads, random bits (R, D)."""
     g = grads.float()
     mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
     square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -405,10 +395,8 @@ def adam_kernel(
         random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
         rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
         rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        finite = tl.abs(value) < float("inf")  # False of NaN, too
-        tl.store(values + place, tl.where(finite, rounded, value.to(tl.bfloat16)), mask=inside)
-    else:
-        tl.store(values + place, value, mask=inside)
+        value = tl.where(tl.abs(value) < float("inf"), rounded, value.to(tl.bfloat16))  # False of NaN, too
+    tl.store(values + place, value, mask=inside)
 
 
 def adam_warps(D):
@@ -418,8 +406,7 @@ def adam_warps(D):
 def triton_adam(values, means, squares, rows, grads, bits, *scalars):
     """As torch_adam. All tensors contiguous."""
     D, tensors = values.size(1), (values, means, squares, rows, grads, bits)
-    block_d, warps = triton.next_power_of_2(D), adam_warps(D)
-    adam_kernel[(len(rows),)](*tensors, *scalars, D, block_d, num_warps=warps)
+    adam_kernel[(len(rows),)](*tensors, *scalars, D, triton.next_power_of_2(D), num_warps=adam_warps(D))
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -432,18 +419,16 @@ class RowAdam(torch.optim.Optimizer):
         value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Rows without a gradient keep value and moments ("lazy" Adam, as torch.optim.SparseAdam; bench/README.md
-    compares other choices). params: tables (S, D), float32 or bfloat16, with sparse gradients. State: m and v
-    in float32. eps only guards against 0 / 0: where a loss is the mean over 491,520 tokens, a row's gradient
-    is about 1e-9. bfloat16 tables are rounded stochastically (unbiased), because bfloat16 would drop small
-    updates; the random bits depend on seed and step. The same inputs give the same bits."""
+    compares others). params: tables (S, D), float32 or bfloat16, with sparse gradients. State: m and v in
+    float32. eps only guards against 0 / 0: where a loss is the mean over 491,520 tokens, a row's gradient is
+    about 1e-9. As bfloat16 drops small updates, it is rounded stochastically (unbiased), by seed and step."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))
         self.tables = [p for group in self.param_groups for p in group["params"]]
         for p in self.tables:
             if p.ndim != 2 or p.dtype not in (torch.float32, torch.bfloat16):
-                what = f"{tuple(p.shape)} of {p.dtype}"
-                raise ValueError(f"RowAdam is for tables (S, D) of float32 or bfloat16, not {what}")
+                raise ValueError(f"RowAdam wants (S, D), float32 or bfloat16, not {tuple(p.shape)} {p.dtype}")
 
     @torch.no_grad()
     def step(self):
@@ -456,19 +441,17 @@ class RowAdam(torch.optim.Optimizer):
                         self.update(p, p.grad.coalesce(), self.state[p], **group)
 
     def update(self, p, grad, state, lr, betas, eps, seed, **_):
-        if not state:
-            state["step"] = 0
+        state["step"] = t = state.get("step", 0) + 1
+        if t == 1:
             state["means"], state["squares"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-        state["step"] = t = state["step"] + 1
         correction = (1 - betas[1] ** t) ** 0.5
         scalars = lr * correction / (1 - betas[0] ** t), *betas, eps * correction
-        generator = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)
+        random = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)
         run, part = (triton_adam, 2**17) if uses_triton(p) else (torch_adam, 2**11)  # stays in a CPU's cache
         for rows, grads in zip(grad.indices()[0].split(part), grad.values().split(part), strict=True):
             bits = rows  # float32 tables need none: any pointer will do
             if p.dtype == torch.bfloat16:
-                options = {"generator": generator, "dtype": torch.int16, "device": p.device}
-                bits = torch.randint(-(2**15), 2**15, grads.shape, **options)
+                bits = p.new_empty(grads.shape, dtype=torch.int16).random_(-(2**15), 2**15, generator=random)
             if len(rows) > 0:
                 run(p, state["means"], state["squares"], rows, grads.contiguous(), bits, *scalars)
 
@@ -482,8 +465,7 @@ class RowAdam(torch.optim.Optimizer):
 
 # --- selecting slots (memory.py says how and why) -------------------------------------------------------
 # One program does for one head of one token what memory.product_topk does: two top-k, the candidates, their
-# top-k. A score and its column travel in one integer, the score's bits above the column's: sorting one sorts
-# both, exactly.
+# top-k. A score and its column travel in one integer, score's bits first: sorting one sorts both, exactly.
 
 
 @triton.jit
@@ -503,7 +485,6 @@ def unpack(packed):
 @triton.jit
 def best_of_row(row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """The BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,) each.
-
     The K largest lie in the K groups of neighbours with the largest maxima: sort these, then the groups."""
     member = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + member  # (BLOCK_N / GROUP, GROUP)
@@ -546,10 +527,9 @@ def triton_select(scores, pairs, K):
     (_, H, n, N), P = scores.shape, pairs.size(1)
     slots = torch.empty(H, n, K, dtype=torch.int64, device=scores.device)
     block_n, block_k, group, warps = select_tile(N, K)
-    block_p = max(block_k, triton.next_power_of_2(P))
-    tensors, blocks = (scores.contiguous(), pairs, slots), (block_n, block_k, block_p, group)
+    blocks = block_n, block_k, max(block_k, triton.next_power_of_2(P)), group
     with torch.cuda.device_of(scores):
-        select_kernel[(n, H)](*tensors, n, N, H, K, P, *blocks, num_warps=warps)
+        select_kernel[(n, H)](scores.contiguous(), pairs, slots, n, N, H, K, P, *blocks, num_warps=warps)
     return slots
 
 

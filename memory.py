@@ -15,8 +15,7 @@ several layers read one pool of values. Without gate, W_o and norms, in one laye
 memory (PKM) of 2019, except that it normalised queries over the batch.
 
 Letters: B batch, T time, C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N
-slots, D value width, Q width of half a query (a full key is 2Q wide), n = B * T tokens, M ranks that share a
-table. """
+slots, D value width, Q width of half a query (2Q: of a key), n = B * T tokens, M ranks that share a table."""
 
 import contextlib
 import math
@@ -28,14 +27,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import dot, lookup, sparse_rows, triton_select, uses_triton
+from kernels import dot, lookup, sparse_rows, triton_select, uses_triton, widen
 
 # --- selecting slots ----------------------------------------------------------------------------------------
 
 
 def candidate_pairs(K):
     """Ranks (a, b) that can be among the K best sums of two sorted lists: (2, P) int64.
-
     (a, b) is beaten by all (a', b') with a' <= a and b' <= b, which are (a + 1)(b + 1) - 1 pairs. So it needs
     (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32."""
     return torch.tensor([(a, b) for a in range(K) for b in range(K // (a + 1))]).T.contiguous()
@@ -43,7 +41,6 @@ def candidate_pairs(K):
 
 def topk_columns(scores, K):
     """Columns of the K largest of each row, largest first. scores (..., N), finite -> (..., K) int64. Exact.
-
     On a CPU numpy's vectorised sort takes a quarter of the time of torch.topk (3 ms against 12 on one core,
     16 of 128 in 8,192 rows), but it sorts numbers, not pairs of number and column. So put the column into the
     number: a float32 widened to float64 ends in 29 zero bits, worth less than any difference of float32."""
@@ -62,7 +59,6 @@ def topk_columns(scores, K):
 
 def product_topk(s, K, pairs):
     """The slots of the K best sums s1[i] + s2[j] of each row, best first: i * N + j, (..., K) int64.
-
     s (2, ..., N): s1 and s2; pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the cost of
     two top-k of N and one of about K log K (1907.05242, section 3.2)."""
     columns = topk_columns(s, K)  # (2, ..., K), best first
@@ -74,7 +70,6 @@ def product_topk(s, K, pairs):
 
 def tucker_topk(s, K, core):
     """The slots of the K best of S_grid = S_row^T core S_col; S_row, S_col = s (2, H, r, n, N) -> (H, n, K).
-
     UltraMem's two passes. The best approximation of rank 1, core = sigma u w^T, gives a grid of products
     a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the largest a and b,
     or the smallest (the paper leaves out these products of two negative numbers; but u and w could as well
@@ -105,11 +100,6 @@ def select(scores: torch.Tensor, pairs: torch.Tensor, K: int, core: torch.Tensor
 @select.register_fake
 def _(scores, pairs, K, core):
     return scores.new_empty(scores.size(1), scores.size(-2), K, dtype=torch.int64)
-
-
-def widen(x):
-    """bfloat16 to float32, for norms, sums of scores and softmax; wider numbers stay as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # --- the layer ----------------------------------------------------------------------------------------------
@@ -148,8 +138,7 @@ class MemoryLayer(nn.Module):
         s = self.scores(x)  # (2, H, n, N)
         slots = select(s.detach(), self.pairs, self.K, None)  # (H, n, K)
         i = slots // self.N
-        # A sub-key can be in several of the K sums: its gradients add up in gather's backward pass, on a GPU
-        # by atomics, in any order.
+        # A sub-key can be in several sums: gather's backward pass adds its gradients, on a GPU in any order.
         halves = s.gather(-1, torch.stack((i, slots - i * self.N)))  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)
         return slots.transpose(0, 1).flatten(1), p.transpose(0, 1).flatten(1)
@@ -189,9 +178,8 @@ class UltraMem(MemoryLayer):
         shape = dict(mem_keys=c.mem_keys * math.isqrt(E), mem_value_dim=c.mem_value_dim * E)
         shape |= dict(mem_heads=c.mem_heads * r, mem_key_dim=c.mem_key_dim // r)
         super().__init__(replace(c, **shape, **off))
-        self.r, self.E, self.softmax, self.core = r, E, c.mem_softmax, None
-        if c.mem_rank:
-            self.core = nn.Parameter(torch.empty(c.mem_cores, r, r))
+        self.r, self.E, self.softmax = r, E, c.mem_softmax
+        self.core = nn.Parameter(torch.empty(c.mem_cores, r, r)) if c.mem_rank else None
         if c.mem_rank and c.mem_qk_norm:
             self.query_norm, self.key_norm = (nn.LayerNorm(self.Q, 1e-6, bias=False) for _ in range(2))
 
@@ -215,8 +203,7 @@ class UltraMem(MemoryLayer):
         n, h, _ = weights.shape
         places, order = (slots if self.E == 1 else pool.permutation[slots].long()).sort(-1)  # by block
         weights = weights.gather(-1, order.unsqueeze(1).expand_as(weights))
-        core = torch.arange(h, device=x.device).unsqueeze(1)
-        rows = (places % pool.S).unsqueeze(1) + pool.S * core  # (n, h, H*K): one table for each core
+        rows = (places % pool.S)[:, None] + pool.S * torch.arange(h, device=x.device)[:, None]  # (n, h, H*K)
         lengths = F.one_hot(places // pool.S, self.E).sum(1, keepdim=True)  # (n, 1, E), slots of each block
         offsets = F.pad(lengths.expand(n, h, self.E).flatten().cumsum(0), (1, 0))
         y = pool(rows.flatten(), weights.flatten(), offsets)  # (n * h * E, D/h)
@@ -237,20 +224,18 @@ class UltraMem(MemoryLayer):
 class ValuePool(nn.Module):
     """The values of S slots, width D, that all memory layers of a model read. The GPT hands it to them. If a
     slot has several (PEER, UltraMem's cores) they are in as many tables of S rows, one below the other.
-
     With a group of M processes it is sharded over them by width (Memory Layers at Scale, section 3): each has
     all S rows, but D/M of their columns. All must then call it together, with equally many tokens."""
 
     def __init__(self, S, D, dtype=torch.float32, group=None, tables=1, expand=1):
         super().__init__()
-        self.S, self.group, self.M = S, group, group.size() if group else 1
-        i = group.rank() if group else 0
+        self.S, self.D, self.group, self.usage = S, D, group, None
+        i, self.M = (group.rank(), group.size()) if group else (0, 1)
         self.columns = slice(i * D // self.M, (i + 1) * D // self.M)  # those that are here
-        self.D, self.values = D, nn.Parameter(torch.empty(tables * S, D // self.M, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(tables * S, D // self.M, dtype=dtype))
         if expand > 1:  # of UltraMem's virtual slots; kept in checkpoints
             self.register_buffer("permutation", torch.empty(expand * S, dtype=torch.int32))
         self.accumulator = None  # after collect_gradients(): the sum of gradients, and which rows have one
-        self.usage = None
 
     @torch.no_grad()
     def initialize(self, std):
@@ -310,18 +295,15 @@ class Usage:
     """How evenly the slots are read (1907.05242, section 4.4), while ValuePool.record_usage() is on."""
 
     def __init__(self, S, device):
-        self.reads = torch.zeros(S, device=device)  # times a slot was read
-        self.mass = torch.zeros(S, device=device)  # (absolute) weight it was read with
+        self.reads, self.mass = (torch.zeros(S, device=device) for _ in range(2))  # times, absolute weights
 
     def add(self, slots, weights):
-        ones = torch.ones((), device=weights.device)
-        self.reads.index_put_((slots.flatten(),), ones, accumulate=True)
+        self.reads.index_put_((slots.flatten(),), torch.ones((), device=weights.device), accumulate=True)
         self.mass.index_put_((slots.flatten(),), weights.detach().float().abs().flatten(), accumulate=True)
 
     def summary(self):
-        """used: share of slots read at least once. kl, kl_weighted: KL from uniform in nats, log S + sum p
-        log p, of reads and of weights (0 = even, log S = one slot). top1: share of the reads that the busiest
-        1% get."""
+        """used: share of slots that were read. kl, kl_weighted: KL from uniform in nats, log S + sum p log p,
+        of reads and of weights (0 = even, log S = one slot). top1: share of reads of the busiest 1%."""
 
         def kl(counts):
             p = counts.cpu().double()
@@ -359,7 +341,6 @@ def tell_all(x, pool):
 def sharded_lookup(pool, rows, weights, offsets=None):
     """As ValuePool.forward. Each rank tells all what its tokens read, and looks up its columns for all of
     them; an all-to-all returns each token's D/M columns to its rank.
-
     For n tokens of k slots a rank sends (M - 1) n (4 k + 4 k + e D / M) bytes forward, (M - 1) n (e D / M +
     4 k) backward, at e bytes a number: nothing depends on S. The columns' gradients are complete."""
     rows, weights = tell_all(rows.int(), pool), tell_all(weights, pool)
@@ -379,12 +360,11 @@ def whole_table(pool, part):
     """part (S, D/M), the columns of values or moments that are here -> all (S, D), on the CPU, in rank 0."""
     if pool.group is None:
         return part
-    first = dist.get_rank() == 0
-    table = torch.empty(len(part), pool.D, dtype=part.dtype) if first else None
+    table = torch.empty(len(part), pool.D, dtype=part.dtype) if dist.get_rank() == 0 else None
     for start in range(0, len(part), 2**16):  # in pieces that fit beside all else that a GPU holds
         piece = part[start : start + 2**16].contiguous()
         pieces = [torch.empty_like(piece) for _ in range(pool.M)]
         dist.all_gather(pieces, piece, group=pool.group)
-        if first:
+        if table is not None:
             table[start : start + 2**16] = torch.cat(pieces, dim=1)
     return table

@@ -5,8 +5,7 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (
     x = x + attention(norm(x))
     x = x + ffn(norm(x))          SwiGLU, or in the blocks of config.mem_layers what config.system says
 
-Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py.
-"""
+Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -74,8 +73,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
-        # After a cached start there is one query, and it may look at every key.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # one query, after a start, sees all
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -163,8 +161,7 @@ class GPT(nn.Module):
             h, tables = config.mem_cores, 2 if config.system == "peer" else config.mem_cores
             self.pool = ValuePool(S, config.mem_value_dim // h, dtype, group, tables, config.mem_expand)
         half = config.n_embd // config.n_head // 2
-        frequencies = 10000.0 ** (-torch.arange(half) / half)
-        angle = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, half)
+        angle = torch.arange(config.block_size).outer(10000.0 ** (-torch.arange(half) / half))  # (T, half)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         if initialize:
@@ -231,19 +228,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T). Temperature 0: greedy.
-
         Keys and values are cached. When the block is full, its last half is encoded afresh and the cache goes
         on from there: every token has between half a block and a whole block of context."""
-        B, block, device = len(idx), self.config.block_size, idx.device.type
-        heads, width = self.config.n_head, self.config.n_embd // self.config.n_head
+        B, c, block, device = len(idx), self.config, self.config.block_size, idx.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.embedding.weight.dtype
-        cache = torch.zeros(self.config.n_layer, 2, B, heads, block, width, device=device, dtype=dtype)
+        cache = idx.new_zeros(c.n_layer, 2, B, c.n_head, block, c.n_embd // c.n_head, dtype=dtype)
         window, start = idx[:, -block:], 0
         for _ in range(max_new_tokens):
             if start + window.size(1) > block:
                 window, start = idx[:, -max(1, block // 2) :], 0
-            with sdpa_kernel(GENERATION):
+            # Not cuDNN's attention, PyTorch's first choice on an H100, which plans anew for each length.
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 x = self.hidden(window, cache, start)[:, -1]  # (B, C)
             start += window.size(1)
             window = sample_token(self.logits(x).float(), temperature, top_k, top_p, generator)  # (B, 1)
@@ -252,12 +248,10 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
-        new = [token.unsqueeze(1) for token in self.stream(idx, max_new_tokens, **options)]
-        return torch.cat([idx, *new], dim=1)
+        return torch.column_stack([idx, *self.stream(idx, max_new_tokens, **options)])
 
     def complete(self, prompts, lengths, batch_size=256):
-        """Greedy continuations. prompts: lists of token ids, of any lengths; lengths: how many tokens to add
-        to each. Returns the new tokens, list by list."""
+        """Greedily continue prompts (lists of token ids), by lengths[i] tokens. Returns the new ones."""
         device, new = self.embedding.weight.device, [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         while order:  # prompts of one length at a time: no padding
@@ -273,7 +267,6 @@ class GPT(nn.Module):
 
     def parameter_groups(self):
         """{"matrices", "norm_weights", "pool"}: lists; each parameter in one of them, by the role it plays.
-
         Matrices (embedding, projections, sub-keys) are decayed; the pool has its own optimiser."""
         groups = {"matrices": [], "norm_weights": [], "pool": [] if self.pool is None else [self.pool.values]}
         for name, parameter in self.named_parameters():
@@ -287,12 +280,10 @@ class GPT(nn.Module):
         return {"dense": sum(p.numel() for p in self.parameters()) - pool, "pool": pool * M}
 
     def flops_per_token(self, T):
-        """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T.
-
-        2 for each multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees
-        on average, and the lookup. Norms, softmax, comparisons of the top-k are left out, as is usual.
-        Training costs three times this: the backward pass makes two products for each one."""
-        c = self.config
+        """{"attention", "ffn", "memory", "head"}: forward FLOPs a token in a sequence of T, 2 for each
+        multiply-add of matrix products, attention over the (T + 1) / 2 positions that a token sees on
+        average, and the lookup; as usual not norms, softmax, top-k. Training costs three times this."""
+        c, L = self.config, self.config.n_layer
         C, H, K, key, r, E = c.n_embd, c.mem_heads, c.mem_topk, c.mem_key_dim, c.mem_rank, c.mem_expand
         ffn, layers, N, D = 3 * C * c.n_ffn, len(c.mem_layers), c.mem_keys * math.isqrt(E), c.mem_value_dim
         if c.system == "moe":
@@ -301,14 +292,9 @@ class GPT(nn.Module):
             layer = C * H * key + H * N * key + H * K * D * (1 + (c.system == "peer"))
             layer += C * E * D * (c.mem_gate + (c.mem_gate or E * D != C))
             layer += H * r * (2 * N + 2 * K * (r + K) + K * c.mem_cores * (r + 1))  # UltraMem's cores
-        adds = {"attention": c.n_layer * (4 * C * C + C * (T + 1))}
-        adds |= {"ffn": (c.n_layer - layers * (c.mem_skip == 0)) * ffn}
+        adds = {"attention": L * (4 * C * C + C * (T + 1)), "ffn": (L - layers * (c.mem_skip == 0)) * ffn}
         adds |= {"memory": layers * layer, "head": C * self.embedding.num_embeddings}
         return {part: 2 * count for part, count in adds.items()}
-
-
-# Attention while generating. cuDNN's, PyTorch's first choice on an H100, plans anew for each length.
-GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -356,13 +342,9 @@ def fill_in_and_check(c):
     check(count <= L, f"mem_count={count}: the model has only n_layer={L} blocks")
     # Centred with a stride, as in the paper's ablation: 3 of 24 are 4, 12, 20; 3 of 12 are 2, 6, 10.
     layers = sorted(set(c.mem_layers)) or [(2 * i + 1) * L // (2 * count) for i in range(count)]
-    values = {
-        "n_ffn": c.n_ffn or -(-c.n_embd * 8 // 3 // 8) * 8,
-        "mem_layers": tuple(layers),
-        "mem_count": len(layers),
-        "mem_key_dim": c.mem_key_dim or max(2, min(c.n_embd // 2, 512) // 2 * 2),
-        "mem_value_dim": c.mem_value_dim or c.n_embd,
-    }
+    values = dict(n_ffn=c.n_ffn or -(-c.n_embd * 8 // 3 // 8) * 8, mem_value_dim=c.mem_value_dim or c.n_embd)
+    values |= dict(mem_key_dim=c.mem_key_dim or max(2, min(c.n_embd // 2, 512) // 2 * 2))
+    values |= dict(mem_layers=tuple(layers), mem_count=len(layers))
     for name, value in values.items():
         object.__setattr__(c, name, value)  # the documented way to fill in a frozen dataclass
     for i in layers:
@@ -373,8 +355,7 @@ def fill_in_and_check(c):
         check(c.system == system or value == off, f"{name}={value}: only system={system} has it")
     if layers and c.system == "moe":
         check(c.moe_topk <= c.moe_experts, f"moe_topk={c.moe_topk}: there are moe_experts={c.moe_experts}")
-        widths = f"n_embd={c.n_embd}, n_ffn={c.n_ffn}"
-        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"{widths}: experts want multiples of 8")
+        check(c.n_embd % 8 == c.n_ffn % 8 == 0, f"n_embd={c.n_embd}, n_ffn={c.n_ffn}: must be multiples of 8")
     elif layers:
         E, D, parts, last = c.mem_expand, c.mem_value_dim, 2 * max(1, c.mem_rank), layers[-1] + c.mem_skip
         N = c.mem_keys * math.isqrt(E)
