@@ -279,8 +279,7 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 class Lookup(torch.autograd.Function):
     """Lookup without x, dot without weights: derivatives, by x and w, of the sum over pairs of w_p
-    values[i_p] . x_p. Backward, the gradient replaces what is None; that of values is sparse or
-    accumulated."""
+    values[i_p] . x_p. Backward, the gradient replaces what is None; the table's is sparse or accumulated."""
 
     @staticmethod
     def forward(ctx, values, indices, offsets, weights, x, accumulator):
@@ -320,8 +319,8 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
     rows read: its size is independent of S. Lookups in one table should share an accumulator: backward passes
-    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient, torch.compile
-    no graph break. The same inputs give the same bits. ValueError if they do not fit."""
+    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient of values,
+    torch.compile no graph break. The same inputs give the same bits. Raises ValueError if they do not fit."""
     shapes = values.ndim == 2 and indices.shape == weights.shape and indices.ndim == 1 + (offsets is None)
     small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
     dtypes = values.is_floating_point() and weights.is_floating_point()
