@@ -7,8 +7,8 @@ V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients 
     dV = W^T dY      row s of V collects the dY of every token that read it: a lookup with the roles swapped
     dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
-Below: the definition, the same in PyTorch (CPU) and Triton (GPU), `lookup` and `dot` (dW alone), `RowAdam`
-(the optimiser), the kernel that selects slots (memory.py). `python kernels.py` checks and times them.
+Below: all of it in PyTorch (for a CPU) and in Triton (for a GPU), `lookup` and `dot` (dW alone), `RowAdam` (the
+optimiser), and the kernel that selects slots (memory.py). `python kernels.py` checks and times them.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
 R distinct rows read, P = n * k pairs of token and slot. Inside, indices and weights are (P,), and token i has
@@ -30,11 +30,6 @@ except ImportError:  # there is no Triton for macOS and Windows; the PyTorch pat
 
 # PyTorch says once a process that compressed sparse rows are in beta; torch_backward uses them.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
-
-def lookup_reference(values, indices, weights):
-    """The definition. values (S, D), indices (n, k), weights (n, k) -> (n, D); sums in float32 or wider."""
-    return (widen(values[indices]) * weights.unsqueeze(-1)).sum(1).to(values.dtype)
 
 
 def widen(x):
@@ -279,8 +274,7 @@ def _(values, indices, offsets, weights, grad, table_grad, touched):
 
 class Lookup(torch.autograd.Function):
     """Lookup without x, dot without weights: derivatives, by x and w, of the sum over pairs of w_p
-    values[i_p] . x_p. Backward, the gradient replaces what is None; that of values is sparse or
-    accumulated."""
+    values[i_p] . x_p. Backward, the gradient replaces what is None; the table's is sparse or accumulated."""
 
     @staticmethod
     def forward(ctx, values, indices, offsets, weights, x, accumulator):
@@ -320,10 +314,10 @@ def lookup(values, indices, weights, accumulator=None, offsets=None):
 
     Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
     rows read: its size is independent of S. Lookups in one table should share an accumulator: backward passes
-    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient of the values,
-    and torch.compile no graph break. The same inputs give the same bits every time. Raises ValueError for
-    tensors that do not fit together."""
-    offsets = even_offsets(indices) if offsets is None else offsets
+    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient of values,
+    torch.compile no graph break. The same inputs give the same bits. Raises ValueError if they do not fit."""
+    if offsets is None:  # (P,) do not fit then
+        offsets, indices = even_offsets(indices), indices if indices.ndim == 2 else indices[None]
     return apply(values, indices, offsets, weights, None, accumulator)
 
 

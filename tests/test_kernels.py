@@ -384,6 +384,7 @@ def test_rows_past_2_to_31_elements_are_addressed_right(path, index_dtype):
     "change, message",
     [
         (dict(values=torch.zeros(4)), "wants values"),
+        (dict(indices=torch.zeros(3, dtype=torch.int64), weights=torch.zeros(3)), "wants values"),
         (dict(indices=torch.zeros(2, 4, dtype=torch.int64)), "wants values"),
         (dict(indices=torch.zeros(2, 3)), r"not \(4, 8\) torch.float32 on cpu, \(2, 3\) torch.float32"),
         (dict(weights=torch.zeros(2, 3, dtype=torch.int64)), "torch.int64 on cpu$"),
