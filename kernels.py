@@ -7,7 +7,7 @@ V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients 
     dV = W^T dY      row s of V collects the dY of every token that read it: a lookup with the roles swapped
     dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
 
-Below: all of it in PyTorch (for a CPU) and in Triton (for a GPU), `lookup` and `dot` (dW alone), `RowAdam` (the
+Below: all of it in PyTorch (for a CPU) and Triton (for a GPU), `lookup` and `dot` (dW alone), `RowAdam` (the
 optimiser), and the kernel that selects slots (memory.py). `python kernels.py` checks and times them.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,

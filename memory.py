@@ -88,8 +88,7 @@ def tucker_topk(s, K, core):
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
 def select(scores: torch.Tensor, pairs: torch.Tensor, K: int, core: torch.Tensor | None) -> torch.Tensor:
-    """Each head's K best slots, best first: (H, n, K). scores (2, H, n, N), or with UltraMem's core (2, H, r,
-    n, N); pairs: candidate_pairs(K)."""
+    """Each head's K best slots, (H, n, K). scores (2, H, n, N); with UltraMem's core (2, H, r, n, N)"""
     if core is not None:
         return tucker_topk(widen(scores), K, core)
     if uses_triton(scores) and scores.size(2) > 0:
@@ -212,9 +211,8 @@ class UltraMem(MemoryLayer):
     def auxiliary(self):
         """1e-3 / (r - 1) times the sum of max(0, sigma - 0.15)^2 over the core's singular values but the
         largest: the smaller they are, the less the pass of rank 1 misses."""
-        if self.core is None:
-            return 0.0
-        excess = (torch.linalg.svdvals(self.core.sum(0).nan_to_num())[1:] - 0.15).relu()
+        core = torch.zeros(1, 1, 1) if self.core is None else self.core
+        excess = (torch.linalg.svdvals(core.sum(0).nan_to_num())[1:] - 0.15).relu()
         return 1e-3 * excess.square().sum() / max(1, self.r - 1)
 
 
@@ -285,10 +283,8 @@ class ValuePool(nn.Module):
     def record_usage(self):
         """with pool.record_usage() as usage: ... model(...) ...; usage.summary()"""
         self.usage = Usage(self.S, self.values.device)
-        try:
-            yield self.usage
-        finally:
-            self.usage = None
+        yield self.usage
+        self.usage = None
 
 
 class Usage:

@@ -202,7 +202,7 @@ class GPT(nn.Module):
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         for auxiliary in [m.auxiliary() for m in self.modules() if hasattr(m, "auxiliary")]:
-            loss = loss + (auxiliary - torch.as_tensor(auxiliary).detach())
+            loss = loss + (auxiliary - auxiliary.detach())
         return logits.detach(), loss
 
     def hidden(self, idx, cache=None, start=0):

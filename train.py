@@ -88,8 +88,7 @@ def parse_options(argv):
     parser.register("type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part))
     parser.add_argument("--preset", choices=PRESETS, help="(default: facts-memory)")
     for f in (*fields(TrainConfig), *fields(GPTConfig)[1:]):  # not vocab_size
-        choices = f.metadata["choices"]
-        kind = str.lower if choices else type(f.default)
+        kind = str.lower if (choices := f.metadata["choices"]) else type(f.default)
         flag = {"nargs": "?", "const": True} if kind is bool else {}  # --resume means --resume=true
         help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=kind, default=SUPPRESS, help=help, metavar="", **flag)
@@ -191,9 +190,8 @@ def choose_device(name, number=0):
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
         elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # Else large blocks that are freed must be faulted in again, for 8% of a step's time.
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+            for threshold in (-3, -1):  # of mmap and trim: else freed blocks fault in again, 8% of a step
+                libc.mallopt(threshold, 2**30)
     return device
 
 
@@ -561,10 +559,7 @@ def summarize(run, result):
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
     print(f"  written to   {config.out_dir}/ckpt.pt, log.jsonl")
-    recall = " --recall" * ("recall" in result)
-    print(f"\nNext:\n  python sample.py --out_dir={shlex.quote(config.out_dir)}{recall}")
-    if model.pool is not None and config.dataset == "facts":
-        print("  python train.py --preset=facts-dense      # the same compute without a memory")
+    print("\nNext: python sample.py --out_dir=" + shlex.quote(config.out_dir), "--recall" * ("recall" in result))
 
 
 def main(argv):
