@@ -548,8 +548,8 @@ def describe(model):
 
 
 def summarize(run, result):
-    model, config, data, steps = run.model, run.config, run.data, run.state["iter"]
-    tokens = steps * config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+    model, c, data, steps = run.model, run.config, run.data, run.state["iter"]
+    tokens = steps * c.batch_size * c.gradient_accumulation_steps * model.config.block_size
     print(f"\n{steps:,} steps, {tokens:,} tokens in {run.state['seconds']:.0f} s of training")
     print(f"  {describe(model)}")
     print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
@@ -558,8 +558,8 @@ def summarize(run, result):
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
-    print(f"  written to   {config.out_dir}/ckpt.pt, log.jsonl")
-    print("\nNext: python sample.py --out_dir=" + shlex.quote(config.out_dir), "--recall" * ("recall" in result))
+    print(f"  written to   {c.out_dir}/ckpt.pt, log.jsonl")
+    print(f"\nNext: python sample.py --out_dir={shlex.quote(c.out_dir)}{' --recall' * ('recall' in result)}")
 
 
 def main(argv):
