@@ -361,7 +361,7 @@ def fill_in_and_check(c):
         N = c.mem_keys * math.isqrt(E)
         most = N // 2 if c.mem_rank else N  # the first pass takes the best and the worst
         check(math.isqrt(E) ** 2 == E, f"mem_expand={E}: must be a square number")
-        check(c.mem_topk <= most, f"mem_topk={c.mem_topk}: with {N} sub-keys in a half at most {most}")
+        check(c.mem_topk <= most, f"mem_topk={c.mem_topk}: at most {most} with mem_keys={c.mem_keys}")
         check(c.mem_key_dim % parts == 0, f"mem_key_dim={c.mem_key_dim}: it has {parts} parts of one width")
         thin = c.mem_rank and c.mem_qk_norm and c.mem_key_dim < 3 * parts  # nothing is left of 1 or 2 numbers
         check(not thin, f"mem_key_dim={c.mem_key_dim}: LayerNorm wants 3 in each of {parts} parts")
