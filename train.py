@@ -35,10 +35,10 @@ from tqdm import tqdm
 from data.dataset import Dataset, find_folder, open_dataset
 from data.files import Refused, atomic_write, blame, enough_memory, explain, lock, steady_streams
 from data.files import sweep, write_file, writing
+from data.presets import PRESETS
 from kernels import RowAdam
 from memory import whole_table
 from model import GPT, GPTConfig, check_options, option
-from presets import PRESETS
 
 
 @dataclass(frozen=True)

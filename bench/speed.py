@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from bench import training
 from bench.lookup import embedding_bag, random_problem, timed
+from data.presets import PRESETS, SYSTEMS
 from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
-from presets import PRESETS, SYSTEMS
 
 
 class PlainPool(ValuePool):

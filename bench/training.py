@@ -21,9 +21,9 @@ from torch.autograd import DeviceType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data.dataset import describe_vocabulary, write_dataset
+from data.presets import PRESETS
 from memory import ValuePool
 from model import GPT, GPTConfig
-from presets import PRESETS
 
 # The profiler's names of parts of a step that do not overlap. The rest is attention, networks, and the loss.
 PARTS = {

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from data.presets import PRESETS, SYSTEMS
 from helpers import SMALL, assert_refused, run
 from kernels import dot, lookup
 from memory import PEER, MemoryLayer, UltraMem, product_topk, tucker_topk
 from model import GPT, GPTConfig, MoE, SwiGLU
-from presets import PRESETS, SYSTEMS
 from train import TrainConfig, learning_rate, make_configs, memory_rate
 
 DENSE = GPTConfig(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16)
