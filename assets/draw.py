@@ -191,36 +191,36 @@ def axes(x0, ticks, title, note, x_title):
 
 
 def draw_results():
-    """Recall while training, and recall against the number of slots: results.json, of bench/compare.py."""
-    results = json.loads((ASSETS / "results.json").read_text())
-    recalls = {}  # name: recall with each seed
-    for r in results:
-        recalls.setdefault(r["name"], []).append(r["recall"])
-    last = max(step for r in results if r["group"] == "main" for step, _ in r["curve"])
-    ticks = [(step / last, f"{step:,}") for step in range(0, last + 1, 300)]
-    title, note = "equal compute, each at its best learning rate", "each thin line a seed, thick: their mean"
-    parts = axes(84, ticks, title, note, "training steps of 1,024 tokens")
-    for preset, color, label in (("facts-dense", BLUE, "dense"), ("facts-memory", ORANGE, "Memory+")):
-        names = {r["name"] for r in results if r["group"] == "main" and r["name"].startswith(preset)}
-        best = max(sorted(names), key=lambda name: mean(recalls[name]))
-        curves = [r["curve"] for r in results if r["name"] == best]
-        average = [(seeds[0][0], mean(y for _, y in seeds)) for seeds in zip(*curves, strict=True)]
-        for curve, width in [*((curve, 0.9) for curve in curves), (average, 3.2)]:
+    """Recall while training, and recall against the number of slots: results.jsonl, of bench/reproduce.py."""
+    curves = {}  # command without its seed: {seed: [[step, recall, ...]]}; of a seed run twice the first
+    for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
+        command, _, seed = result["command"].partition("--preset=")[2].rpartition(" --seed=")
+        curves.setdefault(command, {}).setdefault(seed, result["curve"])
+    last = curves["facts-memory"]["1"][-1][0]
+    ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
+    title, note = "equal tokens; each at its best learning rate", "each thin line a seed, thick: their mean"
+    parts = axes(84, ticks, title, note, "thousand training steps of 1,024 tokens")
+    looks = [("facts-memory", ORANGE, "Memory+"), ("facts-dense2x", SOFT, "dense, 2x")]
+    looks += [("facts-dense", BLUE, "dense")]
+    for command, color, label in looks:
+        seeds = [[point[:2] for point in curve] for curve in curves[command].values()]
+        average = [(points[0][0], mean(y for _, y in points)) for points in zip(*seeds, strict=True)]
+        for curve, width in [*((curve, 0.7) for curve in seeds), (average, 3.2)]:
             parts += [line(*(place(84, step / last, y) for step, y in curve), color=color, width=width)]
         x, y = place(84, 1, average[-1][1])
-        parts += [text(x + 8, y, label, 14, color, "start", "bold")]
-        parts += [text(x + 8, y + 16, "mean", 12, color, "start")]
-    slots = {int(r["name"][2:]): recalls[r["name"]] for r in results if r["group"] == "slots"}
-    slots[128] = recalls["lazy"][:3]  # with the eps and seeds of the others
-    shares = {N: (i + 0.5) / len(slots) for i, N in enumerate(sorted(slots))}
+        parts += [text(x + 8, y + 5, label, 14, color, "start", "bold")]
+    slots = {128: "facts-memory"} | {N: f"facts-memory --mem_keys={N}" for N in (16, 32, 64, 256)}
+    slots = {N: curves[slots[N]].values() for N in sorted(slots) if slots[N] in curves}
+    slots = {N: [curve[-1][1] for curve in seeds] for N, seeds in slots.items()}
+    shares = {N: (i + 0.5) / len(slots) for i, N in enumerate(slots)}
     ticks = [(share, f"{N * N:,}") for N, share in shares.items()]
     title, note = "more slots, compute within 5%", "Memory+; each dot a seed, the line their mean"
-    parts += axes(550, ticks, title, note, "slots in the memory")
-    means = [place(550, share, mean(slots[N])) for N, share in shares.items()]
+    parts += axes(580, ticks, title, note, "slots in the memory")
+    means = [place(580, share, mean(slots[N])) for N, share in shares.items()]
     parts += [line(*means, color=ORANGE, width=3.2)]
-    for x, y in (place(550, share, recall) for N, share in shares.items() for recall in slots[N]):
+    for x, y in (place(580, share, recall) for N, share in shares.items() for recall in slots[N]):
         parts += [tag("circle", cx=x, cy=y, r=4, fill="white", stroke=ORANGE, stroke_width=1.5)]
-    save("results.svg", 872, 396, parts)
+    save("results.svg", 902, 396, parts)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def biography(person, generator, held_out=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--people", type=int, default=1000, help="how many (default: %(default)s)")
+    add("--people", type=int, default=2000, help="how many (default: %(default)s)")
     add("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
     add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
     add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")

@@ -1,0 +1,247 @@
+"""Every comparison of the README, measured again: trains what is missing, prints tables, draws the picture.
+
+    python bench/reproduce.py --list               the parts: what they ask, and how long the rest takes
+    python bench/reproduce.py --only=headline      one part
+    python bench/reproduce.py                      all parts for two CPU cores
+    python bench/reproduce.py --tier=gpu           all parts for one GPU
+
+A finished run is a line of assets/results.jsonl: its command, what came out, versions and machine. A run that
+has a line of this machine and this PyTorch is not repeated (--any: of any), so that the same command goes on
+after an interruption. On a CPU a run takes one thread, and two are trained at a time.
+"""
+
+import concurrent.futures
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.dataset import find_folder
+from data.files import lock
+from data.presets import PRESETS, SYSTEMS
+from model import GPT
+from train import make_configs
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT, RESULTS = ROOT / "out" / "reproduce", ROOT / "assets" / "results.jsonl"
+
+
+def facts(system, **options):
+    return f"facts-{system}", options
+
+
+def people(system, count):
+    """As many steps as the demo has for each of its people."""
+    return facts(system, dataset=f"out/facts{count}", max_iters=2 * count, eval_interval=count // 2)
+
+
+def large(system, **options):
+    """The same on a GPU: fifty times the facts, a hundred times the FLOPs."""
+    sizes = dict(dataset="out/facts100000", n_layer=4, n_head=8, n_embd=512, batch_size=256, max_iters=6000)
+    rates = dict(learning_rate=1e-3, mem_learning_rate=3e-3, warmup_iters=200, eval_interval=1000)
+    width = dict(n_ffn=4000) if system == "dense2x" else {}
+    return facts(system, **sizes, **width, mem_keys=512, **rates, **options)
+
+
+# part: (tier, question, seeds, {row: (preset, options)}). The first row is what the others are compared with.
+PARTS = {
+    "headline": ("cpu", "Memory+ against dense, at equal FLOPs, at twice, in equal seconds", range(1, 9), {
+        "Memory+": facts("memory"),
+        "dense": facts("dense"),
+        "dense, twice the FLOPs a token": facts("dense2x"),
+        "dense, in the seconds of Memory+": facts("dense", max_iters=7200),
+    }),
+    "systems": ("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
+        "Memory+": facts("memory"),
+        "product-key memory": facts("pkm"),
+        "PEER": facts("peer"),
+        "UltraMem": facts("ultramem"),
+        "mixture of experts": facts("moe"),
+        "dense": facts("dense"),
+    }),
+    "rates": ("cpu", "each system at other learning rates: is that of its preset the best?", range(1, 3), {
+        f"{system} {rate:g}": facts(system, learning_rate=rate)
+        for system in SYSTEMS for rate in (1.5e-3, 2.5e-3, 4e-3)
+    }),
+    "slots": ("cpu", "more slots", range(1, 6), {
+        f"{N * N:,} slots": facts("memory", mem_keys=N) for N in (128, 16, 32, 64, 256)
+    }),
+    "capacity": ("cpu", "more people, each fact as often", range(1, 4), {
+        f"{system}, {count:,} people": people(system, count)
+        for count in (1000, 4000, 8000) for system in ("memory", "dense")
+    }),
+    "text": ("cpu", "tinyshakespeare", range(1, 6), {
+        system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
+    }),
+    "large": ("gpu", "Memory+ against dense, a hundred times as large", range(1, 2), {
+        "Memory+": large("memory"),
+        "dense": large("dense"),
+        "dense, twice the FLOPs a token": large("dense2x"),
+    }),
+}  # fmt: skip
+
+
+# --- runs -----------------------------------------------------------------------------------------------
+
+
+def command_of(preset, options, seed):
+    """What identifies a run. An option that the preset has anyway is left out."""
+    given = [f"--{k}={v}" for k, v in options.items() if PRESETS[preset].get(k) != v]
+    script = "bench/optimizers.py" if "variant" in options else "train.py"
+    return " ".join([f"python {script} --preset={preset}", *given, f"--seed={seed}"])
+
+
+def this_machine(tier):
+    name = torch.cuda.get_device_name() if tier == "gpu" else platform.processor() or platform.machine()
+    if tier == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(": ")[2] if names else name
+    return {"machine": name, "torch": torch.__version__}
+
+
+def make_dataset(folder):
+    """The facts of another number of people, as in out/facts4000."""
+    if folder == "facts" or "/" not in folder:
+        find_folder(folder)
+    elif not (ROOT / folder / "meta.json").exists():
+        count = folder.removeprefix("out/facts")
+        prepare = [sys.executable, "data/facts/prepare.py", f"--people={count}", f"--out={folder}"]
+        subprocess.run(prepare, cwd=ROOT, check=True)
+
+
+def run(command, tier, machine):
+    """Train one model in a process of its own. Returns its line of the results."""
+    folder = OUT / "-".join(command.replace("--", "").replace("/", "-").split()[1:])
+    where = ["--device=cpu" if tier == "cpu" else "--device=cuda", f"--out_dir={folder}", "--overwrite"]
+    began, threads = time.monotonic(), {"OMP_NUM_THREADS": "1"} if tier == "cpu" else {}
+    arguments = [sys.executable, *command.split()[1:], *where]
+    done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"reproduce.py: {command} ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    points, names = [line for line in log if "val_loss" in line], ("recall", "val_loss", "mem_used")
+    result = {"command": command} | {name: points[-1][name] for name in names if name in points[-1]}
+    result["tokens_per_s"] = round(statistics.median(line["tokens_per_s"] for line in log))
+    result["seconds"] = round(time.monotonic() - began)  # of the whole process
+    result["curve"] = [[p["iter"], *(round(p[name], 4) for name in names if name in p)] for p in points]
+    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    shutil.rmtree(folder)
+    return result | machine | {"nanomem": commit}
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def with_error(numbers, form):
+    """Mean and its standard error."""
+    numbers = [*numbers]
+    if len(numbers) < 2:
+        return "".join(format(x, form) for x in numbers)
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return f"{statistics.mean(numbers):{form}} ± {error:{form}}"
+
+
+def size(preset, options):
+    """Parameters and FLOPs a token, forward, both in millions."""
+    options = PRESETS[preset] | {k: v for k, v in options.items() if k != "variant"}
+    config = make_configs(options | {"vocab_size": 1312 if "facts" in preset else 256})[1]
+    with torch.device("meta"):
+        model = GPT(config, initialize=False)
+    flops = sum(model.flops_per_token(config.block_size).values())
+    return sum(model.parameter_counts().values()) / 1e6, flops / 1e6
+
+
+def table(name, results):
+    """A part in Markdown: means and their standard errors over seeds. results: {command: line}"""
+    _, question, seeds, rows = PARTS[name]
+    columns = "recall, % (each seed)", "less than the first row", "validation loss", "MFLOPs a token"
+    columns += "parameters", "tokens a second"
+    lines = [f"{name}: {question}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    first = None
+    for label, (preset, options) in rows.items():
+        got = {seed: results.get(command_of(preset, options, seed)) for seed in seeds}
+        got = {seed: line for seed, line in got.items() if line}
+        first, cells = first or got, [""] * len(columns)
+        if not got:
+            cells[0] = "not measured"
+        if got and "recall" in next(iter(got.values())):
+            each = {seed: 100 * line["recall"] for seed, line in got.items()}
+            cells[0] = f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
+            less = [100 * first[seed]["recall"] - x for seed, x in each.items() if seed in first]
+            cells[1] = with_error(less, ".1f") if got is not first else ""
+        if got:
+            parameters, flops = size(preset, options)
+            cells[2] = with_error([line["val_loss"] for line in got.values()], ".3f")
+            speed = statistics.median(line["tokens_per_s"] for line in got.values())
+            cells[3:] = f"{flops:.3f}", f"{parameters:.2f}M", f"{speed:,.0f}"
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--list", action="store_true", help="only say what would be trained, and how long that takes")
+    add("--only", choices=list(PARTS), action="append", help="this part; can be given again", metavar="PART")
+    add("--tier", choices=("cpu", "gpu"), default="cpu", help="parts for two CPU cores, or for one GPU")
+    add("--any", action="store_true", help="runs of other machines and versions count as done")
+    args = parser.parse_args()
+    parts = [name for name in args.only or PARTS if PARTS[name][0] == args.tier]
+    if len(parts) < len(args.only or []):
+        parser.error(f"--only: {args.tier} is not the tier of all of these parts; see --tier")
+    if args.tier == "gpu" and not (torch.cuda.is_available() or args.list):
+        parser.error("--tier=gpu: PyTorch finds no GPU here")
+    machine = this_machine(args.tier) if not args.list or args.tier == "cpu" else {"machine": "a GPU"}
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = {x["command"]: x for x in lines if args.any or all(x[k] == machine[k] for k in machine)}
+    took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
+
+    jobs, at_a_time = [], 2 if args.tier == "cpu" else 1
+    for name in parts:
+        _, question, seeds, rows = PARTS[name]
+        commands = [command_of(*row, seed) for seed in seeds for row in rows.values()]
+        missing = [c for c in commands if c not in results and c not in jobs]  # parts share runs
+        seconds = sum(took.get(c.rpartition(" ")[0], 250) for c in missing) / at_a_time
+        jobs += missing
+        if args.list:
+            to_do = f"{len(missing):3} of {len(commands):3} runs to do, {seconds / 60:3.0f} min"
+            print(f"{name:9} {to_do}: {question}")
+    if args.list:
+        return
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    lock(OUT)
+    for folder in sorted({options.get("dataset", PRESETS[preset]["dataset"])
+                          for name in parts for preset, options in PARTS[name][3].values()}):  # fmt: skip
+        make_dataset(folder)
+    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        futures = [pool.submit(run, command, args.tier, machine) for command in jobs]
+        try:
+            done = concurrent.futures.as_completed(futures)
+            for future in tqdm(done, total=len(jobs), unit="run", disable=not jobs):
+                result = future.result()
+                results[result["command"]] = result
+                with open(RESULTS, "a") as file:
+                    file.write(json.dumps(result) + "\n")
+        finally:
+            pool.shutdown(cancel_futures=True)  # those at work still end
+    print(f"{', '.join(machine.values())}; mean ± standard error over seeds")
+    for name in parts:
+        print(f"\n{table(name, results)}")
+    subprocess.run([sys.executable, ROOT / "assets" / "draw.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()
