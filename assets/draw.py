@@ -1,6 +1,7 @@
 """Draws the README's pictures: python assets/draw.py. Plain SVG; it needs Python's standard library only."""
 
 import json
+import re
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -209,12 +210,14 @@ def draw_results():
             parts += [line(*(place(84, step / last, y) for step, y in curve), color=color, width=width)]
         x, y = place(84, 1, average[-1][1])
         parts += [text(x + 8, y + 5, label, 14, color, "start", "bold")]
-    slots = {128: "facts-memory"} | {N: f"facts-memory --mem_keys={N}" for N in (16, 32, 64, 256)}
-    slots = {N: curves[slots[N]].values() for N in sorted(slots) if slots[N] in curves}
-    slots = {N: [curve[-1][1] for curve in seeds] for N, seeds in slots.items()}
+    slots = {}  # N: recall of each seed
+    for command, seeds in curves.items():
+        if match := re.fullmatch(r"facts-memory( --mem_keys=(\d+) --n_ffn=\d+)?", command):
+            slots[int(match[2] or 128)] = [curve[-1][1] for curve in seeds.values()]
+    slots = dict(sorted(slots.items()))
     shares = {N: (i + 0.5) / len(slots) for i, N in enumerate(slots)}
     ticks = [(share, f"{N * N:,}") for N, share in shares.items()]
-    title, note = "more slots, compute within 5%", "Memory+; each dot a seed, the line their mean"
+    title, note = "more slots at equal compute", "Memory+; each dot a seed, the line their mean"
     parts += axes(580, ticks, title, note, "slots in the memory")
     means = [place(580, share, mean(slots[N])) for N, share in shares.items()]
     parts += [line(*means, color=ORANGE, width=3.2)]

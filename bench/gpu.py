@@ -1,4 +1,4 @@
-"""All measurements on a GPU: checks, speeds and memory, for the tables in bench/README.md.
+"""Checks, speeds and memory on a GPU, for the tables in bench/README.md. Recall: reproduce.py --tier=gpu.
 
     python bench/gpu.py                          at most 25 minutes on one H100; goes on where it was stopped
     python bench/gpu.py --minutes=9              the parts that fit into nine minutes; then the same again
@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -120,34 +119,6 @@ def torchrun(device, folder):
     return result
 
 
-FACTS = """--n_embd=256 --mem_keys=512 --batch_size=64 --max_iters=5000 --learning_rate=2e-3
-    --warmup_iters=200 --eval_interval=1000000 --log_interval=50""".split()
-
-
-def facts(preset):
-    def run(device, folder):
-        people, options = 10_000, FACTS
-        if device.type == "cpu":
-            people, options = 10, [*miniature(preset), "--max_iters=2", "--eval_iters=1"]
-        prepare = [sys.executable, ROOT / "data/facts/prepare.py", f"--people={people}"]
-        subprocess.run([*prepare, f"--out={folder}/data"], check=True, capture_output=True)
-        arguments, began = [f"--preset={preset}", f"--dataset={folder}/data", *options], time.perf_counter()
-        lines = training.run_training(arguments, f"{folder}/{preset}")
-        result = {name: lines[-1][name] for name in ("iter", "recall", "val_loss")}
-        result |= {"people": people, "options": options, "seconds": time.perf_counter() - began}
-        result["tokens_per_s"] = statistics.median(line["tokens_per_s"] for line in lines)
-        print(describe_facts(preset, result))
-        return result
-
-    run.__doc__ = f"{preset} with ten times the demo's people and four times its width: recall."
-    return run
-
-
-def describe_facts(preset, run):
-    speed = f"{run['tokens_per_s']:,.0f} tokens/s"
-    return f"{preset}, {run['people']:,} people: recall {run['recall']:.1%}, {speed}"
-
-
 PARTS = {  # name: (function, seconds it may take on a GPU), the most important first
     "lookup": (lookups, 240),
     "gpt2-memory compiled": (preset_training("gpt2-memory", True), 240),
@@ -158,8 +129,6 @@ PARTS = {  # name: (function, seconds it may take on a GPU), the most important 
     "tests": (tests, 300),
     "gpt2-memory eager": (preset_training("gpt2-memory", False), 200),
     "gpt2-dense eager": (preset_training("gpt2-dense", False), 160),
-    "facts-memory": (facts("facts-memory"), 200),
-    "facts-dense": (facts("facts-dense"), 200),
 }
 
 
@@ -233,9 +202,6 @@ def tables(done):
     if one := got.get("torchrun"):
         losses = ", ".join(f"{one[name]['loss']:.6f}" for name in ("python", "torchrun"))
         lines += ["", f"torchrun with one process / python: {one['ratio']:.3f}; losses {losses}"]
-    for preset in ("facts-memory", "facts-dense"):
-        if run := got.get(preset):
-            lines += ["", describe_facts(preset, run)]
     if checks := got.get("lookup", {}).get("passed"):
         verdicts = ", ".join(f"{name} {'ok' if ok else 'FAILED'}" for name, ok in checks.items())
         lines += ["", f"checks against float64: {verdicts}"]

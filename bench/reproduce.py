@@ -2,8 +2,9 @@
 
     python bench/reproduce.py --list               the parts: what they ask, and how long the rest takes
     python bench/reproduce.py --only=headline      one part
-    python bench/reproduce.py                      all parts for two CPU cores
-    python bench/reproduce.py --tier=gpu           all parts for one GPU
+    python bench/reproduce.py                      the comparisons of the README: three hours on two CPU cores
+    python bench/reproduce.py --tier=more          those of bench/README.md: a night
+    python bench/reproduce.py --tier=gpu           a larger one on one GPU
 
 A finished run is a line of assets/results.jsonl: its command, what came out, versions and machine. A run that
 has a line of this machine and this PyTorch is not repeated (--any: of any), so that the same command goes on
@@ -42,16 +43,18 @@ def facts(system, **options):
 
 
 def people(system, count):
-    """As many steps as the demo has for each of its people."""
+    """As many steps as the demo has for each of its 2,000 people."""
+    if count == 2000:
+        return facts(system)
     return facts(system, dataset=f"out/facts{count}", max_iters=2 * count, eval_interval=count // 2)
 
 
 def large(system, **options):
-    """The same on a GPU: fifty times the facts, a hundred times the FLOPs."""
-    sizes = dict(dataset="out/facts100000", n_layer=4, n_head=8, n_embd=512, batch_size=256, max_iters=6000)
-    rates = dict(learning_rate=1e-3, mem_learning_rate=3e-3, warmup_iters=200, eval_interval=1000)
-    width = dict(n_ffn=4000) if system == "dense2x" else {}
-    return facts(system, **sizes, **width, mem_keys=512, **rates, **options)
+    """The same on a GPU: 25 times the facts, 17 times the FLOPs."""
+    data = dict(dataset="out/facts50000", batch_size=80, max_iters=10000, eval_interval=2500)
+    model = dict(n_layer=4, n_head=8, n_embd=256, learning_rate=1.5e-3)
+    model |= {"memory": dict(mem_keys=512), "dense": {}, "dense2x": dict(n_ffn=1808)}[system]
+    return facts(system, **data, **model, **options)
 
 
 # part: (tier, question, seeds, {row: (preset, options)}). The first row is what the others are compared with.
@@ -70,21 +73,48 @@ PARTS = {
         "mixture of experts": facts("moe"),
         "dense": facts("dense"),
     }),
-    "rates": ("cpu", "each system at other learning rates: is that of its preset the best?", range(1, 3), {
+    "text": ("cpu", "tinyshakespeare", range(1, 6), {
+        system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
+    }),
+    "rates": ("more", "each system at other learning rates: is that of its preset the best?", range(1, 3), {
         f"{system} {rate:g}": facts(system, learning_rate=rate)
         for system in SYSTEMS for rate in (1.5e-3, 2.5e-3, 4e-3)
     }),
     "slots": ("cpu", "more slots", range(1, 6), {
-        f"{N * N:,} slots": facts("memory", mem_keys=N) for N in (128, 16, 32, 64, 256)
+        "16,384 slots": facts("memory"),
+        "256 slots": facts("memory", mem_keys=16, n_ffn=248),  # the SwiGLU has what the scores leave
+        "1,024 slots": facts("memory", mem_keys=32, n_ffn=240),
+        "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
+        "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
     }),
-    "capacity": ("cpu", "more people, each fact as often", range(1, 4), {
+    "capacity": ("more", "more people, each fact as often", range(1, 4), {
         f"{system}, {count:,} people": people(system, count)
-        for count in (1000, 4000, 8000) for system in ("memory", "dense")
+        for count in (1000, 2000, 4000, 8000) for system in ("memory", "dense")
     }),
-    "text": ("cpu", "tinyshakespeare", range(1, 6), {
-        system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
+    "ablations": ("more", "what each part of Memory+ does; n_ffn keeps the FLOPs equal", range(1, 6), {
+        "Memory+": facts("memory"),
+        "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=216),
+        "no qk-norm": facts("memory", mem_qk_norm=False),
+        "in block 0 instead of 1": facts("memory", mem_layers=(0,)),
+        "in both blocks": facts("memory", mem_layers=(0, 1)),
+        "in both blocks, a pool for each": facts(
+            "memory", mem_layers=(0, 1), mem_keys=90, mem_key_dim=40, variant="separate-pools"),
+        "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
+        "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
+        "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
+        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=240),
+        "keys of width 64": facts("memory", mem_key_dim=64, n_ffn=48),
+        "values' rate 3e-3": facts("memory", mem_learning_rate=3e-3),
+        "values' rate 3e-2": facts("memory", mem_learning_rate=3e-2),
+        "values' rate on a cosine": facts("memory", mem_decay=1.0),
+        "the same, falling from four times": facts("memory", mem_learning_rate=2.5e-3, mem_decay=4.0),
+        "Adam on the whole table": facts("memory", variant="dense"),
     }),
-    "large": ("gpu", "Memory+ against dense, a hundred times as large", range(1, 2), {
+    "layers": ("more", "a network of four blocks", range(1, 6), {
+        f"{count} layers" if count else "dense": facts("memory", n_layer=4, mem_count=count)
+        for count in (1, 2, 3, 0)
+    }),
+    "large": ("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
         "Memory+": large("memory"),
         "dense": large("dense"),
         "dense, twice the FLOPs a token": large("dense2x"),
@@ -97,14 +127,15 @@ PARTS = {
 
 def command_of(preset, options, seed):
     """What identifies a run. An option that the preset has anyway is left out."""
-    given = [f"--{k}={v}" for k, v in options.items() if PRESETS[preset].get(k) != v]
-    script = "bench/optimizers.py" if "variant" in options else "train.py"
+    text = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in options.items()}
+    given = [f"--{k}={v}" for k, v in text.items() if PRESETS[preset].get(k) != v]
+    script = "bench/variants.py" if "variant" in options else "train.py"
     return " ".join([f"python {script} --preset={preset}", *given, f"--seed={seed}"])
 
 
-def this_machine(tier):
-    name = torch.cuda.get_device_name() if tier == "gpu" else platform.processor() or platform.machine()
-    if tier == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+def this_machine(gpu):
+    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    if not gpu and (info := Path("/proc/cpuinfo")).exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(": ")[2] if names else name
     return {"machine": name, "torch": torch.__version__}
@@ -113,18 +144,21 @@ def this_machine(tier):
 def make_dataset(folder):
     """The facts of another number of people, as in out/facts4000."""
     if folder == "facts" or "/" not in folder:
-        find_folder(folder)
+        count, wanted = json.loads((find_folder(folder) / "meta.json").read_text()).get("people"), 2000
+        if folder == "facts" and count != wanted:
+            again = "python data/facts/prepare.py --overwrite"
+            sys.exit(f"reproduce.py: data/facts has {count} people, not {wanted}: make it anew with {again}")
     elif not (ROOT / folder / "meta.json").exists():
         count = folder.removeprefix("out/facts")
         prepare = [sys.executable, "data/facts/prepare.py", f"--people={count}", f"--out={folder}"]
         subprocess.run(prepare, cwd=ROOT, check=True)
 
 
-def run(command, tier, machine):
+def run(command, gpu, machine):
     """Train one model in a process of its own. Returns its line of the results."""
     folder = OUT / "-".join(command.replace("--", "").replace("/", "-").split()[1:])
-    where = ["--device=cpu" if tier == "cpu" else "--device=cuda", f"--out_dir={folder}", "--overwrite"]
-    began, threads = time.monotonic(), {"OMP_NUM_THREADS": "1"} if tier == "cpu" else {}
+    where = ["--device=cuda" if gpu else "--device=cpu", f"--out_dir={folder}", "--overwrite"]
+    began, threads = time.monotonic(), {} if gpu else {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *command.split()[1:], *where]
     done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
@@ -195,20 +229,23 @@ def main():
     add = parser.add_argument
     add("--list", action="store_true", help="only say what would be trained, and how long that takes")
     add("--only", choices=list(PARTS), action="append", help="this part; can be given again", metavar="PART")
-    add("--tier", choices=("cpu", "gpu"), default="cpu", help="parts for two CPU cores, or for one GPU")
+    add(
+        "--tier", choices=("cpu", "more", "gpu"), default="cpu", help="for two CPU cores; more of it; one GPU"
+    )
     add("--any", action="store_true", help="runs of other machines and versions count as done")
     args = parser.parse_args()
-    parts = [name for name in args.only or PARTS if PARTS[name][0] == args.tier]
-    if len(parts) < len(args.only or []):
-        parser.error(f"--only: {args.tier} is not the tier of all of these parts; see --tier")
-    if args.tier == "gpu" and not (torch.cuda.is_available() or args.list):
-        parser.error("--tier=gpu: PyTorch finds no GPU here")
-    machine = this_machine(args.tier) if not args.list or args.tier == "cpu" else {"machine": "a GPU"}
+    parts = args.only or [name for name in PARTS if PARTS[name][0] == args.tier]
+    gpu = {PARTS[name][0] == "gpu" for name in parts}
+    if len(gpu) > 1:
+        parser.error("--only: parts for a GPU and parts for a CPU are two calls")
+    if (gpu := gpu.pop()) and not torch.cuda.is_available():
+        parser.error("this is for a GPU, and PyTorch finds none")
+    machine = this_machine(gpu)
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     results = {x["command"]: x for x in lines if args.any or all(x[k] == machine[k] for k in machine)}
     took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
 
-    jobs, at_a_time = [], 2 if args.tier == "cpu" else 1
+    jobs, at_a_time = [], 1 if gpu else 2
     for name in parts:
         _, question, seeds, rows = PARTS[name]
         commands = [command_of(*row, seed) for seed in seeds for row in rows.values()]
@@ -227,7 +264,7 @@ def main():
                           for name in parts for preset, options in PARTS[name][3].values()}):  # fmt: skip
         make_dataset(folder)
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        futures = [pool.submit(run, command, args.tier, machine) for command in jobs]
+        futures = [pool.submit(run, command, gpu, machine) for command in jobs]
         try:
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(jobs), unit="run", disable=not jobs):

@@ -1,26 +1,28 @@
-"""train.py with another Adam for the pool: what should happen to the moments of rows without a gradient?
+"""train.py with a change that is not worth an option: pools of their own, or another Adam for the pool.
 
-    python bench/optimizers.py --variant=dense --out_dir=out/dense     the other options are those of train.py
-    python bench/compare.py --only="pool optimisers"                   all variants, with their seeds
+    python bench/variants.py --variant=dense --out_dir=out/dense     the other options are those of train.py
 
 Plain PyTorch, not fast; train.py uses nothing of this.
 """
 
 import sys
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from memory import ValuePool
 
-VARIANTS = {
+SEPARATE = {"separate-pools": "each memory layer has a pool of its own: a part of the rows of a larger table"}
+ADAMS = {  # what happens to the moments of rows without a gradient?
     "dense": "Adam: every row moves at every step, without a gradient by what is left of its first moment",
     "lazy": "RowAdam: moments of rows without a gradient are kept; bias correction by the global step",
-    "own steps": "lazy, with bias correction by a row's own number of steps",
+    "own-steps": "lazy, with bias correction by a row's own number of steps",
     "decayed": "lazy, but both moments decay in the steps without a gradient, as in Adam",
-    "square decayed": "lazy, but the second moment decays",
+    "square-decayed": "lazy, but the second moment decays",
     "deferred": "decayed, and the updates that Adam would have made meanwhile are added at the next gradient",
     "row-wise": "square decayed, with one second moment a row (mean over its width): 4 bytes an element less",
 }
@@ -55,9 +57,9 @@ class PoolAdam(torch.optim.Optimizer):
             p[rows] -= lr * ratio * (1 - ratio**idle) / (1 - ratio) * missed
         if self.variant in ("decayed", "deferred"):
             mean = mean * beta1**idle
-        if self.variant in ("decayed", "deferred", "square decayed", "row-wise"):
+        if self.variant in ("decayed", "deferred", "square-decayed", "row-wise"):
             square = square * beta2**idle
-        if self.variant == "own steps":
+        if self.variant == "own-steps":
             step = state["steps"][rows] + 1
         mean = beta1 * mean + (1 - beta1) * g
         g2 = g.square().mean(1, True) if self.variant == "row-wise" else g.square()
@@ -68,20 +70,37 @@ class PoolAdam(torch.optim.Optimizer):
         p[rows] -= lr * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
 
 
+class SeparatePools(train.GPT):
+    def __init__(self, config, group=None, initialize=True):
+        super().__init__(config, group, initialize)
+        layers = [self.blocks[i].ffn for i in config.mem_layers]
+        S, D, dtype = self.pool.S, config.mem_value_dim, self.pool.values.dtype
+        self.pool = ValuePool(len(layers) * S, D, dtype)
+        self.pool.initialize(std=0.02)
+        for i, layer in enumerate(layers):  # of its own rows, S from i S on
+            layer.retrieve = partial(self.shifted, layer.retrieve, i * S)
+
+    def shifted(self, retrieve, offset, x):
+        slots, weights = retrieve(x)
+        return slots + offset, weights
+
+
 def main(argv):
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--variant")
     args, argv = parser.parse_known_args(argv)
     variant, make = args.variant, train.make_optimizers
-    if variant not in VARIANTS:
-        lines = [f"  {name:15} {text}" for name, text in VARIANTS.items()]
-        sys.exit("\n".join(["optimizers.py: --variant= must be one of", *lines]))
+    if variant not in SEPARATE | ADAMS:
+        lines = [f"  {name:15} {text}" for name, text in (SEPARATE | ADAMS).items()]
+        sys.exit("\n".join(["variants.py: --variant= must be one of", *lines]))
 
     def make_optimizers(model, config):
         rate, betas = config.mem_learning_rate, (config.beta1, config.beta2)
         return [make(model, config)[0], PoolAdam(variant, [model.pool.values], rate, betas)]
 
-    if variant != "lazy":  # RowAdam is that
+    if variant == "separate-pools":
+        train.GPT = SeparatePools
+    elif variant != "lazy":  # RowAdam is that
         train.make_optimizers = make_optimizers
     train.main(argv)
 
