@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
-from data.files import lock
+from data.files import lock, one_line
 from data.presets import PRESETS, SYSTEMS
 from model import GPT
 from train import make_configs
@@ -79,6 +79,9 @@ PARTS = {
     "rates": ("more", "each system at other learning rates: is that of its preset the best?", range(1, 3), {
         f"{system} {rate:g}": facts(system, learning_rate=rate)
         for system in SYSTEMS for rate in (1.5e-3, 2.5e-3, 4e-3)
+    } | {
+        f"dense, 7,200 steps {rate:g}": facts("dense", max_iters=7200, learning_rate=rate)
+        for rate in (1.5e-3, 2.5e-3, 4e-3)
     }),
     "slots": ("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
@@ -147,7 +150,7 @@ def make_dataset(folder):
         count, wanted = json.loads((find_folder(folder) / "meta.json").read_text()).get("people"), 2000
         if folder == "facts" and count != wanted:
             again = "python data/facts/prepare.py --overwrite"
-            sys.exit(f"reproduce.py: data/facts has {count} people, not {wanted}: make it anew with {again}")
+            raise ValueError(f"data/facts has {count} people, not {wanted}: make it anew with {again}")
     elif not (ROOT / folder / "meta.json").exists():
         count = folder.removeprefix("out/facts")
         prepare = [sys.executable, "data/facts/prepare.py", f"--people={count}", f"--out={folder}"]
@@ -162,7 +165,7 @@ def run(command, gpu, machine):
     arguments = [sys.executable, *command.split()[1:], *where]
     done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"reproduce.py: {command} ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
+        raise ValueError(f"{command} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     points, names = [line for line in log if "val_loss" in line], ("recall", "val_loss", "mem_used")
     result = {"command": command} | {name: points[-1][name] for name in names if name in points[-1]}
@@ -281,4 +284,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("reproduce.py", (OSError, ValueError)):
+        main()
