@@ -46,7 +46,7 @@ def people(system, count):
     """As many steps as the demo has for each of its 2,000 people."""
     if count == 2000:
         return facts(system)
-    return facts(system, dataset=f"out/facts{count}", max_iters=2 * count, eval_interval=count // 2)
+    return facts(system, dataset=f"out/facts{count}", max_iters=7 * count // 4, eval_interval=count // 4)
 
 
 def large(system, **options):
@@ -63,7 +63,7 @@ PARTS = {
         "Memory+": facts("memory"),
         "dense": facts("dense"),
         "dense, twice the FLOPs a token": facts("dense2x"),
-        "dense, in the seconds of Memory+": facts("dense", max_iters=7200),
+        "dense, in the seconds of Memory+": facts("dense", max_iters=6000),
     }),
     "systems": ("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
         "Memory+": facts("memory"),
@@ -80,7 +80,7 @@ PARTS = {
         f"{system} {rate:g}": facts(system, learning_rate=rate)
         for system in SYSTEMS for rate in (1.5e-3, 2.5e-3, 4e-3)
     } | {
-        f"dense, 7,200 steps {rate:g}": facts("dense", max_iters=7200, learning_rate=rate)
+        f"dense, 6,000 steps {rate:g}": facts("dense", max_iters=6000, learning_rate=rate)
         for rate in (1.5e-3, 2.5e-3, 4e-3)
     }),
     "slots": ("cpu", "more slots", range(1, 6), {
@@ -193,7 +193,7 @@ def with_error(numbers, form):
 def size(preset, options):
     """Parameters and FLOPs a token, forward, both in millions."""
     options = PRESETS[preset] | {k: v for k, v in options.items() if k != "variant"}
-    config = make_configs(options | {"vocab_size": 1312 if "facts" in preset else 256})[1]
+    config = make_configs(options | {"vocab_size": 1712 if "facts" in preset else 256})[1]
     with torch.device("meta"):
         model = GPT(config, initialize=False)
     flops = sum(model.flops_per_token(config.block_size).values())

@@ -223,9 +223,9 @@ def system_times(device, context, repeats):
     """All systems of the facts presets: training in turns, generation at batch 1, what dominates a step."""
     configs = {}
     for system in SYSTEMS:
-        options = PRESETS[f"facts-{system}"] | {"vocab_size": 1312}
+        options = PRESETS[f"facts-{system}"] | {"vocab_size": 1712}
         configs[system] = train.make_configs(options)[1]
-    idx = torch.randint(1312, (8, 128), device=device)
+    idx = torch.randint(1712, (8, 128), device=device)
     makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
     rates = {name: idx.numel() / t for name, t in in_turns(makers, device, repeats).items()}
     record = torch.profiler.record_function("combine_gradient")
@@ -265,7 +265,7 @@ def main():
     else:
         preset, names = PRESETS["facts-memory"], GPTConfig.__dataclass_fields__
         shape = {name: value for name, value in preset.items() if name in names}
-        tokens, memory = 1024, GPTConfig(vocab_size=1312, **shape)
+        tokens, memory = 1024, GPTConfig(vocab_size=1712, **shape)
     card = torch.cuda.get_device_name() if device.type == "cuda" else device
     threads = f"{torch.get_num_threads()} threads"
     print(f"PyTorch {torch.__version__}, {card}, {threads}; medians of {args.repeats}")

@@ -8,7 +8,7 @@ A run of gpt2 reads OpenWebText once, 18,000 steps of 491,520 tokens; one of gpt
 
 FAMILIES = {
     "facts": dict(dataset="facts", n_layer=2, n_head=4, n_embd=64, block_size=128, eval_interval=500,
-        max_iters=4000, mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2.5e-3, mem_learning_rate=1e-2),
+        max_iters=3500, mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2.5e-3, mem_learning_rate=1e-2),
     "shakespeare": dict(dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
         mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2e-3, mem_learning_rate=3e-3),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
@@ -26,7 +26,7 @@ SYSTEMS = {  # what makes each of them
         mem_expand=4, mem_skip=1, mem_decay=4.0),
 }  # fmt: skip
 SIZES = {  # and what makes them equal
-    "facts": dict(dense2x=dict(n_ffn=712), moe=dict(moe_experts=32), pkm=dict(n_ffn=208),
+    "facts": dict(dense2x=dict(n_ffn=784), moe=dict(moe_experts=32), pkm=dict(n_ffn=208),
         peer=dict(mem_keys=90, n_ffn=216),  # two blocks have no room for UltraMem's skip
         ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=96, mem_heads=2, mem_topk=32, mem_skip=0,
             mem_learning_rate=4e-3)),

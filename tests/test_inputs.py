@@ -79,7 +79,7 @@ DATA = [
     (written("meta.json", b'{"encoding": "\xe4"}'), "meta.json is damaged"),
     (meta(vocab_size=float("inf")), "meta.json must give"),
     (meta(vocab_size=10**30), "meta.json must give"),
-    (meta(vocab_size="1312"), "meta.json must give"),
+    (meta(vocab_size="1712"), "meta.json must give"),
     (meta(separator=True), "meta.json must give"),
     (meta(dtype=["uint16"]), "meta.json must give"),
     (meta(encoding={}), "meta.json must give"),

@@ -476,7 +476,7 @@ def test_each_system_learns_the_facts_of_20_people(twenty, tmp_path, system):
 @pytest.mark.parametrize("family", ["facts", "shakespeare", "gpt2", "gpt2-small"])
 def test_presets_of_a_family_have_equal_flops_and_parameters(family):
     def counts(system):
-        vocab_size = {"facts": 1312, "shakespeare": 256}.get(family, 50257)
+        vocab_size = {"facts": 1712, "shakespeare": 256}.get(family, 50257)
         config = make_configs(PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size})[1]
         with torch.device("meta"):
             model = GPT(config)

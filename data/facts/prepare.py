@@ -29,7 +29,7 @@ MIDDLES = "a e i o u ai".split()
 CODAS = "bor dan fel gar kin lam mor nar pel ras sen tov vin wick zan dell rik lund".split()
 WORDS = ["".join(parts) for parts in itertools.product(ONSETS, MIDDLES, CODAS)]
 random.Random(0).shuffle(WORDS)
-FIRST, MIDDLE, LAST, CITIES = WORDS[:100], WORDS[100:200], WORDS[200:400], WORDS[400:600]
+FIRST, MIDDLE, LAST, CITIES = WORDS[:200], WORDS[200:400], WORDS[400:800], WORDS[800:1000]
 MONTHS = "January February March April May June July August September October November December".split()
 FIELDS = "Biology Chemistry Economics Geology History Law Linguistics Mathematics Music Physics".split()
 BRANCHES = (
@@ -43,9 +43,9 @@ FIRMS = "Foods Motors Press Systems".split()
 POOLS = {  # of values
     "birth date": [f"{month} {day}, {year}" for month in MONTHS for day in DAYS for year in YEARS],
     "birth city": CITIES,
-    "university": [f"{word} {kind}" for word in WORDS[600:660] for kind in SCHOOLS],
+    "university": [f"{word} {kind}" for word in WORDS[1000:1060] for kind in SCHOOLS],
     "major": [f"{branch} {subject}" for branch in BRANCHES for subject in FIELDS],
-    "employer": [f"{word} {kind}" for word in WORDS[700:766] for kind in FIRMS][:263],
+    "employer": [f"{word} {kind}" for word in WORDS[1060:1126] for kind in FIRMS][:263],
     "work city": CITIES,
 }
 PHRASES = {
