@@ -53,7 +53,7 @@ def large(system, **options):
     """The same on a GPU: 25 times the facts, 17 times the FLOPs."""
     data = dict(dataset="out/facts50000", batch_size=80, max_iters=10000, eval_interval=2500)
     model = dict(n_layer=4, n_head=8, n_embd=256, learning_rate=1.5e-3)
-    model |= {"memory": dict(mem_keys=512), "dense": {}, "dense2x": dict(n_ffn=1808)}[system]
+    model |= {"memory": dict(mem_keys=512), "dense": {}, "dense2x": dict(n_ffn=1912)}[system]
     return facts(system, **data, **model, **options)
 
 
