@@ -1,7 +1,6 @@
 """Draws the README's pictures: python assets/draw.py. Plain SVG; it needs Python's standard library only."""
 
 import json
-import re
 from html import escape
 from pathlib import Path
 from statistics import mean
@@ -192,38 +191,31 @@ def axes(x0, ticks, title, note, x_title):
 
 
 def draw_results():
-    """Recall while training, and recall against the number of slots: results.jsonl, of bench/reproduce.py."""
+    """Recall while training, and at the end: results.jsonl, of bench/reproduce.py."""
     curves = {}  # command without its seed: {seed: [[step, recall, ...]]}; of a seed run twice the first
     for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
         command, _, seed = result["command"].partition("--preset=")[2].rpartition(" --seed=")
         curves.setdefault(command, {}).setdefault(seed, result["curve"])
-    last = curves["facts-memory"]["1"][-1][0]
+    longer = next(command for command in curves if command.startswith("facts-dense --max_iters="))
+    looks = [("facts-memory", ORANGE, "Memory+"), (longer, FAINT, "dense, longer")]
+    looks += [("facts-dense2x", INK, "dense, 2x"), ("facts-dense", BLUE, "dense")]
+    last = max(point[0] for seeds in curves.values() for curve in seeds.values() for point in curve)
     ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
-    title, note = "equal tokens; each at its best learning rate", "each thin line a seed, thick: their mean"
+    title, note = "while training", "each thin line a seed, thick: their mean"
     parts = axes(84, ticks, title, note, "thousand training steps of 1,024 tokens")
-    looks = [("facts-memory", ORANGE, "Memory+"), ("facts-dense2x", SOFT, "dense, 2x")]
-    looks += [("facts-dense", BLUE, "dense")]
-    for command, color, label in looks:
+    names = ("Memory+", ""), ("dense, same", "seconds"), ("dense, twice", "the FLOPs"), ("dense", "")
+    ticks = [((i + 0.5) / 4, first) for i, (first, _) in enumerate(names)]
+    parts += axes(500, ticks, "at the end", "each dot a seed, the bar their mean", "")
+    for i, (command, color, _) in enumerate(looks):
         seeds = [[point[:2] for point in curve] for curve in curves[command].values()]
         average = [(points[0][0], mean(y for _, y in points)) for points in zip(*seeds, strict=True)]
         for curve, width in [*((curve, 0.7) for curve in seeds), (average, 3.2)]:
             parts += [line(*(place(84, step / last, y) for step, y in curve), color=color, width=width)]
-        x, y = place(84, 1, average[-1][1])
-        parts += [text(x + 8, y + 5, label, 14, color, "start", "bold")]
-    slots = {}  # N: recall of each seed
-    for command, seeds in curves.items():
-        if match := re.fullmatch(r"facts-memory( --mem_keys=(\d+) --n_ffn=\d+)?", command):
-            slots[int(match[2] or 128)] = [curve[-1][1] for curve in seeds.values()]
-    slots = dict(sorted(slots.items()))
-    shares = {N: (i + 0.5) / len(slots) for i, N in enumerate(slots)}
-    ticks = [(share, f"{N * N:,}") for N, share in shares.items()]
-    title, note = "more slots at equal compute", "Memory+; each dot a seed, the line their mean"
-    parts += axes(580, ticks, title, note, "slots in the memory")
-    means = [place(580, share, mean(slots[N])) for N, share in shares.items()]
-    parts += [line(*means, color=ORANGE, width=3.2)]
-    for x, y in (place(580, share, recall) for N, share in shares.items() for recall in slots[N]):
-        parts += [tag("circle", cx=x, cy=y, r=4, fill="white", stroke=ORANGE, stroke_width=1.5)]
-    save("results.svg", 902, 396, parts)
+        x, y = place(500, (i + 0.5) / 4, average[-1][1])
+        parts += [line((x - 22, y), (x + 22, y), color=color, width=3.2), text(x, 368, names[i][1], 12, SOFT)]
+        for x, y in (place(500, (i + 0.5) / 4, curve[-1][1]) for curve in seeds):
+            parts += [tag("circle", cx=x, cy=y, r=4, fill="white", stroke=color, stroke_width=1.5)]
+    save("results.svg", 822, 396, parts)
 
 
 if __name__ == "__main__":
