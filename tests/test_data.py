@@ -116,7 +116,7 @@ def test_names_are_unique_and_text_survives_the_vocabulary(facts):
     assert max(map(len, (q["answer_ids"] for q in questions))) <= 4  # words, not letters
 
 
-@pytest.mark.parametrize("option", ["--people=0", "--people=2000001", "--biographies=0", "--people=many"])
+@pytest.mark.parametrize("option", ["--people=0", "--people=16000001", "--biographies=0", "--people=many"])
 def test_facts_refuses_numbers_that_make_no_sense(option, tmp_path):
     done = prepare("facts", option, "--out", tmp_path / "new")
     assert done.returncode == 2 and "Traceback" not in done.stderr and option.split("=")[0] in done.stderr
