@@ -349,7 +349,7 @@ def test_log_and_summary_say_what_happened(facts, finished):
     evaluations = [line for line in log if "val_loss" in line]
     assert [line["iter"] for line in evaluations] == [16, 32, 40]
     assert {"train_loss", "recall", "mem_used", "mem_kl", "mem_top1"} <= evaluations[-1].keys()
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 7.5  # log(1712) = 7.45
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 8.0  # log(1712) + 0.5: logits of spread 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -446,7 +446,7 @@ def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
     broken.mkdir()
     for file in facts.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    for content, words in ((b"", ["0 bytes"]), (b"\1\0\1", ["3 bytes"]), (b"\xff\xff" * 99, ["token id 65535", "1311"])):
+    for content, words in ((b"", ["0 bytes"]), (b"\1\0\1", ["3 bytes"]), (b"\xff\xff" * 99, ["token id 65535", "1711"])):
         (broken / "train.bin").write_bytes(content)
         refused(broken, str(broken / "train.bin"), *words)
     assert not (tmp_path / "out").exists()
