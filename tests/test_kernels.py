@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from bench.optimizers import PoolAdam
+from bench.variants import PoolAdam
 from kernels import lookup
 
 ROOT = Path(__file__).resolve().parents[1]
