@@ -331,7 +331,7 @@ def test_the_other_adams_of_the_readme_do_what_they_are_compared_for():
     for name in ("decayed", "deferred"):
         torch.testing.assert_close(variant(name)[1]["mean"], state["exp_avg"])
         torch.testing.assert_close(variant(name)[1]["square"], state["exp_avg_sq"])
-    torch.testing.assert_close(variant("square decayed")[1]["square"], state["exp_avg_sq"])
+    torch.testing.assert_close(variant("square-decayed")[1]["square"], state["exp_avg_sq"])
     torch.testing.assert_close(variant("deferred")[0], adam, rtol=0, atol=0.01 * 0.2)  # but for the correction of the bias
     assert (lazy - adam)[0].abs().min() > 0.01 and (lazy - adam)[1].abs().max() < 1e-5
 
