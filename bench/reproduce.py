@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
-from data.files import lock, one_line
+from data.files import lock, one_line, write_file
 from data.presets import PRESETS, SYSTEMS
 from model import GPT
 from train import make_configs
@@ -165,7 +165,8 @@ def run(command, gpu, machine):
     arguments = [sys.executable, *command.split()[1:], *where]
     done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{command} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        reason = [*done.stderr.strip().splitlines(), "without a message"][-2:][0]
+        raise ValueError(f"{command} ended with {done.returncode}: {reason}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     points, names = [line for line in log if "val_loss" in line], ("recall", "val_loss", "mem_used")
     result = {"command": command} | {name: points[-1][name] for name in names if name in points[-1]}
@@ -273,8 +274,8 @@ def main():
             for future in tqdm(done, total=len(jobs), unit="run", disable=not jobs):
                 result = future.result()
                 results[result["command"]] = result
-                with open(RESULTS, "a") as file:
-                    file.write(json.dumps(result) + "\n")
+                lines.append(result)
+                write_file(RESULTS, "".join(json.dumps(x) + "\n" for x in lines))  # whole, whatever happens
         finally:
             pool.shutdown(cancel_futures=True)  # those at work still end
     print(f"{', '.join(machine.values())}; mean ± standard error over seeds")
