@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
 from data.files import lock, one_line, write_file
-from data.presets import PRESETS, SYSTEMS
+from data.presets import PRESETS
 from model import GPT
 from train import make_configs
 
@@ -76,12 +76,15 @@ PARTS = {
     "text": ("cpu", "tinyshakespeare", range(1, 6), {
         system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
     }),
-    "rates": ("more", "each system at other learning rates: is that of its preset the best?", range(1, 3), {
-        f"{system} {rate:g}": facts(system, learning_rate=rate)
-        for system in SYSTEMS for rate in (1.5e-3, 2.5e-3, 4e-3)
-    } | {
-        f"dense, 6,000 steps {rate:g}": facts("dense", max_iters=6000, learning_rate=rate)
-        for rate in (1.5e-3, 2.5e-3, 4e-3)
+    "rates": ("more", "the headline's models at other learning rates", range(1, 3), {
+        f"{name}, {rate:g}": facts(system, learning_rate=rate, **options)
+        for name, system, options in (("dense", "dense", {}), ("dense2x", "dense2x", {}),
+            ("dense, 6,000 steps", "dense", dict(max_iters=6000)), ("memory", "memory", {}))
+        for rate in (4e-3, 2.5e-3, 1.5e-3)
+    }),
+    "more rates": ("more", "the other systems at other learning rates", range(1, 3), {
+        f"{system}, {rate:g}": facts(system, learning_rate=rate)
+        for system in ("pkm", "peer", "ultramem", "moe") for rate in (4e-3, 2.5e-3, 1.5e-3)
     }),
     "slots": ("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
@@ -107,10 +110,11 @@ PARTS = {
         "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
         "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=240),
         "keys of width 64": facts("memory", mem_key_dim=64, n_ffn=48),
-        "values' rate 3e-3": facts("memory", mem_learning_rate=3e-3),
-        "values' rate 3e-2": facts("memory", mem_learning_rate=3e-2),
+        "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
+        "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
+        "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
         "values' rate on a cosine": facts("memory", mem_decay=1.0),
-        "the same, falling from four times": facts("memory", mem_learning_rate=2.5e-3, mem_decay=4.0),
+        "the same, falling from four times": facts("memory", mem_learning_rate=5e-3, mem_decay=4.0),
         "Adam on the whole table": facts("memory", variant="dense"),
     }),
     "layers": ("more", "a network of four blocks", range(1, 6), {

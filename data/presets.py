@@ -8,7 +8,7 @@ A run of gpt2 reads OpenWebText once, 18,000 steps of 491,520 tokens; one of gpt
 
 FAMILIES = {
     "facts": dict(dataset="facts", n_layer=2, n_head=4, n_embd=64, block_size=128, eval_interval=500,
-        max_iters=3500, mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2.5e-3, mem_learning_rate=1e-2),
+        max_iters=3500, mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2.5e-3, mem_learning_rate=2e-2),
     "shakespeare": dict(dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
         mem_count=1, mem_keys=128, mem_topk=16, learning_rate=2e-3, mem_learning_rate=3e-3),
     "gpt2": dict(dataset="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,

@@ -82,6 +82,7 @@ def test_a_prompt_does_not_give_its_answer_away():
     """No phrase or value is the beginning of another one: an exact match is unambiguous."""
     for pool, phrases in ATTRIBUTES.values():
         assert len(set(pool)) == len(pool) and len(set(phrases)) == 5
+        assert {len(phrase.split()) for phrase in phrases} == {3}  # names stand at one distance before values
     every = [(a, phrase) for a, (_, phrases) in ATTRIBUTES.items() for phrase in phrases]
     for a, phrase in every:
         assert not any(other.startswith(phrase) for b, other in every if b != a), phrase

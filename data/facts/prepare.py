@@ -48,15 +48,14 @@ POOLS = {  # of values
     "employer": [f"{word} {kind}" for word in WORDS[1060:1126] for kind in FIRMS][:263],
     "work city": CITIES,
 }
-PHRASES = {
-    "birth date": "was born on, came into the world on, has a birthday on, first saw light on, "
-    "entered life on",
-    "birth city": "was born in, came into the world in, is a native of, hails from, spent the first years in",
-    "university": "studied at, graduated from, was a student of, received a diploma from, "
-    "went for higher learning to",
-    "major": "majored in, holds a degree in, wrote a thesis on, took courses in, specialised in",
-    "employer": "works for, is employed by, has a position with, draws a salary from, reports every day to",
-    "work city": "works in, has an office in, commutes to, earns a living in, sits at a desk in",
+PHRASES = {  # of three words each, so that a name always stands at the same distance before a value
+    "birth date": "was born on, entered life on, started life on, first breathed on, has birthdays on",
+    "birth city": "was born in, grew up in, comes originally from, spent childhood in, learned walking in",
+    "university": "studied hard at, was enrolled at, earned degrees from, got diplomas from, "
+    "attended lectures at",
+    "major": "took courses in, holds degrees in, wrote theses on, passed exams in, did research in",
+    "employer": "draws wages from, earns money at, got hired by, is employed by, has contracts with",
+    "work city": "has offices in, does business in, commutes daily to, works weekdays in, rents desks in",
 }
 ATTRIBUTES = {name: (pool, PHRASES[name].split(", ")) for name, pool in POOLS.items()}
 BITS = sum(math.log2(len(pool)) for pool, _ in ATTRIBUTES.values())  # of facts per person
