@@ -208,14 +208,15 @@ def size(preset, options):
 def table(name, results):
     """A part in Markdown: means and their standard errors over seeds. results: {command: line}"""
     _, question, seeds, rows = PARTS[name]
-    columns = "recall, % (each seed)", "less than the first row", "validation loss", "MFLOPs a token"
-    columns += "parameters", "tokens a second"
+    columns = "recall, % (each seed)", "less than the first row", "bits known (a parameter)"
+    columns += "validation loss", "MFLOPs a token", "parameters", "tokens a second"
     lines = [f"{name}: {question}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     first = None
     for label, (preset, options) in rows.items():
         got = {seed: results.get(command_of(preset, options, seed)) for seed in seeds}
         got = {seed: line for seed, line in got.items() if line}
         first, cells = first or got, [""] * len(columns)
+        parameters, flops = size(preset, options)
         if not got:
             cells[0] = "not measured"
         if got and "recall" in next(iter(got.values())):
@@ -223,11 +224,15 @@ def table(name, results):
             cells[0] = f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
             less = [100 * first[seed]["recall"] - x for seed, x in each.items() if seed in first]
             cells[1] = with_error(less, ".1f") if got is not first else ""
+            dataset = options.get("dataset", PRESETS[preset]["dataset"])
+            folder = ROOT / dataset if "/" in dataset else find_folder(dataset)
+            bits = json.loads((folder / "meta.json").read_text())["bits"]
+            bits *= statistics.mean(each.values()) / 100
+            cells[2] = f"{bits:,.0f} ({bits / parameters / 1e6:.2f})"
         if got:
-            parameters, flops = size(preset, options)
-            cells[2] = with_error([line["val_loss"] for line in got.values()], ".3f")
+            cells[3] = with_error([line["val_loss"] for line in got.values()], ".3f")
             speed = statistics.median(line["tokens_per_s"] for line in got.values())
-            cells[3:] = f"{flops:.3f}", f"{parameters:.2f}M", f"{speed:,.0f}"
+            cells[4:] = f"{flops:.3f}", f"{parameters:.2f}M", f"{speed:,.0f}"
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ def test_runs_that_are_done_on_this_machine_are_not_repeated(facts, tmp_path, mo
     table = main()
     lines = [json.loads(line) for line in reproduce.RESULTS.read_text().splitlines()]
     assert len({line["command"] for line in lines}) == len(lines) == 4 and not any((tmp_path / "out").iterdir())
+    bits = json.loads((facts / "meta.json").read_text())["bits"]
     for name, (preset, options) in rows.items():
         mine = [line for s in (1, 2) for line in lines if line["command"] == reproduce.command_of(preset, options, s)]
         losses = [line["val_loss"] for line in mine]
@@ -35,6 +36,8 @@ def test_runs_that_are_done_on_this_machine_are_not_repeated(facts, tmp_path, mo
         error = np.std(losses, ddof=1) / np.sqrt(2)
         row = next(row for row in table.splitlines() if row.startswith(f"| {name} |"))
         assert f"{np.mean(losses):.3f} ± {error:.3f}" in row
+        known = np.mean([line["recall"] for line in mine]) * bits
+        assert f" {known:,.0f} (" in row
     before = reproduce.RESULTS.read_bytes()
     assert "0 of   4 runs to do" in main("--list")
     main()
