@@ -57,13 +57,16 @@ def large(system, **options):
     return facts(system, **data, **model, **options)
 
 
+HEADLINE = {
+    "Memory+": ("memory", {}),
+    "dense": ("dense", {}),
+    "dense, twice the FLOPs a token": ("dense2x", {}),
+    "dense, in the seconds of Memory+": ("dense", dict(max_iters=6000)),
+}
 # part: (tier, question, seeds, {row: (preset, options)}). The first row is what the others are compared with.
 PARTS = {
     "headline": ("cpu", "Memory+ against dense, at equal FLOPs, at twice, in equal seconds", range(1, 9), {
-        "Memory+": facts("memory"),
-        "dense": facts("dense"),
-        "dense, twice the FLOPs a token": facts("dense2x"),
-        "dense, in the seconds of Memory+": facts("dense", max_iters=6000),
+        name: facts(system, **options) for name, (system, options) in HEADLINE.items()
     }),
     "systems": ("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
         "Memory+": facts("memory"),
@@ -76,11 +79,13 @@ PARTS = {
     "text": ("cpu", "tinyshakespeare", range(1, 6), {
         system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
     }),
-    "rates": ("more", "the headline's models at other learning rates", range(1, 3), {
+    "rates": ("more", "the headline's models at a higher rate", range(1, 9), {
         f"{name}, {rate:g}": facts(system, learning_rate=rate, **options)
-        for name, system, options in (("dense", "dense", {}), ("dense2x", "dense2x", {}),
-            ("dense, 6,000 steps", "dense", dict(max_iters=6000)), ("memory", "memory", {}))
-        for rate in (4e-3, 2.5e-3, 1.5e-3)
+        for name, (system, options) in HEADLINE.items() for rate in (2.5e-3, 4e-3)
+    }),
+    "lower rates": ("more", "and at a lower one", range(1, 3), {
+        f"{name}, {rate:g}": facts(system, learning_rate=rate, **options)
+        for name, (system, options) in HEADLINE.items() for rate in (2.5e-3, 1.5e-3)
     }),
     "more rates": ("more", "the other systems at other learning rates", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
