@@ -193,10 +193,10 @@ def axes(x0, ticks, title, note, x_title):
 
 def draw_results():
     """Recall while training, and at the end: results.jsonl, of bench/reproduce.py."""
-    curves = {}  # command without its seed: {seed: [[step, recall, ...]]}; of a seed run twice the first
+    curves = {}  # command without its seed: {seed: [[step, recall, ...]]}; of a seed run twice the last
     for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
         command, _, seed = result["command"].partition("--preset=")[2].rpartition(" --seed=")
-        curves.setdefault(command, {}).setdefault(seed, result["curve"])
+        curves.setdefault(command, {})[seed] = result["curve"]
     longer = next(command for command in curves if re.fullmatch(r"facts-dense --max_iters=\d+", command))
     looks = [("facts-memory", ORANGE, "Memory+"), (longer, FAINT, "dense, longer")]
     looks += [("facts-dense2x", INK, "dense, 2x"), ("facts-dense", BLUE, "dense")]

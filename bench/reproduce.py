@@ -7,15 +7,18 @@
     python bench/reproduce.py --tier=gpu           a larger one on one GPU
 
 A finished run is a line of assets/results.jsonl: its command, what came out, versions and machine. A run that
-has a line of this machine and this PyTorch is not repeated (--any: of any), so that the same command goes on
-after an interruption. On a CPU a run takes one thread, and two are trained at a time.
+has a line with the same options, data, machine and PyTorch (--any: whatever machine and PyTorch) is not
+repeated, so that the same command goes on after an interruption. Ctrl-C waits for the runs at work, and keeps
+them. On a CPU a run takes one thread, and two are trained at a time.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -24,11 +27,13 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
+from data.facts.prepare import BITS, make_people
 from data.files import lock, one_line, write_file
 from data.presets import PRESETS
 from model import GPT
@@ -153,26 +158,43 @@ def this_machine(gpu):
     return {"machine": name, "torch": torch.__version__}
 
 
-def make_dataset(folder):
-    """The facts of another number of people, as in out/facts4000."""
-    if folder == "facts" or "/" not in folder:
-        count, wanted = json.loads((find_folder(folder) / "meta.json").read_text()).get("people"), 2000
-        if folder == "facts" and count != wanted:
+def count_people(options, preset):
+    """2,000 in data/facts, 4,000 in out/facts4000; None: other data."""
+    name, number = re.fullmatch(r"(.*?)(\d*)", options.get("dataset", PRESETS[preset]["dataset"])).groups()
+    return int(number or 2000) if name in ("facts", "out/facts") else None
+
+
+def settings_of(preset, options):
+    """A hash of all options and of some of the people: a line with another one is of another experiment."""
+    people = make_people(9, np.random.default_rng(0)) if count_people(options, preset) else []
+    what = [PRESETS[preset] | options, people]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_dataset(count):
+    """The facts of that many people, as prepare.py now makes them. data/facts is the user's: not replaced."""
+    folder = OUT.parent / f"facts{count}" if count != 2000 else find_folder("facts")
+    people = make_people(count, np.random.default_rng(0))
+    wanted = [f"{name} {held_out[a]} {values[a]}" for name, values, held_out in people for a in values]
+    if (folder / "meta.json").exists():
+        questions = map(json.loads, (folder / "recall.jsonl").read_text().splitlines())
+        if [f"{question['prompt']} {question['answer']}" for question in questions] == wanted:
+            return
+        if count == 2000:
             again = "python data/facts/prepare.py --overwrite"
-            raise ValueError(f"data/facts has {count} people, not {wanted}: make it anew with {again}")
-    elif not (ROOT / folder / "meta.json").exists():
-        count = folder.removeprefix("out/facts")
-        prepare = [sys.executable, "data/facts/prepare.py", f"--people={count}", f"--out={folder}"]
-        subprocess.run(prepare, cwd=ROOT, check=True)
+            raise ValueError(f"data/facts has other people than prepare.py makes: make it anew with {again}")
+    prepare = ["data/facts/prepare.py", f"--people={count}", f"--out={folder}", "--overwrite"]
+    subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
 
 
-def run(command, gpu, machine):
-    """Train one model in a process of its own. Returns its line of the results."""
+def run(command, gpu, identity):
+    """Train one model in a process that Ctrl-C does not reach. Returns its line of the results."""
     folder = OUT / "-".join(command.replace("--", "").replace("/", "-").split()[1:])
     where = ["--device=cuda" if gpu else "--device=cpu", f"--out_dir={folder}", "--overwrite"]
     began, threads = time.monotonic(), {} if gpu else {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *command.split()[1:], *where]
-    done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True,
+        start_new_session=True)  # fmt: skip
     if done.returncode:
         reason = [*done.stderr.strip().splitlines(), "without a message"][-2:][0]
         raise ValueError(f"{command} ended with {done.returncode}: {reason}")
@@ -182,10 +204,15 @@ def run(command, gpu, machine):
     result["tokens_per_s"] = round(statistics.median(line["tokens_per_s"] for line in log))
     result["seconds"] = round(time.monotonic() - began)  # of the whole process
     result["curve"] = [[p["iter"], *(round(p[name], 4) for name in names if name in p)] for p in points]
-    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     shutil.rmtree(folder)
-    return result | machine | {"nanomem": commit}
+    return result | identity
+
+
+def commit():
+    """Of this repository; "-changed" if a file is, but for those that this script writes."""
+    git = [["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", ".", ":!assets"]]
+    name, changes = (subprocess.run(x, cwd=ROOT, capture_output=True, text=True).stdout.strip() for x in git)
+    return name + "-changed" * bool(changes)
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -213,27 +240,26 @@ def size(preset, options):
 def table(name, results):
     """A part in Markdown: means and their standard errors over seeds. results: {command: line}"""
     _, question, seeds, rows = PARTS[name]
-    columns = "recall, % (each seed)", "less than the first row", "bits known (a parameter)"
+    columns = "recall, % (each seed)", "points below the first row", "bits known (a parameter)"
     columns += "validation loss", "MFLOPs a token", "parameters", "tokens a second"
     lines = [f"{name}: {question}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     first = None
     for label, (preset, options) in rows.items():
         got = {seed: results.get(command_of(preset, options, seed)) for seed in seeds}
         got = {seed: line for seed, line in got.items() if line}
-        first, cells = first or got, [""] * len(columns)
+        first, cells = got if first is None else first, [""] * len(columns)
         parameters, flops = size(preset, options)
         if not got:
             cells[0] = "not measured"
         if got and "recall" in next(iter(got.values())):
             each = {seed: 100 * line["recall"] for seed, line in got.items()}
             cells[0] = f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
-            less = [100 * first[seed]["recall"] - x for seed, x in each.items() if seed in first]
-            cells[1] = with_error(less, ".1f") if got is not first else ""
-            dataset = options.get("dataset", PRESETS[preset]["dataset"])
-            folder = ROOT / dataset if "/" in dataset else find_folder(dataset)
-            bits = json.loads((folder / "meta.json").read_text())["bits"]
-            bits *= statistics.mean(each.values()) / 100
-            cells[2] = f"{bits:,.0f} ({bits / parameters / 1e6:.2f})"
+            below = [100 * first[seed]["recall"] - x for seed, x in each.items() if seed in first]
+            if got is not first and not name.endswith(("rates", "capacity")):  # whose rows go in pairs
+                cells[1] = with_error(below, ".1f")
+            if people := count_people(options, preset):
+                bits = people * BITS * statistics.mean(each.values()) / 100
+                cells[2] = f"{bits:,.0f} ({bits / parameters / 1e6:.2f})"
         if got:
             cells[3] = with_error([line["val_loss"] for line in got.values()], ".3f")
             speed = statistics.median(line["tokens_per_s"] for line in got.values())
@@ -256,11 +282,15 @@ def main():
     gpu = {PARTS[name][0] == "gpu" for name in parts}
     if len(gpu) > 1:
         parser.error("--only: parts for a GPU and parts for a CPU are two calls")
-    if (gpu := gpu.pop()) and not torch.cuda.is_available():
+    gpu, found = gpu.pop(), torch.cuda.is_available()
+    if gpu and not found and not args.list:
         parser.error("this is for a GPU, and PyTorch finds none")
-    machine = this_machine(gpu)
+    machine, version = this_machine(gpu and found), {"nanomem": commit()}
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    results = {x["command"]: x for x in lines if args.any or all(x[k] == machine[k] for k in machine)}
+    settings = {command_of(*row, seed): settings_of(*row)
+                for part in PARTS.values() for seed in part[2] for row in part[3].values()}  # fmt: skip
+    results = {x["command"]: x for x in lines if x["settings"] == settings.get(x["command"], "")
+               and (args.any or all(x[k] == machine[k] for k in machine))}  # fmt: skip
     took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
 
     jobs, at_a_time = [], 1 if gpu else 2
@@ -268,7 +298,8 @@ def main():
         _, question, seeds, rows = PARTS[name]
         commands = [command_of(*row, seed) for seed in seeds for row in rows.values()]
         missing = [c for c in commands if c not in results and c not in jobs]  # parts share runs
-        seconds = sum(took.get(c.rpartition(" ")[0], 250) for c in missing) / at_a_time
+        steps = {c: int((re.findall(r"--max_iters=(\d+)", c) or [3500])[0]) for c in missing}
+        seconds = sum(took.get(c.rpartition(" ")[0], steps[c] / 14) for c in missing) / at_a_time
         jobs += missing
         if args.list:
             to_do = f"{len(missing):3} of {len(commands):3} runs to do, {seconds / 60:3.0f} min"
@@ -278,20 +309,28 @@ def main():
 
     OUT.mkdir(parents=True, exist_ok=True)
     lock(OUT)
-    for folder in sorted({options.get("dataset", PRESETS[preset]["dataset"])
-                          for name in parts for preset, options in PARTS[name][3].values()}):  # fmt: skip
-        make_dataset(folder)
+    counts = {count_people(options, preset) for name in parts for preset, options in PARTS[name][3].values()}
+    for count in sorted(counts - {None}):
+        make_dataset(count)
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        futures = [pool.submit(run, command, gpu, machine) for command in jobs]
+        futures = [pool.submit(run, c, gpu, machine | version | {"settings": settings[c]}) for c in jobs]
+
+        def save():  # the file is written whole, whatever happens
+            new = [f.result() for f in futures if f.done() and not f.cancelled() and not f.exception()]
+            write_file(RESULTS, "".join(json.dumps(x) + "\n" for x in lines + new))
+            return results | {x["command"]: x for x in new}
+
         try:
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(jobs), unit="run", disable=not jobs):
-                result = future.result()
-                results[result["command"]] = result
-                lines.append(result)
-                write_file(RESULTS, "".join(json.dumps(x) + "\n" for x in lines))  # whole, whatever happens
+                future.result()
+                save()
+        except KeyboardInterrupt:
+            print("stopping: the runs at work end first, which takes minutes", file=sys.stderr)
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)  # those at work still end
+            pool.shutdown(cancel_futures=True)
+            results = save()
     print(f"{', '.join(machine.values())}; mean ± standard error over seeds")
     for name in parts:
         print(f"\n{table(name, results)}")
