@@ -190,7 +190,7 @@ def make_dataset(count):
 def run(command, gpu, identity):
     """Train one model in a process that Ctrl-C does not reach. Returns its line of the results."""
     preset, *_, seed = command.split()[2:]  # --preset=facts-memory ... --seed=1
-    folder = OUT / f"{preset[len('--preset=') :]}-{identity['settings']}-{seed[2:]}"  # short enough for a name
+    folder = OUT / f"{preset[len('--preset=') :]}-{identity['settings']}-{seed[2:]}"  # not too long
     where = ["--device=cuda" if gpu else "--device=cpu", f"--out_dir={folder}", "--overwrite"]
     began, threads = time.monotonic(), {} if gpu else {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *command.split()[1:], *where]
