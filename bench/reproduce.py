@@ -166,7 +166,7 @@ def count_people(options, preset):
 
 def settings_of(preset, options):
     """A hash of all options and of some of the people: a line with another one is of another experiment."""
-    people = make_people(9, np.random.default_rng(0)) if count_people(options, preset) else []
+    people = make_people(99, np.random.default_rng(0)) if count_people(options, preset) else []
     what = [PRESETS[preset] | options, people]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
