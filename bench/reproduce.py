@@ -290,7 +290,7 @@ def main():
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     settings = {command_of(*row, seed): settings_of(*row)
                 for part in PARTS.values() for seed in part[2] for row in part[3].values()}  # fmt: skip
-    results = {x["command"]: x for x in lines if x["settings"] == settings.get(x["command"], "")
+    results = {x["command"]: x for x in lines if x.get("settings") == settings.get(x["command"], "")
                and (args.any or all(x[k] == machine[k] for k in machine))}  # fmt: skip
     took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
 

@@ -46,6 +46,11 @@ def test_runs_that_are_done_on_this_machine_are_not_repeated(facts, tmp_path, mo
     lost = 0 if "n_ffn=16" in other[-1]["command"] else 1
     assert f"{2 + lost} of   4 runs to do" in main("--list")
     assert "1 of   4 runs to do" in main("--list", "--any")
+    unknown = [{k: v for k, v in line.items() if k != "settings"} for line in lines]  # by an older version
+    reproduce.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in unknown))
+    assert "4 of   4 runs to do" in main("--list", "--any")
+    reproduce.RESULTS.write_bytes(before)
+    assert "0 of   4 runs to do" in main("--list")
     monkeypatch.setitem(reproduce.PRESETS["facts-dense"], "beta2", 0.9)  # another experiment, by the same command
     assert "4 of   4 runs to do" in main("--list", "--any")
 
