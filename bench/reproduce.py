@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import find_folder
 from data.facts.prepare import BITS, make_people
-from data.files import lock, one_line, write_file
+from data.files import blame, lock, one_line, write_file
 from data.presets import PRESETS
 from model import GPT
 from train import make_configs
@@ -48,10 +48,9 @@ def facts(system, **options):
 
 
 def people(system, count):
-    """As many steps as the demo has for each of its 2,000 people."""
-    if count == 2000:
-        return facts(system)
-    return facts(system, dataset=f"out/facts{count}", max_iters=7 * count // 4, eval_interval=count // 4)
+    """Steps in which each fact is seen 98 times: three times those of the demo."""
+    data = {} if count == 2000 else dict(dataset=f"out/facts{count}")
+    return facts(system, **data, max_iters=21 * count // 4, eval_interval=3 * count // 4)
 
 
 def large(system, **options):
@@ -103,7 +102,7 @@ PARTS = {
         "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
         "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
     }),
-    "capacity": ("more", "more people, each fact as often", range(1, 4), {
+    "capacity": ("more", "more people, each fact 98 times", range(1, 4), {
         f"{system}, {count:,} people": people(system, count)
         for count in (1000, 2000, 4000, 8000) for system in ("memory", "dense")
     }),
@@ -287,7 +286,8 @@ def main():
     if gpu and not found and not args.list:
         parser.error("this is for a GPU, and PyTorch finds none")
     machine, version = this_machine(gpu and found), {"nanomem": commit()}
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    with blame(f"{RESULTS} cannot be read", "a line for each run was expected: restore it from git"):
+        lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     settings = {command_of(*row, seed): settings_of(*row)
                 for part in PARTS.values() for seed in part[2] for row in part[3].values()}  # fmt: skip
     results = {x["command"]: x for x in lines if x.get("settings") == settings.get(x["command"], "")
