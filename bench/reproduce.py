@@ -81,7 +81,9 @@ PARTS = {
         "dense": facts("dense"),
     }),
     "text": ("cpu", "tinyshakespeare", range(1, 6), {
-        system: (f"shakespeare-{system}", {}) for system in ("memory", "dense", "moe")
+        "Memory+": ("shakespeare-memory", {}),
+        "dense": ("shakespeare-dense", {}),
+        "mixture of experts": ("shakespeare-moe", {}),
     }),
     "rates": ("more", "the headline's models at a higher rate", range(1, 9), {
         f"{name}, {rate:g}": facts(system, learning_rate=rate, **options)
@@ -177,6 +179,12 @@ def settings_of(preset, options):
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def all_settings():
+    """{command: settings} of every run there is."""
+    return {command_of(*row, seed): settings_of(*row)
+            for part in PARTS.values() for seed in part[2] for row in part[3].values()}  # fmt: skip
+
+
 def make_dataset(count):
     """The facts of that many people, as prepare.py now makes them. data/facts is the user's: not replaced."""
     folder = OUT.parent / f"facts{count}" if count != 2000 else find_folder("facts")
@@ -246,33 +254,45 @@ def size(preset, options):
 
 def table(name, results):
     """A part in Markdown: means and their standard errors over seeds. results: {command: line}"""
-    _, question, seeds, rows = PARTS[name]
-    columns = "recall, % (each seed)", "points below the first row", "bits known (a parameter)"
-    columns += "validation loss", "MFLOPs a token", "parameters", "tokens a second"
-    lines = [f"{name}: {question}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    first = None
-    for label, (preset, options) in rows.items():
-        got = {seed: results.get(command_of(preset, options, seed)) for seed in seeds}
-        got = {seed: line for seed, line in got.items() if line}
-        first, cells = got if first is None else first, [""] * len(columns)
+    _, question, seeds, parts = PARTS[name]
+    rows, first = {}, {}
+    for label, (preset, options) in parts.items():
+        lines = {seed: results.get(command_of(preset, options, seed)) for seed in seeds}
+        lines = {seed: line for seed, line in lines.items() if line}
+        first = first if rows else lines
+        paired = {seed: first[seed] for seed in lines if seed in first and lines is not first}
+        row = rows[label] = {"": label}
+        if not lines:
+            row["recall, % (each seed)"] = "not measured"
+            continue
+        if "recall" in next(iter(lines.values())):
+            each = {seed: 100 * line["recall"] for seed, line in lines.items()}
+            row["recall, % (each seed)"] = (
+                f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
+            )
+            if not name.endswith(("rates", "capacity")):  # whose rows go in pairs
+                below = with_error((100 * line["recall"] - each[seed] for seed, line in paired.items()), ".1f")
+                row[f"points below {next(iter(parts))}"] = below
+        else:
+            above = (lines[seed]["val_loss"] - line["val_loss"] for seed, line in paired.items())
+            row[f"nats above {next(iter(parts))}"] = with_error(above, ".3f")
+        row["validation loss, nats"] = with_error((line["val_loss"] for line in lines.values()), ".3f")
         parameters, flops = size(preset, options)
-        if not got:
-            cells[0] = "not measured"
-        if got and "recall" in next(iter(got.values())):
-            each = {seed: 100 * line["recall"] for seed, line in got.items()}
-            cells[0] = f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
-            below = [100 * first[seed]["recall"] - x for seed, x in each.items() if seed in first]
-            if got is not first and not name.endswith(("rates", "capacity")):  # whose rows go in pairs
-                cells[1] = with_error(below, ".1f")
-            if people := count_people(options, preset):
-                bits = people * BITS * statistics.mean(each.values()) / 100
-                cells[2] = f"{bits:,.0f} ({bits / parameters / 1e6:.2f})"
-        if got:
-            cells[3] = with_error([line["val_loss"] for line in got.values()], ".3f")
-            speed = statistics.median(line["tokens_per_s"] for line in got.values())
-            cells[4:] = f"{flops:.3f}", f"{parameters:.2f}M", f"{speed:,.0f}"
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if name == "capacity":
+            bits = count_people(options, preset) * BITS * statistics.mean(each.values()) / 100
+            row["bits known (a parameter)"] = f"{bits:,.0f} ({bits / parameters / 1e6:.2f})"
+        speed = statistics.median(line["tokens_per_s"] for line in lines.values())
+        row |= {"MFLOPs a token": f"{flops:.3f}", "parameters": f"{parameters:.2f}M"}
+        row["tokens a second"] = f"{speed:,.0f}"
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows.values())]
+    return "\n".join([f"{name}: {question}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def results_of(lines, settings, same):
+    """{command: line}, of lines with the options and data that their commands now have, and like same."""
+    return {x["command"]: x for x in lines if x.get("settings") == settings.get(x["command"], "")
+            and all(x[k] == same[k] for k in same)}  # fmt: skip
 
 
 def main():
@@ -295,10 +315,8 @@ def main():
     machine, version = this_machine(gpu and found), {"nanomem": commit()}
     with blame(f"{RESULTS} cannot be read", "a line for each run was expected: restore it from git"):
         lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    settings = {command_of(*row, seed): settings_of(*row)
-                for part in PARTS.values() for seed in part[2] for row in part[3].values()}  # fmt: skip
-    results = {x["command"]: x for x in lines if x.get("settings") == settings.get(x["command"], "")
-               and (args.any or all(x[k] == machine[k] for k in machine))}  # fmt: skip
+    settings = all_settings()
+    results = results_of(lines, settings, {} if args.any else machine)
     took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
 
     jobs, at_a_time = [], 1 if gpu else 2

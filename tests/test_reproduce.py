@@ -108,3 +108,13 @@ def test_rows_of_a_part_can_be_built_and_have_equal_flops(part):
     assert max(flops.values()) / min(flops.values()) < 1.04, flops
     commands = [reproduce.command_of(*row, seed) for row in rows.values() for seed in seeds]
     assert len(set(commands)) == len(commands) and tier in ("cpu", "more", "gpu")
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_results():
+    lines = [json.loads(line) for line in reproduce.RESULTS.read_text().splitlines()]
+    machine = {name: lines[0][name] for name in reproduce.this_machine(False)}  # that of the documentation
+    results = reproduce.results_of(lines, reproduce.all_settings(), machine)
+    written = "".join((reproduce.ROOT / name).read_text() for name in ("README.md", "bench/README.md"))
+    rows = [row for part in ("headline", "systems", "slots", "text")
+            for row in reproduce.table(part, results).splitlines()[4:]]  # fmt: skip
+    assert len(rows) == 18 and not [row for row in rows if row not in written]
