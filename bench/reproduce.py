@@ -104,10 +104,8 @@ PARTS = {
         "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
         "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
     }),
-    "seconds": ("more", "all systems in the same seconds", range(1, 6), {
+    "seconds": ("more", "what is faster than Memory+, for as many seconds", range(1, 6), {
         "Memory+": facts("memory"),
-        "PEER": facts("peer", max_iters=3200),
-        "UltraMem": facts("ultramem", max_iters=1550),
         "mixture of experts": facts("moe", max_iters=5000),
         "dense": facts("dense", max_iters=6000),
     }),
