@@ -269,8 +269,8 @@ def table(name, results):
                 f"{with_error(each.values(), '.1f')} ({', '.join(f'{x:.0f}' for x in each.values())})"
             )
             if not name.endswith(("rates", "capacity")):  # whose rows go in pairs
-                below = with_error((100 * line["recall"] - each[seed] for seed, line in paired.items()), ".1f")
-                row[f"points below {next(iter(parts))}"] = below
+                below = (100 * line["recall"] - each[seed] for seed, line in paired.items())
+                row[f"points below {next(iter(parts))}"] = with_error(below, ".1f")
         else:
             above = (lines[seed]["val_loss"] - line["val_loss"] for seed, line in paired.items())
             row[f"nats above {next(iter(parts))}"] = with_error(above, ".3f")
