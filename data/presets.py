@@ -27,9 +27,9 @@ SYSTEMS = {  # what makes each of them
 }  # fmt: skip
 SIZES = {  # and what makes them equal
     "facts": dict(dense2x=dict(n_ffn=784), moe=dict(moe_experts=32), pkm=dict(n_ffn=208),
-        peer=dict(mem_keys=90, n_ffn=216, mem_learning_rate=5e-3),  # two blocks have no room for a skip
+        peer=dict(mem_keys=90, n_ffn=216, mem_learning_rate=5e-3),
         ultramem=dict(mem_keys=180, mem_value_dim=32, n_ffn=96, mem_heads=2, mem_topk=32, mem_skip=0,
-            mem_learning_rate=2e-3)),
+            mem_learning_rate=2e-3)),  # two blocks have no room for UltraMem's skip
     "shakespeare": dict(dense2x=dict(n_ffn=888), pkm=dict(n_ffn=360),
         moe=dict(moe_experts=17, n_ffn=336), peer=dict(mem_keys=90, n_ffn=360),
         ultramem=dict(mem_keys=180, mem_value_dim=64, n_ffn=216, mem_learning_rate=2e-3)),

@@ -118,3 +118,12 @@ def test_the_tables_in_the_documentation_are_those_of_the_results():
     rows = [row for part in ("headline", "systems", "slots", "text")
             for row in reproduce.table(part, results).splitlines()[4:]]  # fmt: skip
     assert len(rows) == 18 and not [row for row in rows if row not in written]
+
+
+def test_differences_are_paired_by_seed():
+    losses = {"Memory+": {1: 1.0, 2: 2.0}, "dense": {1: 1.1, 2: 2.3, 3: 9.0}, "mixture of experts": {}}
+    results = {reproduce.command_of(*reproduce.PARTS["text"][3][row], seed): dict(val_loss=loss, tokens_per_s=1)
+               for row, line in losses.items() for seed, loss in line.items()}  # fmt: skip
+    first, dense, experts = reproduce.table("text", results).splitlines()[4:]
+    assert dense.startswith("| dense | 0.200 ± 0.100 | 4.133 ± ") and first.startswith("| Memory+ |  | 1.500 ± ")
+    assert "not measured" in experts
