@@ -8,7 +8,8 @@ from statistics import mean, stdev
 
 ASSETS = Path(__file__).resolve().parent
 INK, SOFT, FAINT, GRID = "#1f2933", "#5b6673", "#8a94a0", "#d5dbe3"
-BLUE, ORANGE, PALE, PALE_BLUE, PALE_ORANGE = "#1f5fd0", "#c2570a", "#eef2f7", "#e1ebff", "#fde3cb"
+BLUE, ORANGE, GREEN = "#1f5fd0", "#c2570a", "#2d7d46"
+PALE, PALE_BLUE, PALE_ORANGE = "#eef2f7", "#e1ebff", "#fde3cb"
 MARKED = {"fill": PALE_ORANGE, "stroke": ORANGE}
 
 
@@ -197,27 +198,28 @@ def draw_results():
     for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
         command, _, seed = result["command"].partition("--preset=")[2].rpartition(" --seed=")
         curves.setdefault(command, {})[seed] = result["curve"]
-    longer = next(command for command in curves if re.fullmatch(r"facts-dense --max_iters=\d+", command))
-    looks = [("facts-memory", ORANGE, "Memory+"), (longer, FAINT, "dense, longer")]
-    looks += [("facts-dense2x", INK, "dense, 2x"), ("facts-dense", BLUE, "dense")]
-    last = max(points[-1][0] for command, _, _ in looks for points in curves[command].values())
+    longer = [re.fullmatch(r"facts-(dense|moe) --max_iters=\d+", command) for command in curves]
+    longer = {match[1]: match[0] for match in longer if match}
+    looks = [("facts-memory", ORANGE, "Memory+", ""), (longer["moe"], GREEN, "experts,", "same time")]
+    looks += [(longer["dense"], FAINT, "dense,", "same time"), ("facts-dense2x", INK, "dense,", "2x FLOPs")]
+    looks += [("facts-dense", BLUE, "dense", "")]
+    last = max(points[-1][0] for command, *_ in looks for points in curves[command].values())
     ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
     title, note = "while training", "each thin line a seed, thick: their mean"
     parts = axes(84, ticks, title, note, "thousand training steps of 1,024 tokens")
-    names = ("Memory+", ""), ("dense, same", "seconds"), ("dense, twice", "the FLOPs"), ("dense", "")
-    ticks = [((i + 0.5) / 4, first) for i, (first, _) in enumerate(names)]
+    ticks = [((i + 0.5) / 5, first) for i, (_, _, first, _) in enumerate(looks)]
     parts += axes(500, ticks, "at the end", "each dot a seed, the bars their mean and its error", "")
-    for i, (command, color, _) in enumerate(looks):
+    for i, (command, color, _, second) in enumerate(looks):
         seeds = [[point[:2] for point in curve] for curve in curves[command].values()]
         average = [(points[0][0], mean(y for _, y in points)) for points in zip(*seeds, strict=True)]
         for curve, width in [*((curve, 0.7) for curve in seeds), (average, 3.2)]:
             parts += [line(*(place(84, step / last, y) for step, y in curve), color=color, width=width)]
-        x, y = place(500, (i + 0.5) / 4, average[-1][1])
+        x, y = place(500, (i + 0.5) / 5, average[-1][1])
         error = stdev(curve[-1][1] for curve in seeds) / len(seeds) ** 0.5
-        ends = (place(500, (i + 0.5) / 4, average[-1][1] + e) for e in (error, -error))
+        ends = (place(500, (i + 0.5) / 5, average[-1][1] + e) for e in (error, -error))
         parts += [line(*ends, color=color, width=3.2)]
-        parts += [line((x - 22, y), (x + 22, y), color=color, width=3.2), text(x, 368, names[i][1], 12, SOFT)]
-        for x, y in (place(500, (i + 0.5) / 4, curve[-1][1]) for curve in seeds):
+        parts += [line((x - 22, y), (x + 22, y), color=color, width=3.2), text(x, 368, second, 12, SOFT)]
+        for x, y in (place(500, (i + 0.5) / 5, curve[-1][1]) for curve in seeds):
             parts += [tag("circle", cx=x, cy=y, r=4, fill="white", stroke=color, stroke_width=1.5)]
     save("results.svg", 822, 396, parts)
 
