@@ -110,7 +110,7 @@ PARTS = {
     }),
     "capacity": ("more", "more people, each fact 98 times", range(1, 4), {
         f"{system}, {count:,} people": people(system, count)
-        for count in (1000, 2000, 4000, 8000) for system in ("memory", "dense")
+        for count in (1000, 2000, 4000, 8000) for system in ("memory", "moe", "dense")
     }),
     "ablations": ("more", "what each part of Memory+ does; n_ffn keeps the FLOPs equal", range(1, 6), {
         "Memory+": facts("memory"),
