@@ -47,10 +47,10 @@ def facts(system, **options):
     return f"facts-{system}", options
 
 
-def people(system, count):
+def people(system, count, **options):
     """Steps in which each fact is seen 98 times: three times those of the demo."""
     data = {} if count == 2000 else dict(dataset=f"out/facts{count}")
-    return facts(system, **data, max_iters=21 * count // 4, eval_interval=3 * count // 4)
+    return facts(system, **data, max_iters=21 * count // 4, eval_interval=3 * count // 4, **options)
 
 
 def large(system, **options):
@@ -111,6 +111,9 @@ PARTS = {
     "capacity": ("more", "more people, each fact 98 times", range(1, 4), {
         f"{system}, {count:,} people": people(system, count)
         for count in (1000, 2000, 4000, 8000) for system in ("memory", "moe", "dense")
+    }),
+    "capacity rates": ("more", "4,000 people, the dense model at other learning rates", range(1, 2), {
+        f"dense, {rate:g}": people("dense", 4000, learning_rate=rate) for rate in (2.5e-3, 1.5e-3, 4e-3)
     }),
     "ablations": ("more", "what each part of Memory+ does; n_ffn keeps the FLOPs equal", range(1, 6), {
         "Memory+": facts("memory"),
