@@ -1,7 +1,6 @@
 """Draws the README's pictures: python assets/draw.py. Plain SVG; it needs Python's standard library only."""
 
 import json
-import re
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
@@ -195,15 +194,16 @@ def axes(x0, ticks, title, note, x_title):
 def draw_results():
     """Recall while training, and at the end: results.jsonl, of bench/reproduce.py."""
     curves = {}  # command without its seed: {seed: [[step, recall, ...]]}; of a seed run twice the last
-    for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
+    lines = [json.loads(line) for line in (ASSETS / "results.jsonl").read_text().splitlines()]
+    for result in (line for line in lines if line["machine"] == lines[0]["machine"]):
         command, _, seed = result["command"].partition("--preset=")[2].rpartition(" --seed=")
         curves.setdefault(command, {})[seed] = result["curve"]
-    longer = [re.fullmatch(r"facts-(dense|moe) --max_iters=\d+", command) for command in curves]
-    longer = {match[1]: match[0] for match in longer if match}
-    looks = [("facts-memory", ORANGE, "Memory+", ""), (longer["moe"], GREEN, "experts,", "same time")]
-    looks += [(longer["dense"], FAINT, "dense,", "same time"), ("facts-dense2x", INK, "dense,", "2x FLOPs")]
-    looks += [("facts-dense", BLUE, "dense", "")]
-    last = max(points[-1][0] for command, *_ in looks for points in curves[command].values())
+    looks = [("facts-memory", ORANGE, "Memory+", "")]
+    looks += [("facts-moe --max_iters=5000", GREEN, "experts,", "same time")]
+    looks += [("facts-dense --max_iters=6000", FAINT, "dense,", "same time")]
+    looks += [("facts-dense2x", INK, "dense,", "2x FLOPs"), ("facts-dense", BLUE, "dense", "")]
+    looks = [look for look in looks if len(curves.get(look[0], ())) > 1]  # what has been run
+    last = max([points[-1][0] for look in looks for points in curves[look[0]].values()], default=1000)
     ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
     title, note = "while training", "each thin line a seed, thick: their mean"
     parts = axes(84, ticks, title, note, "thousand training steps of 1,024 tokens")

@@ -1,9 +1,9 @@
-"""Every comparison of the README, measured again: trains what is missing, prints tables, draws the picture.
+"""The comparisons of the READMEs, measured again: trains what is missing, prints tables, draws the picture.
 
     python bench/reproduce.py --list               the parts: what they ask, and how long the rest takes
     python bench/reproduce.py --only=headline      one part
-    python bench/reproduce.py                      the comparisons of the README: three hours on two CPU cores
-    python bench/reproduce.py --tier=more          those of bench/README.md: a night
+    python bench/reproduce.py                      headline, systems, slots, text: 3 hours on 2 CPU cores
+    python bench/reproduce.py --tier=more          the others: a night
     python bench/reproduce.py --tier=gpu           a larger one on one GPU
 
 A finished run is a line of assets/results.jsonl: its command, what came out, versions and machine. A run that
@@ -65,7 +65,7 @@ HEADLINE = {
     "Memory+": ("memory", {}),
     "dense": ("dense", {}),
     "dense, twice the FLOPs a token": ("dense2x", {}),
-    "dense, in the seconds of Memory+": ("dense", dict(max_iters=6000)),
+    "dense, as many seconds (6,000 steps)": ("dense", dict(max_iters=6000)),
 }
 # part: (tier, question, seeds, {row: (preset, options)}). The first row is what the others are compared with.
 PARTS = {
@@ -104,9 +104,9 @@ PARTS = {
         "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
         "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
     }),
-    "seconds": ("more", "a mixture of experts, which is faster, for as many seconds", range(1, 6), {
+    "seconds": ("more", "a mixture of experts, which is faster, for as many seconds", range(1, 9), {
         "Memory+": facts("memory"),
-        "mixture of experts, in the seconds of Memory+": facts("moe", max_iters=5000),
+        "mixture of experts, as many seconds (5,000 steps)": facts("moe", max_iters=5000),
     }),
     "capacity": ("more", "more people, each fact 98 times", range(1, 4), {
         f"{system}, {count:,} people": people(system, count)
@@ -244,12 +244,13 @@ def with_error(numbers, form):
 
 def size(preset, options):
     """Parameters and FLOPs a token, forward, both in millions."""
+    pools = len(options["mem_layers"]) if options.get("variant") == "separate-pools" else 1
     options = PRESETS[preset] | {k: v for k, v in options.items() if k != "variant"}
     config = make_configs(options | {"vocab_size": 1712 if "facts" in preset else 256})[1]
     with torch.device("meta"):
         model = GPT(config, initialize=False)
-    flops = sum(model.flops_per_token(config.block_size).values())
-    return sum(model.parameter_counts().values()) / 1e6, flops / 1e6
+    flops, counts = sum(model.flops_per_token(config.block_size).values()), model.parameter_counts()
+    return (counts["dense"] + pools * counts["pool"]) / 1e6, flops / 1e6
 
 
 def table(name, results):
@@ -357,7 +358,7 @@ def main():
         finally:
             pool.shutdown(cancel_futures=True)
             results = save()
-    print(f"{', '.join(machine.values())}; mean ± standard error over seeds")
+    print(f"{'any machine' if args.any else ', '.join(machine.values())}; mean ± standard error over seeds")
     for name in parts:
         print(f"\n{table(name, results)}")
     subprocess.run([sys.executable, ROOT / "assets" / "draw.py"], check=True)
