@@ -135,6 +135,10 @@ PARTS = {
         "the same, falling from four times": facts("memory", mem_learning_rate=5e-3, mem_decay=4.0),
         "Adam on the whole table": facts("memory", variant="dense"),
     }),
+    "constant rates": ("more", "a constant learning rate for the network, too", range(1, 3), {
+        f"{system}, {name}": facts(system, min_lr=rate)
+        for system in ("memory", "moe", "dense") for name, rate in (("cosine", 0.0), ("constant", 2.5e-3))
+    }),
     "layers": ("more", "a network of four blocks", range(1, 6), {
         f"{count} layers" if count else "dense": facts("memory", n_layer=4, mem_count=count)
         for count in (1, 2, 3, 0)
