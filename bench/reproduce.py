@@ -136,8 +136,9 @@ PARTS = {
         "Adam on the whole table": facts("memory", variant="dense"),
     }),
     "constant rates": ("more", "a constant learning rate for the network, too", range(1, 3), {
-        f"{system}, {name}": facts(system, min_lr=rate)
-        for system in ("memory", "moe", "dense") for name, rate in (("cosine", 0.0), ("constant", 2.5e-3))
+        f"{system}, {name}": facts(system, **options)
+        for system in ("memory", "moe", "dense")
+        for name, options in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
     }),
     "layers": ("more", "a network of four blocks", range(1, 6), {
         f"{count} layers" if count else "dense": facts("memory", n_layer=4, mem_count=count)
