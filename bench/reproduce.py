@@ -137,7 +137,7 @@ PARTS = {
     }),
     "constant rates": ("more", "a constant learning rate for the network, too", range(1, 3), {
         f"{system}, {name}": facts(system, **options)
-        for system in ("memory", "moe", "dense")
+        for system in ("memory", "moe", "dense", "dense2x")
         for name, options in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
     }),
     "layers": ("more", "a network of four blocks", range(1, 6), {
