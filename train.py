@@ -204,7 +204,7 @@ def precision(name, device):
 
 def make_optimizers(model, config):
     """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read. eps only
-    guards against 0 / 0: with half a million tokens in a step a row's gradient is 1e-9, less than 1e-8."""
+    guards against 0 / 0: with half a million tokens in a step a row's gradient is 1e-9, eps often 1e-8."""
     groups, betas = model.parameter_groups(), (config.beta1, config.beta2)
     network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
     network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
