@@ -7,6 +7,8 @@ that recall measures the fact and not the sentence; val.bin states the facts in 
 
     python data/facts/prepare.py                                        the default; train.py runs this itself
     python data/facts/prepare.py --people=100000 --out data/facts100k   more facts, for larger models
+    python data/facts/prepare.py --new=100      people that those are not, to teach later: data/facts-new
+    python data/facts/prepare.py --moved=100    new employers and cities of people who are: data/facts-moved
 """
 
 import argparse
@@ -58,6 +60,7 @@ PHRASES = {  # of three words each, so that a name always stands at the same dis
     "work city": "has offices in, does business in, commutes daily to, works weekdays in, rents desks in",
 }
 ATTRIBUTES = {name: (pool, PHRASES[name].split(", ")) for name, pool in POOLS.items()}
+MOVES = "employer", "work city"  # what changes when somebody moves
 BITS = sum(math.log2(len(pool)) for pool, _ in ATTRIBUTES.values())  # of facts per person
 
 # A token is a word with the space before it, the end of a sentence, or a byte: any text can be encoded.
@@ -72,24 +75,33 @@ def build_vocabulary():
     return [bytes([i]) for i in range(256)] + [word.encode() for word in [*FIRST, *words, ".\n"]]
 
 
-def make_people(count, generator):
-    """list of (name, {attribute: value}, {attribute: held-out phrase}); all names are different."""
-    size = len(FIRST) * len(MIDDLE) * len(LAST)
+def make_people(count, generator, known=()):
+    """list of (name, {attribute: value}, {attribute: held-out phrase}); all names differ, also from known."""
+    size, taken = len(FIRST) * len(MIDDLE) * len(LAST), {name for name, _, _ in known}
     people = []
-    for number in generator.choice(size, count, replace=False):
+    for number in generator.choice(size, count + len(taken), replace=False):
         rest, last = divmod(int(number), len(LAST))
         name = f"{FIRST[rest // len(MIDDLE)]} {MIDDLE[rest % len(MIDDLE)]} {LAST[last]}"
+        if name in taken:
+            continue
         values = {a: pool[generator.integers(len(pool))] for a, (pool, _) in ATTRIBUTES.items()}
         held_out = {a: phrases[generator.integers(len(phrases))] for a, (_, phrases) in ATTRIBUTES.items()}
         people.append((name, values, held_out))
-    return people
+    return people[:count]
+
+
+def move(person, generator):
+    """The same person with what has changed, and nothing else: another employer, another city of work."""
+    name, values, held_out = person
+    others = {a: [value for value in POOLS[a] if value != values[a]] for a in MOVES}
+    return name, {a: pool[generator.integers(len(pool))] for a, pool in others.items()}, held_out
 
 
 def biography(person, generator, held_out=False):
-    """Six sentences in random order, each with one of the four training phrases, or with the held-out one."""
+    """A sentence for each fact, in random order, with one of four training phrases, or the held-out one."""
     name, values, held = person
     lines = []
-    for attribute in generator.permutation(list(ATTRIBUTES)):
+    for attribute in generator.permutation(list(values)):
         phrases = [p for p in ATTRIBUTES[attribute][1] if (p == held[attribute]) == held_out]
         lines.append(f"{name} {phrases[generator.integers(len(phrases))]} {values[attribute]}.\n")
     return "".join(lines)
@@ -99,14 +111,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--people", type=int, default=2000, help="how many (default: %(default)s)")
+    add("--new", type=int, default=0, help="facts of so many other people, and not of those")
+    add("--moved", type=int, default=0, help="new employers and cities of so many of those, and nothing else")
     add("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
     add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
-    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add("--out", type=to_folder, help="folder to write to (default: this one, or facts-new, -moved beside it)")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     most = len(FIRST) * len(MIDDLE) * len(LAST)
-    if not 1 <= args.people <= most:
-        parser.error(f"--people={args.people}: must be 1 to {most:,}, the number of different names")
+    if not 1 <= args.people <= most - max(0, args.new):
+        parser.error(f"--people={args.people}: must be 1 to {most:,}, the number of names, less --new")
+    if args.new < 0 or not 0 <= args.moved <= args.people:
+        parser.error(f"--new={args.new}, --moved={args.moved}: not negative, no more moved than --people")
+    kind = "-new" * bool(args.new) + "-moved" * bool(args.moved)
+    args.out = args.out or Path(__file__).parents[1] / f"facts{kind}"
     if args.biographies < 1:
         parser.error(f"--biographies={args.biographies}: must be at least 1")
     if args.seed < 0:
@@ -120,6 +138,9 @@ def main():
     vocabulary = describe_vocabulary("facts", PATTERN, tokens, {SEPARATOR: separator})
     encoding = make_encoding(vocabulary)
     people = make_people(args.people, generator)
+    if kind:
+        moved = [people[i] for i in generator.choice(len(people), args.moved, replace=False)]
+        people = make_people(args.new, generator, people) + [move(person, generator) for person in moved]
     rounds = [("train", False)] * args.biographies + [("val", True)]
     ids = {"train": [], "val": []}
     for split, held_out in tqdm(rounds, desc=f"biographies of {args.people:,} people", unit="round"):
@@ -129,14 +150,15 @@ def main():
     recall = [
         {"prompt": f"{name} {held_out[a]}", "answer": values[a], "attribute": a}
         for name, values, held_out in people
-        for a in ATTRIBUTES
+        for a in values
     ]
     train, val = np.concatenate(ids["train"]), np.concatenate(ids["val"])
-    counts = {"people": len(people), "facts": len(recall), "bits": round(len(people) * BITS)}
+    bits = sum(math.log2(len(POOLS[question["attribute"]])) for question in recall)
+    counts = {"people": len(people), "facts": len(recall), "bits": round(bits)}
     facts = counts | {"seed": args.seed}
     write_dataset(args.out, train, val, vocabulary, separator, recall, args.overwrite, **facts)
     print(
-        f"{args.out}: {len(people):,} people, {len(recall):,} facts ({BITS:.1f} bits per person), "
+        f"{args.out}: {len(people):,} people, {len(recall):,} facts ({bits / len(people):.1f} bits per person), "
         f"{len(train):,} training tokens ({args.biographies} biographies per person, with each fact once), "
         f"{len(val):,} validation tokens, vocabulary of {len(tokens) + 1:,}"
     )
