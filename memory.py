@@ -234,6 +234,7 @@ class ValuePool(nn.Module):
         if expand > 1:  # of UltraMem's virtual slots; kept in checkpoints
             self.register_buffer("permutation", torch.empty(expand * S, dtype=torch.int32))
         self.accumulator = None  # after collect_gradients(): the sum of gradients, and which rows have one
+        self.chosen = None  # after choose(): which rows may change, (tables * S) uint8; None: all
 
     @torch.no_grad()
     def initialize(self, std):
@@ -263,6 +264,12 @@ class ValuePool(nn.Module):
         touched = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
         self.accumulator = torch.zeros_like(self.values), touched
 
+    def choose(self, slots):
+        """From now on only the values of these slots (int64) have a gradient; None: all of them."""
+        self.chosen = None if slots is None else torch.zeros_like(self.values[:, 0], dtype=torch.uint8)
+        if slots is not None:
+            self.chosen.view(-1, self.S)[:, slots] = 1
+
     @torch.no_grad()
     def combine_gradient(self, replicas=None, world=1):
         """Put what was collected, averaged over `world` ranks, into values.grad: a coalesced sparse tensor of
@@ -271,6 +278,8 @@ class ValuePool(nn.Module):
         gradient, touched = self.accumulator
         if replicas:
             dist.all_reduce(touched, dist.ReduceOp.MAX, group=replicas)
+        if self.chosen is not None:
+            touched &= self.chosen  # what the others have collected is never taken out
         rows = touched.nonzero().flatten()
         grads = gradient.index_select(0, rows)
         if replicas:
@@ -309,6 +318,19 @@ class Usage:
         top = self.reads.topk(max(1, len(self.reads) // 100)).values.sum() / self.reads.sum().clamp(min=1)
         used = (self.reads > 0).float().mean().item()
         return {"used": used, "kl": kl(self.reads), "kl_weighted": kl(self.mass), "top1": top.item()}
+
+
+def score_slots(c, background):
+    """TF-IDF of slots, (S): what new data need more than others do (Lin et al. 2025, arXiv:2510.15103):
+
+        c(i) / sum of c * log((|B| + 1) / (1 + number of background batches that read slot i))
+
+    c (S): how often the new data read a slot, or how much they would change it. background: for each batch
+    of B how often it reads each slot, (S)"""
+    batches, containing = 0, torch.zeros_like(c)
+    for reads in background:
+        batches, containing = batches + 1, containing + (reads > 0)
+    return c / c.sum() * torch.log((batches + 1) / (1 + containing))
 
 
 # --- several GPUs -------------------------------------------------------------------------------------------

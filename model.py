@@ -7,14 +7,17 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (
 
 Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py."""
 
+import hashlib
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.files import atomic_write, blame, writing
 from memory import PEER, MemoryLayer, UltraMem, ValuePool, widen
 
 
@@ -297,6 +300,17 @@ class GPT(nn.Module):
         return {part: 2 * count for part, count in adds.items()}
 
 
+    def describe(self):
+        counts, c = self.parameter_counts(), self.config
+        text, blocks = f"{counts['dense']:,} parameters", ", ".join(map(str, c.mem_layers))
+        if counts["pool"]:
+            slots = f"{self.pool.S:,} slots of width {counts['pool'] // self.pool.S}, read in block {blocks}"
+            text += f" + {counts['pool']:,} in the memory ({slots})"
+        elif c.mem_layers:
+            text += f" (of {c.moe_experts} experts in block {blocks} a token uses {c.moe_topk})"
+        return f"{text}; {sum(self.flops_per_token(c.block_size).values()) / 1e6:.3f} MFLOPs a token forward"
+
+
 def sample_token(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> (B, 1). top_k: of the k likeliest; top_p: of the fewest that hold p (nucleus)."""
     if temperature == 0:
@@ -369,3 +383,86 @@ def fill_in_and_check(c):
         check(c.mem_rank or c.mem_cores == 1, f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
         check(D % c.mem_cores == 0, f"mem_cores={c.mem_cores} must divide mem_value_dim={D}")
         check(last < L, f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={L}")
+
+
+# --- checkpoints, and deltas: rows of a table that belong to one ------------------------------------------
+
+FORMAT, DELTA = "nanomem-3", "nanomem-delta-1"
+
+
+def save_checkpoint(path, checkpoint):
+    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves what was there."""
+    with writing(path), atomic_write(path) as f:
+        torch.save(checkpoint, f)
+
+
+def read_checkpoint(path, kind="checkpoint", format=FORMAT):
+    if not path.exists():
+        way_out = "; out_dir= or init_from= must name a folder that has one" * (format == FORMAT)
+        raise FileNotFoundError(f"no {kind} {path}{way_out}")
+    with blame(f"{path} is damaged or not a {kind}", "give another one"):  # mmap: read what is used
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
+        raise ValueError(f"{path} is not a {kind} of this version of nanomem")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu", group=None):
+    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
+    With a group each of its processes gets its columns of the table, however many have written the file.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
+    checkpoint = read_checkpoint(path)
+    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
+        with torch.device(device):
+            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
+        if group is not None:
+            states = checkpoint["optimizers"][1]["state"].values()
+            parts = [(state, name) for state in states for name in ("means", "squares")]
+            for part, name in [(checkpoint["model"], "pool.values"), *parts]:
+                part[name] = part[name][:, model.pool.columns]
+        model.load_state_dict(checkpoint["model"])
+        found = checkpoint | {"dataset": checkpoint["train_config"]["dataset"]}
+        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str, "dataset": str}
+        wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
+        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
+            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
+    return {**checkpoint, "model": model}
+
+
+def identity(tensors):
+    """A hash of {name: tensor}, a string: of a model's state_dict it says what a delta belongs to."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_delta(path, pool, base, name):
+    """The rows of the pool's table that may have changed, and their values. base: identity of the model that
+    it was before, name: its file."""
+    chosen = torch.ones(len(pool.values)) if pool.chosen is None else pool.chosen.cpu()
+    rows = chosen.nonzero().flatten()
+    parts = {"rows": rows, "values": pool.values.detach()[rows.to(pool.values.device)].cpu()}
+    save_checkpoint(path, {"format": DELTA, "base": base, "name": name, "hash": identity(parts), **parts})
+
+
+def apply_deltas(model, path, files):
+    """Put the rows of deltas into a model's table, one after another. They must belong to its checkpoint, path,
+    or to what earlier ones have made of it. Raises FileNotFoundError or ValueError, naming the file."""
+    known = {identity(model.state_dict()): path}
+    for file in files:
+        delta = read_checkpoint(Path(file), "delta", DELTA)
+        with blame(f"{file} is damaged", "give another one"):
+            base, parts = delta["base"], {"rows": delta["rows"], "values": delta["values"]}
+            if delta["hash"] != identity(parts):
+                raise ValueError("its rows and values are not those that were saved")
+            if base in known:
+                table, rows = model.pool.values.detach(), parts["rows"].to(model.pool.values.device)
+                if not 0 <= rows.min() <= rows.max() < len(table):
+                    raise ValueError(f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}")
+                table[rows] = parts["values"].to(table.device)
+        if base not in known:
+            here = " or ".join(f"{known[key]} ({key})" for key in known)
+            raise ValueError(f"{file} belongs to {delta.get('name')} ({base}), not to {here}")
+        known[identity(model.state_dict())] = f"{path} with {file}"

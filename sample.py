@@ -3,10 +3,13 @@
     python sample.py                               samples from the default run, out/facts-memory
     python sample.py --start="Once upon a"         continue a text; FILE:path reads a file, - standard input
     python sample.py --recall                      ask for the facts in words that training did not use
+    python sample.py --inspect --start="..."       and say for each token which slots are read, and who else does
+    python sample.py --delta=out/facts-new/delta.pt --recall --dataset=facts-new      after an update by train.py
 """
 
 import argparse
 import codecs
+import json
 import os
 import sys
 import time
@@ -15,9 +18,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-from data.dataset import Dataset, find_folder, make_encoding
+from data.dataset import Dataset, find_folder, make_encoding, open_dataset
 from data.files import blame, enough_memory, one_line, steady_streams
-from train import answer, choose_device, load_checkpoint, precision
+from data.readers import Reads, open_readers, passage
+from model import apply_deltas, load_checkpoint
+from train import answer, choose_device, precision
 
 
 def parse(argv):
@@ -26,9 +31,9 @@ def parse(argv):
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
     add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
-    add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
-    add("--max_new_tokens", type=int, default=200, help="length of each, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
+    add("--num_samples", type=int, default=3, help="how many texts (default: 3; with --inspect 1)")
+    add("--max_new_tokens", type=int, default=200, help="tokens of each (default: 200; with --inspect 8)")
+    add("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8; with --inspect 0)")
     add("--top_k", type=int, default=None, help="draw among the k likeliest tokens only")
     add("--top_p", type=float, default=None, help="nucleus sampling: among the fewest tokens that hold p")
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
@@ -36,7 +41,15 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default: %(default)s")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
     add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
+    add("--dataset", default=None, help="ask the questions of this one (default: that of the run)")
+    add("--delta", default="", help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory")
+    add("--inspect", action="store_true", help="what each new token reads in the memory, and who else")
+    add("--json", action="store_true", help="with --inspect: one JSON object a token")
+    if "--inspect" in argv:
+        parser.set_defaults(num_samples=1, max_new_tokens=8, temperature=0.0)
     args = parser.parse_args(argv)
+    if (args.json and not args.inspect) or (args.inspect and args.recall):
+        parser.error("--json is for --inspect, and that for --start=TEXT")
     for name in ("num_samples", "max_new_tokens", "top_k", "temperature", "top_p", "seed", "rows"):
         low = int(name in ("num_samples", "max_new_tokens", "top_k"))
         value, high = getattr(args, name), {"top_p": 1, "seed": 2**63 - 1}.get(name, 10**9)
@@ -53,8 +66,9 @@ def read_start(start):
         return text.read()
 
 
-def sample(model, encoding, separator, ids, args):
-    """Print num_samples continuations of the text that ids stand for, each token as soon as it is drawn."""
+def sample(model, encoding, separator, ids, args, print_reads=None):
+    """Print num_samples continuations of the text that ids stand for, each token as soon as it is drawn.
+    print_reads: with --inspect, what is called with a token's text instead."""
     device = next(model.parameters()).device
     ids = ids if ids[:1] == [separator] else [separator, *ids]  # as at the beginning of a document
     prompt = torch.tensor([ids], device=device)
@@ -62,13 +76,40 @@ def sample(model, encoding, separator, ids, args):
     options = args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator
     began = time.perf_counter()
     for number in range(args.num_samples):
-        print(f"\n{'-' * 40}\n" * (number > 0) + encoding.decode(ids[1:]), end="", flush=True)
+        if not args.json:
+            print(f"\n{'-' * 40}\n" * (number > 0) + encoding.decode(ids[1:]), end="", flush=True)
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end within a character
         for token in model.stream(prompt, *options):
-            print(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
-        print(characters.decode(b"", final=True))
+            text = characters.decode(encoding.decode_single_token_bytes(token.item()))
+            print_reads(text) if print_reads else print(text, end="", flush=True)
+        print(characters.decode(b"", final=True), end="" if args.json else "\n")
     rate = args.num_samples * args.max_new_tokens / (time.perf_counter() - began)
     print(f"[{rate:,.0f} tokens/s on {device}]", file=sys.stderr)
+
+
+def reads_printer(model, encoding, readers, ids, separator, as_json):
+    """A function that prints, for the token that a model has just given, the slots that were read most in each
+    layer, their share of all weights, and the passages of the training data, ids, that read these most."""
+    model.pool.usage = reads = Reads(model.config)
+
+    def print_reads(text):
+        layers = []
+        for block, (slots, shares) in zip(model.config.mem_layers, reads.last(), strict=True):
+            top = [{"slot": slot, "share": share} for slot, share in zip(slots.tolist(), shares.tolist(), strict=True)]
+            for item in top[: None if as_json else 3]:
+                positions = [position for position in readers.positions[item["slot"]].tolist() if position >= 0]
+                item["readers"] = [passage(ids, position, encoding, separator) for position in positions]
+            layers.append({"block": block, "slots": top})
+        if as_json:
+            print(json.dumps({"token": text, "layers": layers}))
+            return
+        print(f"\n\n{text!r}")
+        for layer in layers:
+            for item in layer["slots"][:3]:
+                head = f"  block {layer['block']}, slot {item['slot']:,}, {item['share']:.1%} of weights, read by"
+                print("\n      ".join([head, *dict.fromkeys(map(" \u2192".join, item["readers"][:4]))]))
+
+    return print_reads
 
 
 def print_recall(model, encoding, separator, questions, rows):
@@ -99,23 +140,36 @@ def main(argv):
         encoding = make_encoding(checkpoint["vocabulary"])
         if encoding.n_vocab != (size := model.config.vocab_size):
             raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {size} in its model")
-    if args.recall:
-        folder = find_folder(checkpoint["train_config"]["dataset"])
-        questions = Dataset(folder).questions()
+    folder = find_folder(args.dataset or checkpoint["train_config"]["dataset"])
+    print_reads, context = None, precision(args.dtype, device)
+    if (args.recall and not args.dataset) or args.inspect:
         if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
-            raise ValueError(f"--recall: {folder} is not what this checkpoint was trained on")
+            what = "--recall" if args.recall else "--inspect"
+            raise ValueError(f"{what}: {folder} is not what this checkpoint was trained on")
+    if args.recall:
+        questions = Dataset(folder).questions()
         if not questions:
             raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
+        if Dataset(folder).vocabulary() != checkpoint["vocabulary"]:
+            raise ValueError(f"--dataset={args.dataset}: its vocabulary is not that of this checkpoint")
+    if args.inspect:
+        if model.pool is None:
+            raise ValueError(f"--inspect: the model in {path} has no memory")
+        windows = open_dataset(folder, model.config.block_size, 0)["train_eval"]
+        readers = open_readers(path, model, windows, context)
+        print_reads = reads_printer(model, encoding, readers, windows.ids, separator, args.json)
+    if args.delta:
+        apply_deltas(model, path, args.delta.split(","))
     text = read_start(args.start)
     with blame("--start", f"the vocabulary in {path} cannot take it"):
         ids = encoding.encode(text, allowed_special="all")
     named = blame(f"{path} cannot be sampled from", "give another --out_dir")
-    with named, enough_memory(), precision(args.dtype, device):
+    with named, enough_memory(), context:
         try:
             if args.recall:
                 print_recall(model, encoding, separator, questions, args.rows)
             else:
-                sample(model, encoding, separator, ids, args)
+                sample(model, encoding, separator, ids, args, print_reads)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed at exit
             if not isinstance(error, BrokenPipeError):  # a reader, say head, who has seen enough

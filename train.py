@@ -5,6 +5,8 @@
     python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
     python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
     torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2       in two processes
+    python train.py --init_from=out/facts-memory --dataset=facts-new --update=memory --update_slots=4096 \
+        --max_iters=200         teach that model other facts, by changing 4,096 rows of its table
 """
 
 import contextlib
@@ -33,12 +35,13 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from data.dataset import Dataset, find_folder, open_dataset
-from data.files import Refused, atomic_write, blame, enough_memory, explain, lock, steady_streams
-from data.files import sweep, write_file, writing
+from data.files import Refused, blame, enough_memory, explain, lock, steady_streams, sweep, write_file
+from data.files import writing
 from data.presets import PRESETS
 from kernels import RowAdam
-from memory import whole_table
-from model import GPT, GPTConfig, check_options, option
+from memory import score_slots, whole_table
+from model import FORMAT, GPT, GPTConfig, check_options, identity, load_checkpoint, option
+from model import read_checkpoint, save_checkpoint, save_delta
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class TrainConfig:
     resume: bool = option(False, "go on with the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
+    init_from: str = option("", "folder of a run: begin with its weights and options, without its optimisers")
+    background: str = option("", "with that, a dataset not to forget (default: what that run has learned)")
+    update: str = option("all", "weights that change: all, or the memory's values", choices=("all", "memory"))
+    update_slots: int = option(0, "update=memory: only of so many slots; 0: of all")
+    update_by: str = option("gradient", "how those are chosen (choose_slots)", choices=("gradient", "reads"))
     batch_size: int = option(8, "sequences in a micro-step", 1)
     gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together", 1)
     max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them", 1)
@@ -56,6 +64,7 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
     mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
+    mem_sgd: float = option(0.0, "rate of SGD for the values, for a sum over tokens; 0: RowAdam")
     mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
     weight_decay: float = option(0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31)
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
@@ -75,6 +84,8 @@ class TrainConfig:
         check_options(self)
         if not self.out_dir.strip():
             raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
+        if (self.update == "memory" and not self.init_from) or (self.update_slots and self.update == "all"):
+            raise ValueError("update_slots= goes with update=memory, and that with a run: init_from=")
 
 
 # --- command line ---------------------------------------------------------------------------------------
@@ -103,65 +114,33 @@ def make_configs(options):
 
 
 def complete_options(given):
-    """Options of the command line -> all of them: over a preset, or over those of the run that is resumed."""
-    options = {"out_dir": f"out/{given['preset'] or 'facts-memory'}"} | given
-    preset, path = options.pop("preset"), Path(options["out_dir"], "ckpt.pt")
-    if not options.get("resume"):
+    """Options of the command line -> all of them: over a preset, or over those of the run that goes on."""
+    base, resume, preset = given.get("init_from"), given.get("resume"), given["preset"]
+    name = Path(given.get("dataset", "update")).name if base else preset or "facts-memory"
+    options = {"out_dir": f"out/{name}"} | {k: v for k, v in given.items() if k != "preset"}
+    if not (resume or base):
         return PRESETS[preset or "facts-memory"] | options
     if preset:
-        raise ValueError("preset: a resumed run keeps its options; give --out_dir, and what is to change")
+        raise ValueError("preset: a run that goes on keeps its options; leave it out, give what is to change")
+    path = Path(options["out_dir"] if resume else base, "ckpt.pt")
     checkpoint = read_checkpoint(path)
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
-        saved = checkpoint["train_config"] | checkpoint["model_config"]
-        make_configs(saved)
+        configs = make_configs(checkpoint["train_config"] | checkpoint["model_config"])
+        saved = asdict(configs[0]) | asdict(configs[1])
+    kept = "seed", "batch_size", "gradient_accumulation_steps", "init_from", "update", "update_slots"
+    if not resume:
+        kept, memory = (), options.get("update") == "memory"
+        saved |= dict(resume=False, overwrite=False, update="all", update_slots=0, mem_sgd=float(memory))
+        saved["background"] = saved["dataset"]
     layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
     training, model = map(asdict, make_configs(saved | layers | options))
-    for name in (*model, "seed", "batch_size", "gradient_accumulation_steps"):
+    for name in (*model, *kept):
         if name in options and (training | model)[name] != saved[name]:
             raise ValueError(f"{name}={options[name]}: the run in {path.parent} keeps {name}={saved[name]}")
     return saved | options
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------
-
-FORMAT = "nanomem-3"
-
-
-def save_checkpoint(path, checkpoint):
-    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves what was there."""
-    with writing(path), atomic_write(path) as f:
-        torch.save(checkpoint, f)
-
-
-def read_checkpoint(path):
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; out_dir= must name a folder that has one")
-    with blame(f"{path} is damaged or not a checkpoint", "give another one"):  # mmap: read what is used
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of nanomem")
-    return checkpoint
-
-
-def load_checkpoint(path, device="cpu", group=None):
-    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
-    With a group each of its processes gets its columns of the table, however many have written the file.
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
-    checkpoint = read_checkpoint(path)
-    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
-        TrainConfig(**checkpoint["train_config"])
-        with torch.device(device):
-            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
-        if group is not None:
-            state = checkpoint["optimizers"][1]["state"][0]
-            for part, name in ((checkpoint["model"], "pool.values"), (state, "means"), (state, "squares")):
-                part[name] = part[name][:, model.pool.columns]
-        model.load_state_dict(checkpoint["model"])
-        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
-        wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
-        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
-            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
-    return {**checkpoint, "model": model}
+# --- device, optimisers, learning rate, evaluation --------------------------------------------------------
 
 
 def restore(optimizers, checkpoint):
@@ -169,14 +148,12 @@ def restore(optimizers, checkpoint):
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
         names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        tables = [] if isinstance(optimizer, torch.optim.SGD) else optimizer.param_groups  # that has no state
+        for p in (p for group in tables for p in group["params"] if p.requires_grad):
             state, right = optimizer.state[p], dict.fromkeys(names, (p.shape, torch.float32, torch.strided))
             kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
             if kinds != right or state["step"] != checkpoint["iter"]:
                 raise ValueError("not two moments for each parameter, after as many steps as the run")
-
-
-# --- device, optimisers, learning rate, evaluation --------------------------------------------------------
 
 
 def choose_device(name, number=0):
@@ -209,7 +186,10 @@ def make_optimizers(model, config):
     network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
     network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)]
-    if groups["pool"]:
+    if groups["pool"] and config.mem_sgd:  # of a loss that is a mean over tokens
+        tokens = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
+        optimizers.append(torch.optim.SGD([{"params": groups["pool"], "tokens": tokens}]))
+    elif groups["pool"]:
         optimizers.append(RowAdam(groups["pool"], config.mem_learning_rate, betas, seed=config.seed))
     return optimizers
 
@@ -224,8 +204,8 @@ def learning_rate(config, it, largest):
 
 def memory_rate(config, it):
     """Of the values: constant; or with mem_decay (UltraMem) such a cosine, times what falls from it to 1."""
-    if config.mem_decay == 0:
-        return config.mem_learning_rate
+    if config.mem_sgd or config.mem_decay == 0:
+        return config.mem_sgd or config.mem_learning_rate
     factor = config.mem_decay + (1 - config.mem_decay) * it / config.max_iters
     return learning_rate(config, it, config.mem_learning_rate) * factor
 
@@ -257,13 +237,39 @@ def evaluate(model, data, config, device):
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
     with contextlib.nullcontext() if model.pool is None else model.pool.record_usage() as counts:
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
-    if data["questions"]:
-        got = answer(model, data["questions"], data["separator"])
-        right = [ids == q["answer_ids"] for ids, q in zip(got, data["questions"], strict=True)]
-        result["recall"] = sum(right) / len(right)
+    if "old" in data:
+        result["old_val_loss"] = mean_loss(model, data["old"]["val_eval"], config, device)
+    for name, part in (("recall", data), ("old_recall", data.get("old", {}))):
+        if asked := part.get("questions"):
+            got = answer(model, asked, data["separator"])
+            right = [ids == question["answer_ids"] for ids, question in zip(got, asked, strict=True)]
+            result[name] = sum(right) / len(right)
     if counts is not None:
         result |= {f"mem_{name}": value for name, value in counts.summary().items()}
     return result
+
+
+def choose_slots(model, new, old, config, device):
+    """The update_slots slots with the best scores (memory.score_slots), int64. new, old: dataset.Batches.
+    What is scored is the norm of a slot's gradient, summed over the new data, or how often they read it."""
+    pool, learns = model.pool, config.update_by == "gradient"
+    pool.collect_gradients()
+
+    def reads(what, windows, count, size):
+        bar = tqdm(range(count), f"slots that {what} data read", unit="batch", leave=False)
+        for idx, targets in batches(windows, bar, size, device):
+            with precision(config.dtype, device), pool.record_usage() as usage:
+                loss = model(idx, targets)[1]
+            if learns and what == "new":
+                loss.backward()
+            yield usage.reads
+
+    c = sum(reads("new", new, -(-len(new) // config.batch_size), config.batch_size))
+    if learns:
+        pool.combine_gradient()
+        rows, gradients = pool.values.grad.indices()[0] % pool.S, pool.values.grad.values()
+        c, pool.values.grad = torch.zeros_like(c).index_add(0, rows, gradients.float().norm(dim=1)), None
+    return score_slots(c, reads("old", old, 1000, 1)).topk(config.update_slots).indices
 
 
 # --- several processes ----------------------------------------------------------------------------------
@@ -353,13 +359,15 @@ def train(run):
     stop, context, shown = Stop(), precision(config.dtype, device), {}
     auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     run_model = torch.compile(model) if auto or config.compile == "true" else model
-    network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    network = [p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
     if model.pool is not None:
         model.pool.collect_gradients()
     total = config.gradient_accumulation_steps  # of all ranks
     numbers = range(state["iter"] * total + ranks.rank, (config.max_iters + 1) * total, ranks.world)
     pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
-    in_bar = "loss", "tokens_per_s", "gpu_gib", "val_loss", "recall"  # of a line of the log
+    in_bar = "loss", "tokens_per_s", "gpu_gib", "val_loss", "recall", "old_recall"  # of a line of the log
+    if config.init_from and state["iter"] == 0:
+        report(run, {"iter": 0}, evaluating=True)  # what it knows before
     options = {"initial": state["iter"], "unit": "step", "dynamic_ncols": True, "disable": ranks.rank > 0}
     bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
     clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next(pairs)
@@ -384,7 +392,7 @@ def train(run):
         lr = learning_rate(config, state["iter"], config.learning_rate)
         for optimizer, rate in zip(run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("tokens", 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         state["iter"] = it = state["iter"] + 1
@@ -417,7 +425,7 @@ def train(run):
 
 def report(run, line, evaluating):
     """Complete a line of the log, with an evaluation if it is time for one, and write it."""
-    refuse_nan(line["loss"], run)
+    refuse_nan(line.get("loss", 0), run)
     if run.device.type == "cuda":
         line["gpu_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(run.device) / 2**30
@@ -446,13 +454,16 @@ def save(run):
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if pool is not None:
         weights["pool.values"] = whole_table(pool, weights["pool.values"])
-        state = optimizers[1]["state"]
-        state[0] = {k: whole_table(pool, x) if torch.is_tensor(x) else x for k, x in state[0].items()}
+        for state in optimizers[1]["state"].values():
+            state |= {k: whole_table(pool, x) for k, x in state.items() if torch.is_tensor(x)}
     checkpoint = {"format": FORMAT, "model": weights, "optimizers": optimizers, **run.state}
     checkpoint |= {name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")}
     checkpoint |= {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
     if run.ranks.rank == 0:
         save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
+        if run.config.update == "memory":
+            base = Path(run.config.init_from, "ckpt.pt")
+            save_delta(Path(run.config.out_dir, "delta.pt"), pool, run.state["base"], str(base))
 
 
 def check_memory(config, group, device):
@@ -488,18 +499,23 @@ def start(given, ranks):
     folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
-    state = {"iter": 0, "seconds": 0.0}
-    if config.resume:
-        checkpoint = load_checkpoint(Path(config.out_dir, "ckpt.pt"), device, ranks.group)
-        model, state = checkpoint["model"], {key: checkpoint[key] for key in state}
-        if checkpoint["fingerprint"] != data["fingerprint"]:
-            raise ValueError(f"dataset={config.dataset}: {folder} is not what {name} was trained on")
-        if state["iter"] >= config.max_iters:
-            raise ValueError(f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters")
+    state = {"iter": 0, "seconds": 0.0, "base": None, "slots": None}
+    if config.resume or config.init_from:
+        path = Path(config.out_dir if config.resume else config.init_from, "ckpt.pt")
+        checkpoint = load_checkpoint(path, device, ranks.group)
+        model = checkpoint["model"]
     else:
         check_memory(model_config, ranks.group, device)
         with device:  # there its numbers are drawn, which takes a CPU seconds
             model = GPT(model_config, ranks.group)
+    if config.resume:
+        state = {key: checkpoint.get(key) for key in state}
+        if checkpoint["fingerprint"] != data["fingerprint"]:
+            raise ValueError(f"dataset={config.dataset}: {folder} is not what {name} was trained on")
+        if state["iter"] >= config.max_iters:
+            raise ValueError(f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters")
+    if config.init_from:
+        prepare_update(model, data, config, state, device, checkpoint["vocabulary"])
     optimizers = make_optimizers(model, config)
     if config.resume:
         with blame(f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"):
@@ -509,6 +525,30 @@ def start(given, ranks):
         prepare_out_dir(config, state["iter"])
     parts = {"model": model, "optimizers": optimizers, "data": data, "state": state}
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
+
+
+def prepare_update(model, data, config, state, device, vocabulary):
+    """Open what is not to be forgotten; with update=memory freeze the network, and choose slots."""
+    if config.background:
+        old = data["old"] = open_dataset(find_folder(config.background), model.config.block_size, config.seed)
+        asked = {question["prompt"] for question in data["questions"] or ()}  # and answered otherwise now
+        old["questions"] = [q for q in old["questions"] or () if q["prompt"] not in asked]
+    for part in (data, data.get("old", data)):
+        if part["vocabulary"] != vocabulary:
+            name = "dataset" if part is data else "background"
+            raise ValueError(f"{name}={getattr(config, name)}: {config.init_from} has another vocabulary")
+    if config.update == "memory":
+        S = 0 if model.pool is None else model.pool.S
+        if config.update_slots > S or S == 0 or (config.update_slots and not config.background):
+            what = f"update_slots={config.update_slots}: the model in {config.init_from} has {S:,}"
+            raise ValueError(f"{what}, and background= is needed to choose some")
+        model.requires_grad_(False).pool.values.requires_grad_(True)
+        state["base"] = state["base"] or identity(model.state_dict())
+        if config.update_slots and state["slots"] is None:
+            began = time.perf_counter()
+            state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
+            state["seconds"] += time.perf_counter() - began
+        model.pool.choose(state["slots"])
 
 
 def hold(config):
@@ -535,25 +575,16 @@ def prepare_out_dir(config, it):
         write_file(log, b"".join(line for line in lines if not ((m := step.match(line)) and int(m[1]) > it)))
 
 
-def describe(model):
-    counts, c = model.parameter_counts(), model.config
-    text, blocks = f"{counts['dense']:,} parameters", ", ".join(map(str, c.mem_layers))
-    if counts["pool"]:
-        slots = f"{model.pool.S:,} slots of width {counts['pool'] // model.pool.S}, read in block {blocks}"
-        text += f" + {counts['pool']:,} in the memory ({slots})"
-    elif c.mem_layers:
-        text += f" (of {c.moe_experts} experts in block {blocks} a token uses {c.moe_topk})"
-    return f"{text}; {sum(model.flops_per_token(c.block_size).values()) / 1e6:.3f} MFLOPs a token forward"
-
-
 def summarize(run, result):
     model, c, data, steps = run.model, run.config, run.data, run.state["iter"]
     tokens = steps * c.batch_size * c.gradient_accumulation_steps * model.config.block_size
     print(f"\n{steps:,} steps, {tokens:,} tokens in {run.state['seconds']:.0f} s of training")
-    print(f"  {describe(model)}")
+    print(f"  {model.describe()}")
     print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
-    if "recall" in result:
-        print(f"  recall       {result['recall']:.1%} of {len(data['questions']):,} closed-book questions")
+    for name, part in (("recall", data), ("old_recall", data.get("old"))):
+        if name in result:
+            words = f"recall       {result[name]:.1%} of {len(part['questions']):,} closed-book questions"
+            print(f"  {words}{f' of {c.background}' * (part is not data)}")
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
@@ -571,7 +602,7 @@ def main(argv):
             run = start(options, ranks)
             if rank == "0":
                 groups = f", {ranks.world} processes, {ranks.M} to a table" if ranks.on else ""
-                print(f"{describe(run.model)}; on {run.device}{groups}", flush=True)
+                print(f"{run.model.describe()}; on {run.device}{groups}", flush=True)
             result = train(run)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -36,7 +36,7 @@ from data.dataset import find_folder
 from data.facts.prepare import BITS, make_people
 from data.files import blame, lock, one_line, write_file
 from data.presets import PRESETS
-from model import GPT
+from model import GPT, read_checkpoint
 from train import make_configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +51,19 @@ def people(system, count, **options):
     """Steps in which each fact is seen 98 times: three times those of the demo."""
     data = {} if count == 2000 else dict(dataset=f"out/facts{count}")
     return facts(system, **data, max_iters=21 * count // 4, eval_interval=3 * count // 4, **options)
+
+
+BASE = facts("memory", mem_keys=512)  # what is updated; in the demo's table every slot is in use
+
+
+def update(kind, **options):
+    """Teach it 100 new people, or where 100 that it knows have moved to, in 200 steps."""
+    length = dict(max_iters=200, eval_interval=50, warmup_iters=10)
+    return BASE[0], BASE[1] | length | dict(init_from="out/base", dataset=f"out/facts-{kind}") | options
+
+
+def sparse(slots, **options):
+    return dict(update="memory", update_slots=slots, **options)
 
 
 def large(system, **options):
@@ -144,6 +157,21 @@ PARTS = {
         f"{count} layers" if count else "dense": facts("memory", n_layer=4, mem_count=count)
         for count in (1, 2, 3, 0)
     }),
+    "new people": ("more", "learning 100 people, and forgetting 2,000", range(1, 6), {
+        "all weights, AdamW 2.5e-3, RowAdam 2e-2 (as in training)": update("new"),
+        "all weights, AdamW 3e-4, RowAdam 2e-2": update("new", learning_rate=3e-4),
+        "all weights, AdamW 1e-4, RowAdam 5e-3": update("new", learning_rate=1e-4, mem_learning_rate=5e-3),
+        "all weights, AdamW 1e-4, SGD for the values": update("new", learning_rate=1e-4, mem_sgd=1.0),
+        "all rows, RowAdam 1e-2": update("new", **sparse(0, mem_sgd=0.0, mem_learning_rate=1e-2)),
+        "all rows, SGD": update("new", **sparse(0)),
+        **{f"{T:,} slots": update("new", **sparse(T)) for T in (64, 256, 1024, 4096, 16384, 32768)},
+        "16,384 slots, chosen by reads": update("new", **sparse(16384, update_by="reads")),
+    }),
+    "moved people": ("more", "unlearning 200 facts, and forgetting 11,800", range(1, 6), {
+        "all weights, AdamW 3e-4, RowAdam 2e-2": update("moved", learning_rate=3e-4),
+        "all rows, SGD": update("moved", **sparse(0)),
+        **{f"{T:,} slots": update("moved", **sparse(T)) for T in (256, 1024, 4096, 16384)},
+    }),
     "large": ("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
         "Memory+": large("memory"),
         "dense": large("dense"),
@@ -157,10 +185,17 @@ PARTS = {
 
 def command_of(preset, options, seed):
     """What identifies a run. An option that the preset has anyway is left out."""
+    if "init_from" in options:
+        given = [f"--{k}={v}" for k, v in options.items() if k not in BASE[1] and k != "init_from"]
+        return " ".join(["python train.py", f"--init_from={base_of(seed)}", *given, f"--seed={seed}"])
     text = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in options.items()}
     given = [f"--{k}={v}" for k, v in text.items() if PRESETS[preset].get(k) != v]
     script = "bench/variants.py" if "variant" in options else "train.py"
     return " ".join([f"python {script} --preset={preset}", *given, f"--seed={seed}"])
+
+
+def base_of(seed):
+    return f"out/base-{settings_of(*BASE)}-{seed}"
 
 
 def this_machine(gpu):
@@ -179,7 +214,8 @@ def count_people(options, preset):
 
 def settings_of(preset, options):
     """A hash of all options and of some of the people: a line with another one is of another experiment."""
-    people = make_people(99, np.random.default_rng(0)) if count_people(options, preset) else []
+    known = count_people(options, preset) or "init_from" in options
+    people = make_people(99, np.random.default_rng(0)) if known else []
     what = [PRESETS[preset] | options, people]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -206,10 +242,23 @@ def make_dataset(count):
     subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
 
 
+def make_update(seed):
+    """What updates of that seed need: a trained model, and the facts to learn."""
+    folder, (preset, options) = ROOT / base_of(seed), BASE
+    if not (folder / "ckpt.pt").exists() or read_checkpoint(folder / "ckpt.pt")["iter"] < 3500:
+        command = command_of(preset, options, seed).split()[1:]
+        subprocess.run([sys.executable, *command, f"--out_dir={folder}", "--overwrite"], cwd=ROOT, check=True)
+    for kind in ("new", "moved"):
+        if not (OUT.parent / f"facts-{kind}" / "meta.json").exists():
+            arguments = [f"--{kind}=100", f"--out={OUT.parent / f'facts-{kind}'}"]
+            subprocess.run([sys.executable, "data/facts/prepare.py", *arguments], cwd=ROOT, check=True)
+
+
 def run(command, gpu, identity):
     """Train one model in a process that Ctrl-C does not reach. Returns its line of the results."""
     preset, *_, seed = command.split()[2:]  # --preset=facts-memory ... --seed=1
-    folder = OUT / f"{preset[len('--preset=') :]}-{identity['settings']}-{seed[2:]}"  # not too long
+    name = "update" if "--init_from" in command else preset.removeprefix("--preset=")
+    folder = OUT / f"{name}-{identity['settings']}-{seed[2:]}"  # not too long
     where = ["--device=cuda" if gpu else "--device=cpu", f"--out_dir={folder}", "--overwrite"]
     began, threads = time.monotonic(), {} if gpu else {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *command.split()[1:], *where]
@@ -219,9 +268,15 @@ def run(command, gpu, identity):
         reason = [*done.stderr.strip().splitlines(), "without a message"][-2:][0]
         raise ValueError(f"{command} ended with {done.returncode}: {reason}")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    points, names = [line for line in log if "val_loss" in line], ("recall", "val_loss", "mem_used")
+    points = [line for line in log if "val_loss" in line]
+    names = "recall", "val_loss", "mem_used", "old_recall", "old_val_loss"
     result = {"command": command} | {name: points[-1][name] for name in names if name in points[-1]}
-    result["tokens_per_s"] = round(statistics.median(line["tokens_per_s"] for line in log))
+    result["tokens_per_s"] = round(statistics.median(x["tokens_per_s"] for x in log if "tokens_per_s" in x))
+    if name == "update":
+        weights = read_checkpoint(folder / "ckpt.pt")["model"].values()
+        delta = folder / "delta.pt"
+        result["bytes"] = delta.stat().st_size if delta.exists() else sum(x.nbytes for x in weights)
+        result["update_seconds"] = float(re.search(r"in ([\d,]+) s of", done.stdout)[1].replace(",", ""))
     result["seconds"] = round(time.monotonic() - began)  # of the whole process
     result["curve"] = [[p["iter"], *(round(p[name], 4) for name in names if name in p)] for p in points]
     shutil.rmtree(folder)
@@ -344,6 +399,8 @@ def main():
     counts = {count_people(options, preset) for name in parts for preset, options in PARTS[name][3].values()}
     for count in sorted(counts - {None}):
         make_dataset(count)
+    for seed in sorted({command.rpartition("=")[2] for command in jobs if "--init_from" in command}):
+        make_update(seed)
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
         futures = [pool.submit(run, c, gpu, machine | version | {"settings": settings[c]}) for c in jobs]
 

@@ -245,10 +245,13 @@ class Batches:
         self.ids, self.block_size, self.seed, self.vocab_size = np.asarray(ids), block_size, seed, vocab_size
         self.epoch = None
 
+    def __len__(self):
+        """Windows in an epoch."""
+        return (len(self.ids) - self.block_size - 1) // self.block_size  # one less: room for the shift
+
     def start(self, number):
         """Where window `number` (counted from the start of training) begins."""
-        windows = (len(self.ids) - self.block_size - 1) // self.block_size  # one less: room for the shift
-        epoch, position = divmod(number, windows)
+        epoch, position = divmod(number, windows := len(self))
         if epoch != self.epoch:  # draw the order of its windows, and a shift common to all of them
             generator = np.random.default_rng([self.seed, epoch])
             self.order, self.epoch = generator.permutation(windows), epoch

@@ -115,7 +115,7 @@ def main():
     add("--moved", type=int, default=0, help="new employers and cities of so many of those, and nothing else")
     add("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
     add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
-    add("--out", type=to_folder, help="folder to write to (default: this one, or facts-new, -moved beside it)")
+    add("--out", type=to_folder, help="folder to write to (default: this one; or facts-new, facts-moved)")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     most = len(FIRST) * len(MIDDLE) * len(LAST)
@@ -157,8 +157,9 @@ def main():
     counts = {"people": len(people), "facts": len(recall), "bits": round(bits)}
     facts = counts | {"seed": args.seed}
     write_dataset(args.out, train, val, vocabulary, separator, recall, args.overwrite, **facts)
+    each = bits / len(people)
     print(
-        f"{args.out}: {len(people):,} people, {len(recall):,} facts ({bits / len(people):.1f} bits per person), "
+        f"{args.out}: {len(people):,} people, {len(recall):,} facts ({each:.1f} bits per person), "
         f"{len(train):,} training tokens ({args.biographies} biographies per person, with each fact once), "
         f"{len(val):,} validation tokens, vocabulary of {len(tokens) + 1:,}"
     )
