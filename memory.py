@@ -265,10 +265,9 @@ class ValuePool(nn.Module):
         self.accumulator = torch.zeros_like(self.values), touched
 
     def choose(self, slots):
-        """From now on only the values of these slots (int64) have a gradient; None: all of them."""
-        self.chosen = None if slots is None else torch.zeros_like(self.values[:, 0], dtype=torch.uint8)
-        if slots is not None:
-            self.chosen.view(-1, self.S)[:, slots] = 1
+        """From now on only the values of these slots (int64; None: of all) have a gradient."""
+        self.chosen = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
+        self.chosen.view(-1, self.S)[:, slots] = 1  # None indexes all
 
     @torch.no_grad()
     def combine_gradient(self, replicas=None, world=1):

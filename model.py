@@ -7,17 +7,19 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU (
 
 Letters: B batch, T time, C model width (n_embd), V vocabulary; those of the memory are in memory.py."""
 
-import hashlib
+import ctypes
 import math
+import os
+import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.files import atomic_write, blame, writing
+from data.checkpoint import read_checkpoint
+from data.files import blame
 from memory import PEER, MemoryLayer, UltraMem, ValuePool, widen
 
 
@@ -385,26 +387,7 @@ def fill_in_and_check(c):
         check(last < L, f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={L}")
 
 
-# --- checkpoints, and deltas: rows of a table that belong to one ------------------------------------------
-
-FORMAT, DELTA = "nanomem-3", "nanomem-delta-1"
-
-
-def save_checkpoint(path, checkpoint):
-    """Tensors and plain values only. Whole or not at all: a full disk or a kill leaves what was there."""
-    with writing(path), atomic_write(path) as f:
-        torch.save(checkpoint, f)
-
-
-def read_checkpoint(path, kind="checkpoint", format=FORMAT):
-    if not path.exists():
-        way_out = "; out_dir= or init_from= must name a folder that has one" * (format == FORMAT)
-        raise FileNotFoundError(f"no {kind} {path}{way_out}")
-    with blame(f"{path} is damaged or not a {kind}", "give another one"):  # mmap: read what is used
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
-        raise ValueError(f"{path} is not a {kind} of this version of nanomem")
-    return checkpoint
+# --- checkpoints and devices ------------------------------------------------------------------------------
 
 
 def load_checkpoint(path, device="cpu", group=None):
@@ -429,40 +412,36 @@ def load_checkpoint(path, device="cpu", group=None):
     return {**checkpoint, "model": model}
 
 
-def identity(tensors):
-    """A hash of {name: tensor}, a string: of a model's state_dict it says what a delta belongs to."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def check_memory(config, group, device):
+    """Raises ValueError if this machine cannot hold the model: the system would just end the process."""
+    with torch.device("meta"):  # a model that takes no room
+        needs = sum(2 * p.nbytes + 8 * p.numel() for p in GPT(config, group, initialize=False).parameters())
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needs > have:
+        sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
+        raise ValueError(f"the model does not fit: {sizes}; lower mem_keys={config.mem_keys} or n_embd")
 
 
-def save_delta(path, pool, base, name):
-    """The rows of the pool's table that may have changed, and their values. base: identity of the model that
-    it was before, name: its file."""
-    chosen = torch.ones(len(pool.values)) if pool.chosen is None else pool.chosen.cpu()
-    rows = chosen.nonzero().flatten()
-    parts = {"rows": rows, "values": pool.values.detach()[rows.to(pool.values.device)].cpu()}
-    save_checkpoint(path, {"format": DELTA, "base": base, "name": name, "hash": identity(parts), **parts})
+def choose_device(name, number=0):
+    """A torch.device; number: which of several GPUs. Raises ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with blame(f"device={name} cannot be used here", "try device=cpu"):
+        device = torch.device(f"cuda:{number}" if name == "cuda" else name)  # set_device wants it
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
+        elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            for threshold in (-3, -1):  # of mmap and trim: else freed blocks fault in again, 8% of a step
+                libc.mallopt(threshold, 2**30)
+    return device
 
 
-def apply_deltas(model, path, files):
-    """Put the rows of deltas into a model's table, one after another. They must belong to its checkpoint, path,
-    or to what earlier ones have made of it. Raises FileNotFoundError or ValueError, naming the file."""
-    known = {identity(model.state_dict()): path}
-    for file in files:
-        delta = read_checkpoint(Path(file), "delta", DELTA)
-        with blame(f"{file} is damaged", "give another one"):
-            base, parts = delta["base"], {"rows": delta["rows"], "values": delta["values"]}
-            if delta["hash"] != identity(parts):
-                raise ValueError("its rows and values are not those that were saved")
-            if base in known:
-                table, rows = model.pool.values.detach(), parts["rows"].to(model.pool.values.device)
-                if not 0 <= rows.min() <= rows.max() < len(table):
-                    raise ValueError(f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}")
-                table[rows] = parts["values"].to(table.device)
-        if base not in known:
-            here = " or ".join(f"{known[key]} ({key})" for key in known)
-            raise ValueError(f"{file} belongs to {delta.get('name')} ({base}), not to {here}")
-        known[identity(model.state_dict())] = f"{path} with {file}"
+def precision(name, device):
+    """The context to compute in: autocast to bfloat16, or float32 throughout."""
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on = auto if name == "auto" else name == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)

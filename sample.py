@@ -3,13 +3,12 @@
     python sample.py                               samples from the default run, out/facts-memory
     python sample.py --start="Once upon a"         continue a text; FILE:path reads a file, - standard input
     python sample.py --recall                      ask for the facts in words that training did not use
-    python sample.py --inspect --start="..."       and say for each token which slots are read, and who else does
-    python sample.py --delta=out/facts-new/delta.pt --recall --dataset=facts-new      after an update by train.py
+    python sample.py --inspect --start="Once"      and say which slots each token reads, and who else does
+    python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt      with an update applied
 """
 
 import argparse
 import codecs
-import json
 import os
 import sys
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-from data.dataset import Dataset, find_folder, make_encoding, open_dataset
+from data.checkpoint import apply_deltas
+from data.dataset import Dataset, find_folder, make_encoding
 from data.files import blame, enough_memory, one_line, steady_streams
-from data.readers import Reads, open_readers, passage
-from model import apply_deltas, load_checkpoint
-from train import answer, choose_device, precision
+from data.readers import open_readers, reads_printer
+from model import choose_device, load_checkpoint, precision
+from train import answer
 
 
 def parse(argv):
@@ -41,7 +41,7 @@ def parse(argv):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default: %(default)s")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
     add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
-    add("--dataset", default=None, help="ask the questions of this one (default: that of the run)")
+    add("--dataset", default=None, help="of these questions or readers (default: that of the run)")
     add("--delta", default="", help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory")
     add("--inspect", action="store_true", help="what each new token reads in the memory, and who else")
     add("--json", action="store_true", help="with --inspect: one JSON object a token")
@@ -87,31 +87,6 @@ def sample(model, encoding, separator, ids, args, print_reads=None):
     print(f"[{rate:,.0f} tokens/s on {device}]", file=sys.stderr)
 
 
-def reads_printer(model, encoding, readers, ids, separator, as_json):
-    """A function that prints, for the token that a model has just given, the slots that were read most in each
-    layer, their share of all weights, and the passages of the training data, ids, that read these most."""
-    model.pool.usage = reads = Reads(model.config)
-
-    def print_reads(text):
-        layers = []
-        for block, (slots, shares) in zip(model.config.mem_layers, reads.last(), strict=True):
-            top = [{"slot": slot, "share": share} for slot, share in zip(slots.tolist(), shares.tolist(), strict=True)]
-            for item in top[: None if as_json else 3]:
-                positions = [position for position in readers.positions[item["slot"]].tolist() if position >= 0]
-                item["readers"] = [passage(ids, position, encoding, separator) for position in positions]
-            layers.append({"block": block, "slots": top})
-        if as_json:
-            print(json.dumps({"token": text, "layers": layers}))
-            return
-        print(f"\n\n{text!r}")
-        for layer in layers:
-            for item in layer["slots"][:3]:
-                head = f"  block {layer['block']}, slot {item['slot']:,}, {item['share']:.1%} of weights, read by"
-                print("\n      ".join([head, *dict.fromkeys(map(" \u2192".join, item["readers"][:4]))]))
-
-    return print_reads
-
-
 def print_recall(model, encoding, separator, questions, rows):
     """Ask all questions; show the first of them, and the accuracy for each kind."""
     shown, score = questions[: rows or None], {}
@@ -140,24 +115,20 @@ def main(argv):
         encoding = make_encoding(checkpoint["vocabulary"])
         if encoding.n_vocab != (size := model.config.vocab_size):
             raise ValueError(f"{encoding.n_vocab} tokens in its vocabulary, {size} in its model")
-    folder = find_folder(args.dataset or checkpoint["train_config"]["dataset"])
     print_reads, context = None, precision(args.dtype, device)
-    if (args.recall and not args.dataset) or args.inspect:
-        if checkpoint["fingerprint"] != Dataset(folder).fingerprint():
-            what = "--recall" if args.recall else "--inspect"
-            raise ValueError(f"{what}: {folder} is not what this checkpoint was trained on")
-    if args.recall:
-        questions = Dataset(folder).questions()
-        if not questions:
-            raise ValueError(f"--recall: {folder} has no recall.jsonl, so there are no questions to ask")
-        if Dataset(folder).vocabulary() != checkpoint["vocabulary"]:
-            raise ValueError(f"--dataset={args.dataset}: its vocabulary is not that of this checkpoint")
+    if args.recall or args.inspect:
+        dataset = Dataset(find_folder(args.dataset or checkpoint["train_config"]["dataset"]))
+        name, questions = "--recall" if args.recall else "--inspect", dataset.questions()
+        if not args.dataset and dataset.fingerprint() != checkpoint["fingerprint"]:
+            raise ValueError(f"{name}: {dataset.folder} is not what this checkpoint was trained on")
+        if dataset.vocabulary() != checkpoint["vocabulary"]:
+            raise ValueError(f"--dataset={args.dataset}: its vocabulary is not that of {path}")
+        if args.recall and not questions:
+            raise ValueError(f"--recall: {dataset.folder} has no recall.jsonl, so no questions to ask")
     if args.inspect:
         if model.pool is None:
             raise ValueError(f"--inspect: the model in {path} has no memory")
-        windows = open_dataset(folder, model.config.block_size, 0)["train_eval"]
-        readers = open_readers(path, model, windows, context)
-        print_reads = reads_printer(model, encoding, readers, windows.ids, separator, args.json)
+        print_reads = reads_printer(model, encoding, open_readers(path, model, dataset, context), args.json)
     if args.delta:
         apply_deltas(model, path, args.delta.split(","))
     text = read_start(args.start)

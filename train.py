@@ -10,13 +10,11 @@
 """
 
 import contextlib
-import ctypes
 import datetime
 import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -34,14 +32,15 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
+from data.checkpoint import FORMAT, hold, identity, prepare_out_dir, read_checkpoint
+from data.checkpoint import save_checkpoint, save_delta
 from data.dataset import Dataset, find_folder, open_dataset
-from data.files import Refused, blame, enough_memory, explain, lock, steady_streams, sweep, write_file
-from data.files import writing
+from data.files import Refused, blame, enough_memory, explain, steady_streams, writing
 from data.presets import PRESETS
 from kernels import RowAdam
 from memory import score_slots, whole_table
-from model import FORMAT, GPT, GPTConfig, check_options, identity, load_checkpoint, option
-from model import read_checkpoint, save_checkpoint, save_delta
+from model import GPT, GPTConfig, check_memory, check_options, choose_device, load_checkpoint
+from model import option, precision
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def complete_options(given):
     return saved | options
 
 
-# --- device, optimisers, learning rate, evaluation --------------------------------------------------------
+# --- optimisers, learning rate, evaluation ----------------------------------------------------------------
 
 
 def restore(optimizers, checkpoint):
@@ -154,29 +153,6 @@ def restore(optimizers, checkpoint):
             kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
             if kinds != right or state["step"] != checkpoint["iter"]:
                 raise ValueError("not two moments for each parameter, after as many steps as the run")
-
-
-def choose_device(name, number=0):
-    """A torch.device; number: which of several GPUs. Raises ValueError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with blame(f"device={name} cannot be used here", "try device=cpu"):
-        device = torch.device(f"cuda:{number}" if name == "cuda" else name)  # set_device wants it
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
-        elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            for threshold in (-3, -1):  # of mmap and trim: else freed blocks fault in again, 8% of a step
-                libc.mallopt(threshold, 2**30)
-    return device
-
-
-def precision(name, device):
-    """The context to compute in: autocast to bfloat16, or float32 throughout."""
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    on = auto if name == "auto" else name == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def make_optimizers(model, config):
@@ -367,7 +343,7 @@ def train(run):
     pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
     in_bar = "loss", "tokens_per_s", "gpu_gib", "val_loss", "recall", "old_recall"  # of a line of the log
     if config.init_from and state["iter"] == 0:
-        report(run, {"iter": 0}, evaluating=True)  # what it knows before
+        report(run, run.before, evaluating=True)
     options = {"initial": state["iter"], "unit": "step", "dynamic_ncols": True, "disable": ranks.rank > 0}
     bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
     clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next(pairs)
@@ -462,20 +438,7 @@ def save(run):
     if run.ranks.rank == 0:
         save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
         if run.config.update == "memory":
-            base = Path(run.config.init_from, "ckpt.pt")
-            save_delta(Path(run.config.out_dir, "delta.pt"), pool, run.state["base"], str(base))
-
-
-def check_memory(config, group, device):
-    """Raises ValueError if this machine cannot hold the model: the system would just end the process."""
-    with torch.device("meta"):  # a model that takes no room
-        needs = sum(2 * p.nbytes + 8 * p.numel() for p in GPT(config, group, initialize=False).parameters())
-    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needs > have:
-        sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments, {device} has {have / 2**30:,.1f}"
-        raise ValueError(f"the model does not fit: {sizes}; lower mem_keys={config.mem_keys} or n_embd")
+            save_delta(Path(run.config.out_dir, "delta.pt"), pool, *run.state["base"])
 
 
 def start(given, ranks):
@@ -488,6 +451,8 @@ def start(given, ranks):
         raise ValueError(f"gradient_accumulation_steps={steps} must be divisible by the {world} processes")
     if world % M or width % M:
         raise ValueError(f"memory_parallel={M} must divide {world} processes and the width {width} of values")
+    if config.update == "memory" and world > 1:
+        raise ValueError(f"update=memory: is for one process, not {world}")
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(M)
     torch.manual_seed(config.seed)
@@ -523,7 +488,7 @@ def start(given, ranks):
     ranks.gather(None)  # nobody has found anything wrong
     if ranks.rank == 0:
         prepare_out_dir(config, state["iter"])
-    parts = {"model": model, "optimizers": optimizers, "data": data, "state": state}
+    parts = {"model": model, "optimizers": optimizers, "data": data, "state": state, "before": {"iter": 0}}
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
 
@@ -533,46 +498,21 @@ def prepare_update(model, data, config, state, device, vocabulary):
         old = data["old"] = open_dataset(find_folder(config.background), model.config.block_size, config.seed)
         asked = {question["prompt"] for question in data["questions"] or ()}  # and answered otherwise now
         old["questions"] = [q for q in old["questions"] or () if q["prompt"] not in asked]
-    for part in (data, data.get("old", data)):
-        if part["vocabulary"] != vocabulary:
-            name = "dataset" if part is data else "background"
-            raise ValueError(f"{name}={getattr(config, name)}: {config.init_from} has another vocabulary")
+    if not data["vocabulary"] == data.get("old", data)["vocabulary"] == vocabulary:
+        what = f"dataset={config.dataset}, background={config.background}"
+        raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
     if config.update == "memory":
         S = 0 if model.pool is None else model.pool.S
         if config.update_slots > S or S == 0 or (config.update_slots and not config.background):
             what = f"update_slots={config.update_slots}: the model in {config.init_from} has {S:,}"
             raise ValueError(f"{what}, and background= is needed to choose some")
         model.requires_grad_(False).pool.values.requires_grad_(True)
-        state["base"] = state["base"] or identity(model.state_dict())
+        state["base"] = state["base"] or [identity(model.state_dict()), f"{config.init_from}/ckpt.pt"]
         if config.update_slots and state["slots"] is None:
             began = time.perf_counter()
             state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
             state["seconds"] += time.perf_counter() - began
         model.pool.choose(state["slots"])
-
-
-def hold(config):
-    """Lock out_dir, and see that no other run is lost."""
-    lock(out_dir := Path(config.out_dir))
-    old = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
-    if old and not (config.resume or config.overwrite):
-        way_out = "go on with --resume, " * ("ckpt.pt" in old) + "--overwrite it, or give another --out_dir"
-        raise ValueError(f"{out_dir} holds a run already: {way_out}")
-
-
-def prepare_out_dir(config, it):
-    """Make the folder ready for this run, which goes on after step `it`."""
-    out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    hold(config)
-    sweep(out_dir, r"ckpt\.pt|log\.jsonl")
-    if not config.resume:
-        log.unlink(missing_ok=True)
-        (out_dir / "ckpt.pt").unlink(missing_ok=True)
-    elif log.exists():  # without lines of later steps, and one that a kill has cut short
-        step = re.compile(rb'{"iter": (\d{1,18}),')
-        lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        write_file(log, b"".join(line for line in lines if not ((m := step.match(line)) and int(m[1]) > it)))
 
 
 def summarize(run, result):
@@ -583,13 +523,17 @@ def summarize(run, result):
     print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
     for name, part in (("recall", data), ("old_recall", data.get("old"))):
         if name in result:
-            words = f"recall       {result[name]:.1%} of {len(part['questions']):,} closed-book questions"
-            print(f"  {words}{f' of {c.background}' * (part is not data)}")
+            asked = f"{len(part['questions']):,} {'old ' * (part is not data)}closed-book questions"
+            before = f" ({run.before[name]:.1%} before)" * (name in run.before)
+            print(f"  recall       {result[name]:.1%} of {asked}{before}")
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
-    print(f"  written to   {c.out_dir}/ckpt.pt, log.jsonl")
-    print(f"\nNext: python sample.py --out_dir={shlex.quote(c.out_dir)}{' --recall' * ('recall' in result)}")
+    print(f"  written to   {c.out_dir}/ckpt.pt, log.jsonl{', delta.pt' * (c.update == 'memory')}")
+    words = ["sample.py", f"--out_dir={c.out_dir}", *["--recall"] * ("recall" in result)]
+    if c.update == "memory":
+        words[1:2] = f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt", f"--dataset={c.dataset}"
+    print(f"\nNext: python {shlex.join(words)}")
 
 
 def main(argv):

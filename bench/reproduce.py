@@ -32,11 +32,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.checkpoint import read_checkpoint
 from data.dataset import find_folder
 from data.facts.prepare import BITS, make_people
 from data.files import blame, lock, one_line, write_file
 from data.presets import PRESETS
-from model import GPT, read_checkpoint
+from model import GPT
 from train import make_configs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -122,12 +122,12 @@ def test_a_folder_is_held_before_its_checkpoint_is_read(finished, tmp_path, monk
     """Or the run that still writes to it would lose what it saves meanwhile."""
     order = []
     shutil.copytree(finished, tmp_path / "out")
-    for name in ("lock", "load_checkpoint"):
+    for name in ("hold", "load_checkpoint"):
         original = getattr(train, name)
         monkeypatch.setattr(train, name, lambda *a, f=original, n=name, **k: order.append(n) or f(*a, **k))
     with handlers():
         train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"])
-    assert order[:2] == ["lock", "load_checkpoint"]
+    assert order[:2] == ["hold", "load_checkpoint"]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(finished, tmp_path, monkeypatch, capsys):

@@ -215,7 +215,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_loads(finished, tm
     path, program = tmp_path / "ckpt.pt", tmp_path / "writer.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import pathlib, torch\nfrom train import save_checkpoint\n"
+        "import pathlib, torch\nfrom data.checkpoint import save_checkpoint\n"
         f"checkpoint = torch.load({str(finished / 'ckpt.pt')!r}, weights_only=True)\n"
         "while True:\n    checkpoint['padding'] = torch.zeros(10_000_000)\n"
         f"    save_checkpoint(pathlib.Path({str(path)!r}), checkpoint)\n"
