@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.checkpoint import read_checkpoint
 from data.files import blame
 from memory import PEER, MemoryLayer, UltraMem, ValuePool, widen
 
@@ -387,29 +386,7 @@ def fill_in_and_check(c):
         check(last < L, f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={L}")
 
 
-# --- checkpoints and devices ------------------------------------------------------------------------------
-
-
-def load_checkpoint(path, device="cpu", group=None):
-    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
-    With a group each of its processes gets its columns of the table, however many have written the file.
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
-    checkpoint = read_checkpoint(path)
-    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
-        with torch.device(device):
-            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
-        if group is not None:
-            states = checkpoint["optimizers"][1]["state"].values()
-            parts = [(state, name) for state in states for name in ("means", "squares")]
-            for part, name in [(checkpoint["model"], "pool.values"), *parts]:
-                part[name] = part[name][:, model.pool.columns]
-        model.load_state_dict(checkpoint["model"])
-        found = checkpoint | {"dataset": checkpoint["train_config"]["dataset"]}
-        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str, "dataset": str}
-        wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
-        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
-            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
-    return {**checkpoint, "model": model}
+# --- devices ----------------------------------------------------------------------------------------------
 
 
 def check_memory(config, group, device):

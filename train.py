@@ -39,8 +39,7 @@ from data.files import Refused, blame, enough_memory, explain, steady_streams, w
 from data.presets import PRESETS
 from kernels import RowAdam
 from memory import score_slots, whole_table
-from model import GPT, GPTConfig, check_memory, check_options, choose_device, load_checkpoint
-from model import option, precision
+from model import GPT, GPTConfig, check_memory, check_options, choose_device, option, precision
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,29 @@ def complete_options(given):
     return saved | options
 
 
-# --- optimisers, learning rate, evaluation ----------------------------------------------------------------
+# --- checkpoint, optimisers, learning rate, evaluation ----------------------------------------------------
+
+
+def load_checkpoint(path, device="cpu", group=None):
+    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
+    With a group each of its processes gets its columns of the table, however many have written the file.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
+    checkpoint = read_checkpoint(path)
+    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
+        TrainConfig(**checkpoint["train_config"])
+        with torch.device(device):
+            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
+        if group is not None:
+            states = checkpoint["optimizers"][1]["state"].values()
+            parts = [(state, name) for state in states for name in ("means", "squares")]
+            for part, name in [(checkpoint["model"], "pool.values"), *parts]:
+                part[name] = part[name][:, model.pool.columns]
+        model.load_state_dict(checkpoint["model"])
+        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
+        wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
+        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
+            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
+    return {**checkpoint, "model": model}
 
 
 def restore(optimizers, checkpoint):
@@ -524,7 +545,7 @@ def summarize(run, result):
     for name, part in (("recall", data), ("old_recall", data.get("old"))):
         if name in result:
             asked = f"{len(part['questions']):,} {'old ' * (part is not data)}closed-book questions"
-            before = f" ({run.before[name]:.1%} before)" * (name in run.before)
+            before = f" ({run.before[name]:.1%} before)" if name in run.before else ""
             print(f"  recall       {result[name]:.1%} of {asked}{before}")
     if model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
