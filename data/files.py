@@ -34,12 +34,14 @@ def explain(error):
 
 @contextlib.contextmanager
 def blame(what, way_out):
-    """An error inside becomes a ValueError that names the file or option at fault. (OSErrors do already.)"""
+    """An error inside becomes a ValueError that names the file or option at fault. (Most OSErrors do already.)"""
     try:
         yield
-    except (OSError, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in tiktoken is no Exception
+        if isinstance(error, OSError) and (error.filename or not error.errno):
+            raise
         raise ValueError(f"{what} ({explain(error)}); {way_out}") from None
 
 
