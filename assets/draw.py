@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 ASSETS = Path(__file__).resolve().parent
 INK, SOFT, FAINT, GRID = "#1f2933", "#5b6673", "#8a94a0", "#d5dbe3"
-BLUE, ORANGE, GREEN = "#1f5fd0", "#c2570a", "#2d7d46"
+BLUE, ORANGE, GREEN, VIOLET = "#1f5fd0", "#c2570a", "#2d7d46", "#8e3fb0"
 PALE, PALE_BLUE, PALE_ORANGE = "#eef2f7", "#e1ebff", "#fde3cb"
 MARKED = {"fill": PALE_ORANGE, "stroke": ORANGE}
 
@@ -224,8 +224,77 @@ def draw_results():
     save("results.svg", 822, 396, parts)
 
 
+def draw_slots():
+    """What questions for some facts read in a table of N * N slots: slots.json (bench/slots.py --draw)."""
+    file, side, parts = json.loads((ASSETS / "slots.json").read_text()), 340, []
+    reads, person = file["reads"], file["reads"][0][0]
+    colors = BLUE, ORANGE, GREEN, VIOLET, "#b8860b", "#c2185b"
+    one = 40, f"six facts of {person}", [read for read in reads if read[0] == person], 1
+    six = 450, "the employers of six people", [read for read in reads if read[1] == "employer"], 0
+    for x0, title, facts, name in (one, six):
+        parts += [text(x0 + side / 2, 34, title, 15, weight="bold")]
+        parts += [box(x0, 52, side, side, "white", GRID, 0)]
+        parts += [text(x0 - 14, 52 + side / 2, "sub-key of half 1", 12, SOFT, upward=True)]
+        parts += [text(x0 + side / 2, 72 + side, "sub-key of half 2", 12, SOFT)]
+        for i, (fact, color) in enumerate(zip(facts, colors, strict=True)):
+            for slot, share in fact[2]:
+                row, column = divmod(slot, file["keys"])
+                x, y = (round(z * side / file["keys"], 1) for z in (column + 0.5, row + 0.5))
+                radius = round(15 * share**0.5, 1)
+                parts += [tag("circle", cx=x0 + x, cy=52 + y, r=radius, fill=color, fill_opacity=0.55)]
+            x, y = x0 + 10 + 168 * (i % 2), 96 + side + 20 * (i // 2)
+            parts += [tag("circle", cx=x, cy=y, r=5, fill=color, fill_opacity=0.7)]
+            parts += [text(x + 10, y + 4, fact[name], 12, anchor="start")]
+    save("slots.svg", 822, 500, parts)
+
+
+def draw_updates():
+    """Old facts against new ones while a model learns 100 people: results.jsonl, of bench/reproduce.py."""
+    curves = {}  # options: the curves, [[step, new recall, ..., old recall, old loss], ...], of each seed
+    for result in map(json.loads, (ASSETS / "results.jsonl").read_text().splitlines()):
+        _, _, options = result["command"].partition("--dataset=out/facts-new")
+        if options:
+            curves.setdefault(options.rpartition(" --seed=")[0].strip(), []).append(result["curve"])
+    rows = "--update=memory --update_slots="
+    looks = [("", INK, "all weights, AdamW and RowAdam at the rates of training")]
+    looks += [("--learning_rate=0.0003", FAINT, "all weights, AdamW at 3e-4")]
+    looks += [("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "all weights, AdamW at 1e-4, SGD for values")]
+    looks += [(f"{rows}0", GREEN, "all rows of the table, SGD")]
+    looks += [(f"{rows}{T}", BLUE, f"{T:,} rows") for T in (32768, 16384, 4096, 1024)]
+    looks += [(f"{rows}16384 --update_by=reads", ORANGE, "16,384 rows, chosen by reads")]
+    looks, parts = [look for look in looks if look[0] in curves], []
+    for x0, low, title in ((84, 0.0, "all of it"), (500, 0.85, "above 85%")):
+        parts += [text(x0 + 145, 34, title, 15, weight="bold"), text(x0 + 145, 350, "new facts known", 13)]
+        parts += [text(x0 - 50, 180, "old facts known", 13, upward=True)]
+        for i in range(6):
+            value, y = f"{low + (1 - low) * i / 5:.0%}", 305 - 50 * i
+            parts += [line((x0, y), (x0 + 290, y), color=GRID, width=1)]
+            parts += [text(x0 - 8, y + 4, value, 12, SOFT, "end")]
+            parts += [text(x0 + 58 * i, 326, f"{i / 5:.0%}", 12, SOFT)]
+        for options, color, _ in looks:
+            steps = zip(*curves[options], strict=True)
+            means = [(mean(p[1] for p in points), mean(p[-2] for p in points)) for points in steps]
+            inside = [(round(x0 + 290 * new, 1), round(305 - 250 * (old - low) / (1 - low), 1))
+                      for new, old in means if old >= low]  # fmt: skip
+            look = {"r": 3, "fill": "white", "stroke": color, "stroke_width": 1.5}
+            parts += [line(*inside, color=color, width=2)]
+            parts += [tag("circle", cx=x, cy=y, **look) for x, y in inside]
+            if low and "memory" in options and "slots=0" not in options:
+                words, (x, y) = options.partition("slots=")[2].partition(" ")[0], inside[-1]
+                y += -22 if words == "32768" else 18
+                parts += [text(x - 10, y, f"{int(words):,}", 12, color)]
+    several = [(color, words) for _, color, words in looks if color != BLUE] + [(BLUE, "so many rows")]
+    for i, (color, words) in enumerate(several):
+        x, y = 50 + 390 * (i % 2), 378 + 20 * (i // 2)
+        parts += [line((x, y - 4), (x + 22, y - 4), color=color, width=2.5)]
+        parts += [text(x + 30, y, words, 12, anchor="start")]
+    save("updates.svg", 822, 432, parts)
+
+
 if __name__ == "__main__":
     draw_model()
     draw_product_keys()
     draw_lookup()
     draw_results()
+    draw_slots()
+    draw_updates()

@@ -14,6 +14,7 @@ them. On a CPU a run takes one thread, and two are trained at a time.
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -314,6 +315,26 @@ def size(preset, options):
     return (counts["dense"] + pools * counts["pool"]) / 1e6, flops / 1e6
 
 
+def update_row(lines):
+    """What updates taught, and what is forgotten. Curves: step, new recall, ..., old recall, old loss."""
+    curves, row = [line["curve"] for line in lines.values()], {}
+    new, last = [100 * curve[-1][1] for curve in curves], [(curve[0], curve[-1]) for curve in curves]
+    row["new facts known, %"] = f"{with_error(new, '.1f')} ({', '.join(f'{x:.0f}' for x in new)})"
+    row["old ones lost, points"] = with_error((100 * (a[-2] - b[-2]) for a, b in last), ".1f")
+    at_90 = [lost_at(curve, 0.9) for curve in curves]
+    row["lost at 90% of the new"] = "" if None in at_90 else with_error((100 * x for x in at_90), ".1f")
+    row["old text, nats worse"] = with_error((b[-1] - a[-1] for a, b in last), ".3f")
+    row["seconds"] = f"{statistics.median(line['update_seconds'] for line in lines.values()):.0f}"
+    return row | {"MB": f"{next(iter(lines.values()))['bytes'] / 1e6:.2f}"}
+
+
+def lost_at(curve, share):
+    """Recall of old facts lost when that share of the new is known, between two evaluations; None: never."""
+    for (_, new, *_, old, _), (_, next_new, *_, next_old, _) in itertools.pairwise(curve):
+        if next_new >= share:
+            return curve[0][-2] - old + (old - next_old) * (share - new) / (next_new - new)
+
+
 def table(name, results):
     """A part in Markdown: means and their standard errors over seeds. results: {command: line}"""
     _, question, seeds, parts = PARTS[name]
@@ -325,7 +346,10 @@ def table(name, results):
         paired = {seed: first[seed] for seed in lines if seed in first and lines is not first}
         row = rows[label] = {"": label}
         if not lines:
-            row["recall, % (each seed)"] = "not measured"
+            row["new facts known, %" if "init_from" in options else "recall, % (each seed)"] = "not measured"
+            continue
+        if "init_from" in options:
+            row |= update_row(lines)
             continue
         if "recall" in next(iter(lines.values())):
             each = {seed: 100 * line["recall"] for seed, line in lines.items()}

@@ -34,7 +34,7 @@ def explain(error):
 
 @contextlib.contextmanager
 def blame(what, way_out):
-    """An error inside becomes a ValueError that names the file or option at fault. (Most OSErrors do already.)"""
+    """An error inside becomes a ValueError that names the file or option at fault, as most OSErrors do."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -129,3 +129,19 @@ def test_differences_are_paired_by_seed():
     first, dense, experts = reproduce.table("text", results).splitlines()[4:]
     assert dense.startswith("| dense | 0.200 ± 0.100 | 4.133 ± ") and first.startswith("| Memory+ |  | 1.500 ± ")
     assert "not measured" in experts
+
+
+def test_what_is_forgotten_at_the_same_recall_is_read_between_evaluations():
+    curve = [[0, 0.0, 2.0, 0.5, 0.95, 0.6], [50, 0.8, 1.0, 0.5, 0.85, 0.7], [100, 1.0, 1.0, 0.5, 0.75, 0.8]]
+    assert reproduce.lost_at(curve, 0.9) == pytest.approx(0.15) and reproduce.lost_at(curve[:2], 0.9) is None
+    rows = reproduce.PARTS["new people"][3]
+    line = dict(curve=curve, update_seconds=7.4, bytes=1_230_000)
+    results = {reproduce.command_of(*row, seed): line for row in rows.values() for seed in (1, 2)}
+    row = reproduce.table("new people", results).splitlines()[4]
+    assert "| 100.0 ± 0.0 (100, 100) | 20.0 ± 0.0 | 15.0 ± 0.0 | 0.200 ± 0.000 | 7 | 1.23 |" in row
+
+
+def test_updates_of_a_seed_are_of_the_model_of_that_seed():
+    commands = [reproduce.command_of(*row, 3) for part in ("new people", "moved people") for row in reproduce.PARTS[part][3].values()]
+    assert len(set(commands)) == len(commands) == 19
+    assert all(f"--init_from={reproduce.base_of(3)} " in c and c.endswith(" --seed=3") and "mem_keys" not in c for c in commands)

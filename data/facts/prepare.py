@@ -141,7 +141,7 @@ def main():
     if kind:
         moved = [people[i] for i in generator.choice(len(people), args.moved, replace=False)]
         people = make_people(args.new, generator, people) + [move(person, generator) for person in moved]
-    rounds = [("train", False)] * args.biographies + [("val", True)]
+    rounds = [("train", False)] * args.biographies + [("val", True)] * (5 if kind else 1)  # windows of text
     ids = {"train": [], "val": []}
     for split, held_out in tqdm(rounds, desc=f"biographies of {args.people:,} people", unit="round"):
         for i in generator.permutation(len(people)):
