@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import identity, read_checkpoint, save_checkpoint
-from data.dataset import open_dataset
+from data.dataset import make_encoding, open_dataset
 from data.files import blame
 
 FORMAT = "nanomem-readers-1"
@@ -70,17 +70,21 @@ class Readers:
             table[slots[order], rank] = x[order]
 
 
-def find_readers(readers, model, windows, context):
-    """One pass over the training data, or WINDOWS of its windows (dataset.Batches), adds them to readers."""
+def find_readers(readers, model, windows, ends, context):
+    """One pass over the training data, or WINDOWS of its windows (dataset.Batches), adds them to readers.
+    ends (vocab_size) bool: tokens after which a passage begins."""
     reads, T = Reads(model.config), windows.block_size
     prime, count = np.uint64(0x9E3779B97F4A7C15), min(len(windows), WINDOWS)
     model.pool.usage = reads
     for first in tqdm(range(0, count, 16), "who reads which slot", unit="batch", leave=False):
         numbers = range(first, min(first + 16, count))
         ids, starts = windows(numbers), [windows.start(number) for number in numbers]  # (B, T + 1), (B)
-        words = np.zeros((len(ids), T), np.uint64)
-        for shift in reversed(range(WORDS)):  # the hash of a token and the WORDS - 1 before it
-            words[:, shift:] = words[:, shift:] * prime + ids[:, : T - shift].astype(np.uint64) + np.uint64(1)
+        words, begins = np.zeros((len(ids), T), np.uint64), np.zeros((len(ids), T), np.int64)
+        begins[:, 1:] = np.maximum.accumulate(np.arange(1, T) * ends[ids[:, : T - 1]], axis=1)
+        for shift in reversed(range(WORDS)):  # the hash of a token and those before it in its passage
+            hashed = words[:, shift:] * prime + ids[:, : T - shift].astype(np.uint64) + np.uint64(1)
+            same = begins[:, shift:] <= np.arange(T - shift)
+            words[:, shift:] = np.where(same, hashed, words[:, shift:])
         with torch.no_grad(), context:
             model(torch.from_numpy(ids[:, :-1]).to(model.embedding.weight.device))
         positions = np.add.outer(starts, np.arange(T)).ravel()
@@ -104,7 +108,10 @@ def open_readers(path, model, dataset, context):
                     raise ValueError("it has positions that are not there")
                 readers.positions, readers.weights = positions, weights
                 return readers
-    find_readers(readers, model, windows, context)
+    encoding = make_encoding(dataset.vocabulary())
+    texts = [encoding.decode_bytes([i]) for i in range(encoding.n_vocab)]
+    ends = np.array([i == dataset.separator or text.endswith(b"\n") for i, text in enumerate(texts)])
+    find_readers(readers, model, windows, ends, context)
     tensors = {name: torch.from_numpy(getattr(readers, name)) for name in ("positions", "weights")}
     save_checkpoint(file, {"format": FORMAT, "base": base, **tensors})
     return readers
@@ -136,6 +143,7 @@ def reads_printer(model, encoding, readers, as_json):
         print(f"\n\n{text!r}")
         for read in layers:
             head = f"  block {read['block']}, slot {read['slot']:,}, {read['share']:.1%} of weights, read by"
-            print(head, *dict.fromkeys(" →".join(texts) for texts in read["readers"][:4]), sep="\n      ")
+            passages = dict.fromkeys(" →".join(texts) for texts in read["readers"])
+            print("\n      ".join([head, *passages][:5]))
 
     return print_reads

@@ -380,14 +380,19 @@ def test_the_readers_of_a_slot_are_those_with_the_largest_weights(two_layers, fa
     model, dataset, best = checkpoint["model"], Dataset(facts), {}
     windows = open_dataset(facts, 32, 0)["train_eval"]
     got = readers.Readers(256)
-    readers.find_readers(got, model, windows, torch.no_grad())
+    encoding = make_encoding(dataset.vocabulary())
+    end = encoding.encode(".\n")[0]
+    ends = np.isin(np.arange(encoding.n_vocab), [end, encoding.encode("\n")[0], dataset.separator])
+    readers.find_readers(got, model, windows, ends, torch.no_grad())
     for number in range(len(windows)):
         begin, ids = windows.start(number), windows([number])[0]
         for reads in float64_reads(model, torch.from_numpy(ids[None, :-1])).values():
             for t, shares in enumerate(reads):
-                words = tuple(ids[max(0, t - readers.WORDS + 1) : t + 1].tolist())
+                words = ids[max(0, t - readers.WORDS + 1) : t + 1].tolist()
+                while any(ends[word] for word in words[:-1]):
+                    words = words[1:]
                 for slot in shares:
-                    best.setdefault(slot, {}).setdefault(words, []).append(begin + t)
+                    best.setdefault(slot, {}).setdefault(tuple(words), []).append(begin + t)
     tokens = dataset.tokens("train")
     for slot in range(256):
         mine = [p for p in got.positions[slot].tolist() if p >= 0]
