@@ -166,7 +166,7 @@ PARTS = {
         "all weights, AdamW 1e-4, SGD for the values": update("new", learning_rate=1e-4, mem_sgd=1.0),
         "all rows, RowAdam 1e-2": update("new", **sparse(0, mem_sgd=0.0, mem_learning_rate=1e-2)),
         "all rows, SGD": update("new", **sparse(0)),
-        **{f"{T:,} slots": update("new", **sparse(T)) for T in (64, 256, 1024, 4096, 16384, 32768)},
+        **{f"{T:,} slots": update("new", **sparse(T)) for T in (64, 256, 1024, 4096, 16384, 32768, 65536)},
         "16,384 slots, chosen by reads": update("new", **sparse(16384, update_by="reads")),
     }),
     "moved people": ("more", "unlearning 200 facts, and forgetting 11,800", range(1, 6), {

@@ -143,5 +143,5 @@ def test_what_is_forgotten_at_the_same_recall_is_read_between_evaluations():
 
 def test_updates_of_a_seed_are_of_the_model_of_that_seed():
     commands = [reproduce.command_of(*row, 3) for part in ("new people", "moved people") for row in reproduce.PARTS[part][3].values()]
-    assert len(set(commands)) == len(commands) == 19
+    assert len(set(commands)) == len(commands) == 20
     assert all(f"--init_from={reproduce.base_of(3)} " in c and c.endswith(" --seed=3") and "mem_keys" not in c for c in commands)
