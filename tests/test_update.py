@@ -16,6 +16,7 @@ import torch
 
 import sample
 import train
+from bench.slots import shared
 from data import readers
 from data.checkpoint import identity
 from data.dataset import Dataset, make_encoding, open_dataset
@@ -441,3 +442,10 @@ def test_inspect_on_a_terminal(finished, facts):
     text = make_encoding(Dataset(facts).vocabulary()).decode(Dataset(facts).tokens("train").tolist())
     shown = [line.strip() for line in done.stdout.splitlines() if line.startswith("      ")]
     assert len(shown) > 6 and all(line.replace(" →", "") in text for line in shown if "\n" not in line)
+
+
+def test_who_shares_the_slot_that_a_fact_reads_most_is_what_one_counts_by_hand():
+    facts = [("Ann", "city"), ("Ann", "firm"), ("Bob", "city")]
+    first, mass = shared(facts, [{1: 0.6, 2: 0.4}, {1: 0.3, 3: 0.7}, {1: 0.5, 4: 0.4}])
+    assert first == {"attribute": 2, "nobody": 1}  # Bob's city for Ann's, Ann's for Bob's; slot 3 is her firm's
+    assert mass == pytest.approx({"person": 0.3 / 0.8, "attribute": 0.5 / 0.8 + 0.6 / 0.9, "neither": 0.3 / 0.9})
