@@ -42,7 +42,7 @@ def parse(argv):
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
     add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
     add("--dataset", default=None, help="of these questions or readers (default: that of the run)")
-    add("--delta", default="", help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory")
+    add("--delta", default=None, help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory")
     add("--inspect", action="store_true", help="what each new token reads in the memory, and who else")
     add("--json", action="store_true", help="with --inspect: one JSON object a token")
     if "--inspect" in argv:
@@ -50,6 +50,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if (args.json and not args.inspect) or (args.inspect and args.recall):
         parser.error("--json is for --inspect, and that for --start=TEXT")
+    if args.delta is not None and "" in args.delta.split(","):
+        parser.error(f"--delta={args.delta}: a file has no name; is it a variable that is not set?")
     for name in ("num_samples", "max_new_tokens", "top_k", "temperature", "top_p", "seed", "rows"):
         low = int(name in ("num_samples", "max_new_tokens", "top_k"))
         value, high = getattr(args, name), {"top_p": 1, "seed": 2**63 - 1}.get(name, 10**9)
@@ -82,7 +84,8 @@ def sample(model, encoding, separator, ids, args, print_reads=None):
         for token in model.stream(prompt, *options):
             text = characters.decode(encoding.decode_single_token_bytes(token.item()))
             print_reads(text) if print_reads else print(text, end="", flush=True)
-        print(characters.decode(b"", final=True), end="" if args.json else "\n")
+        if not args.json:
+            print(characters.decode(b"", final=True))
     rate = args.num_samples * args.max_new_tokens / (time.perf_counter() - began)
     print(f"[{rate:,.0f} tokens/s on {device}]", file=sys.stderr)
 

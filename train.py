@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from data.checkpoint import FORMAT, hold, identity, prepare_out_dir, read_checkpoint
-from data.checkpoint import save_checkpoint, save_delta
+from data.checkpoint import restore, save_checkpoint, save_delta
 from data.dataset import Dataset, find_folder, open_dataset
 from data.files import Refused, blame, enough_memory, explain, steady_streams, writing
 from data.presets import PRESETS
@@ -51,10 +51,10 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
     init_from: str = option("", "folder of a run: begin with its weights and options, without its optimisers")
-    background: str = option("", "with that, a dataset not to forget (default: what that run has learned)")
+    background: str = option("", "with that, a dataset not to forget (by default the one of that run)")
     update: str = option("all", "weights that change: all, or the memory's values", choices=("all", "memory"))
     update_slots: int = option(0, "update=memory: only of so many slots; 0: of all")
-    update_by: str = option("gradient", "how those are chosen (choose_slots)", choices=("gradient", "reads"))
+    update_by: str = option("gradient", "choose them by gradient, or reads", choices=("gradient", "reads"))
     batch_size: int = option(8, "sequences in a micro-step", 1)
     gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together", 1)
     max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them", 1)
@@ -62,7 +62,7 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
     mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
-    mem_sgd: float = option(0.0, "rate of SGD for the values, for a sum over tokens; 0: RowAdam")
+    mem_sgd: float = option(0.0, "rate of SGD for the values (update=memory: 1), 0: RowAdam")
     mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
     weight_decay: float = option(0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31)
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
@@ -82,8 +82,12 @@ class TrainConfig:
         check_options(self)
         if not self.out_dir.strip():
             raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
-        if (self.update == "memory" and not self.init_from) or (self.update_slots and self.update == "all"):
-            raise ValueError("update_slots= goes with update=memory, and that with a run: init_from=")
+        if (self.update == "memory" or self.background) and not self.init_from:
+            raise ValueError("update=memory and background= go with a run: init_from= must name it")
+        if self.update_slots and not (self.update == "memory" and self.background):
+            raise ValueError(f"update_slots={self.update_slots}: goes with update=memory and background=")
+        if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
+            raise ValueError(f"out_dir={self.out_dir}: init_from= names the same folder; give another one")
 
 
 # --- command line ---------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def complete_options(given):
     base, resume, preset = given.get("init_from"), given.get("resume"), given["preset"]
     name = Path(given.get("dataset", "update")).name if base else preset or "facts-memory"
     options = {"out_dir": f"out/{name}"} | {k: v for k, v in given.items() if k != "preset"}
-    if not (resume or base):
+    if not resume and base is None:
         return PRESETS[preset or "facts-memory"] | options
     if preset:
         raise ValueError("preset: a run that goes on keeps its options; leave it out, give what is to change")
@@ -125,11 +129,12 @@ def complete_options(given):
     with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
         configs = make_configs(checkpoint["train_config"] | checkpoint["model_config"])
         saved = asdict(configs[0]) | asdict(configs[1])
-    kept = "seed", "batch_size", "gradient_accumulation_steps", "init_from", "update", "update_slots"
+    kept = ["seed", "batch_size", "gradient_accumulation_steps", "init_from", "mem_sgd"]
+    kept += ["update", "update_slots", "update_by"]
     if not resume:
-        kept, memory = (), options.get("update") == "memory"
-        saved |= dict(resume=False, overwrite=False, update="all", update_slots=0, mem_sgd=float(memory))
-        saved["background"] = saved["dataset"]
+        kept, sgd = (), options.get("update") == "memory" and saved["mem_dtype"] == "float32"
+        saved |= dict(resume=False, overwrite=False, update="all", update_slots=0, update_by="gradient")
+        saved |= dict(background=saved["dataset"], memory_parallel=1, mem_sgd=float(sgd))
     layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
     training, model = map(asdict, make_configs(saved | layers | options))
     for name in (*model, *kept):
@@ -161,19 +166,6 @@ def load_checkpoint(path, device="cpu", group=None):
         if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
             raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
     return {**checkpoint, "model": model}
-
-
-def restore(optimizers, checkpoint):
-    """Give the optimisers their state in the checkpoint; rates and decays stay as they are."""
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
-        names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
-        tables = [] if isinstance(optimizer, torch.optim.SGD) else optimizer.param_groups  # that has no state
-        for p in (p for group in tables for p in group["params"] if p.requires_grad):
-            state, right = optimizer.state[p], dict.fromkeys(names, (p.shape, torch.float32, torch.strided))
-            kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
-            if kinds != right or state["step"] != checkpoint["iter"]:
-                raise ValueError("not two moments for each parameter, after as many steps as the run")
 
 
 def make_optimizers(model, config):
@@ -247,21 +239,21 @@ def evaluate(model, data, config, device):
 
 
 def choose_slots(model, new, old, config, device):
-    """The update_slots slots with the best scores (memory.score_slots), int64. new, old: dataset.Batches.
-    What is scored is the norm of a slot's gradient, summed over the new data, or how often they read it."""
-    pool, learns = model.pool, config.update_by == "gradient"
+    """The update_slots slots with the best scores (memory.score_slots), int64. new, old: dataset.Batches, of
+    which one pass and 1,000 windows are read. c: norms of the rows' gradients, summed over new, or reads."""
+    pool, learns, context = model.pool, config.update_by == "gradient", precision(config.dtype, device)
     pool.collect_gradients()
 
     def reads(what, windows, count, size):
         bar = tqdm(range(count), f"slots that {what} data read", unit="batch", leave=False)
         for idx, targets in batches(windows, bar, size, device):
-            with precision(config.dtype, device), pool.record_usage() as usage:
+            with torch.set_grad_enabled(learns and what == "new"), pool.record_usage() as usage, context:
                 loss = model(idx, targets)[1]
-            if learns and what == "new":
+            if loss.requires_grad:
                 loss.backward()
             yield usage.reads
 
-    c = sum(reads("new", new, -(-len(new) // config.batch_size), config.batch_size))
+    c = sum(reads("new", new, max(1, len(new) // config.batch_size), config.batch_size))
     if learns:
         pool.combine_gradient()
         rows, gradients = pool.values.grad.indices()[0] % pool.S, pool.values.grad.values()
@@ -438,7 +430,8 @@ def report(run, line, evaluating):
 
 def refuse_nan(number, run, what="loss"):
     if not math.isfinite(number):
-        now = [f"{k} (now {getattr(run.config, k):g})" for k in ("learning_rate", "mem_learning_rate")]
+        names = "learning_rate", "mem_sgd" if run.config.mem_sgd else "mem_learning_rate"
+        now = [f"{k} (now {getattr(run.config, k):g})" for k in names]
         what = f"the {what} is {number} at step {run.state['iter']}: training has diverged"
         raise Refused(f"{what}. Try a smaller {' or '.join(now)}, or a longer warmup_iters")
 
@@ -451,15 +444,16 @@ def save(run):
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if pool is not None:
         weights["pool.values"] = whole_table(pool, weights["pool.values"])
-        for state in optimizers[1]["state"].values():
-            state |= {k: whole_table(pool, x) for k, x in state.items() if torch.is_tensor(x)}
+        for i, state in optimizers[1]["state"].items():  # which is the optimiser's own
+            tables = {k: whole_table(pool, x) for k, x in state.items() if torch.is_tensor(x)}
+            optimizers[1]["state"][i] = state | tables
     checkpoint = {"format": FORMAT, "model": weights, "optimizers": optimizers, **run.state}
     checkpoint |= {name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")}
     checkpoint |= {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
     if run.ranks.rank == 0:
-        save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
         if run.config.update == "memory":
             save_delta(Path(run.config.out_dir, "delta.pt"), pool, *run.state["base"])
+        save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
 
 
 def start(given, ranks):
@@ -501,7 +495,7 @@ def start(given, ranks):
         if state["iter"] >= config.max_iters:
             raise ValueError(f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters")
     if config.init_from:
-        prepare_update(model, data, config, state, device, checkpoint["vocabulary"])
+        prepare_update(model, data, config, state, device, checkpoint)
     optimizers = make_optimizers(model, config)
     if config.resume:
         with blame(f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"):
@@ -513,20 +507,22 @@ def start(given, ranks):
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
 
-def prepare_update(model, data, config, state, device, vocabulary):
+def prepare_update(model, data, config, state, device, checkpoint):
     """Open what is not to be forgotten; with update=memory freeze the network, and choose slots."""
     if config.background:
         old = data["old"] = open_dataset(find_folder(config.background), model.config.block_size, config.seed)
         asked = {question["prompt"] for question in data["questions"] or ()}  # and answered otherwise now
         old["questions"] = [q for q in old["questions"] or () if q["prompt"] not in asked]
-    if not data["vocabulary"] == data.get("old", data)["vocabulary"] == vocabulary:
+        own = config.background == checkpoint["train_config"]["dataset"]
+        if own and old["fingerprint"] != checkpoint["fingerprint"]:
+            raise ValueError(f"background={config.background}: not what {config.init_from} was trained on")
+    if not data["vocabulary"] == data.get("old", data)["vocabulary"] == checkpoint["vocabulary"]:
         what = f"dataset={config.dataset}, background={config.background}"
         raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
     if config.update == "memory":
         S = 0 if model.pool is None else model.pool.S
-        if config.update_slots > S or S == 0 or (config.update_slots and not config.background):
-            what = f"update_slots={config.update_slots}: the model in {config.init_from} has {S:,}"
-            raise ValueError(f"{what}, and background= is needed to choose some")
+        if config.update_slots > S or S == 0:
+            raise ValueError(f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots")
         model.requires_grad_(False).pool.values.requires_grad_(True)
         state["base"] = state["base"] or [identity(model.state_dict()), f"{config.init_from}/ckpt.pt"]
         if config.update_slots and state["slots"] is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data.files import atomic_write, blame, lock, sweep, write_file, writing
+from kernels import RowAdam
 
 FORMAT, DELTA = "nanomem-3", "nanomem-delta-1"
 
@@ -27,6 +28,19 @@ def read_checkpoint(path, kind="checkpoint", format=FORMAT):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
         raise ValueError(f"{path} is not a {kind} of this version of nanomem")
     return checkpoint
+
+
+def restore(optimizers, checkpoint):
+    """Give the optimisers their state in the checkpoint; rates and decays stay as they are."""
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+        names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
+        tables = [] if isinstance(optimizer, torch.optim.SGD) else optimizer.param_groups  # that has no state
+        for p in (p for group in tables for p in group["params"] if p.requires_grad):
+            state, right = optimizer.state[p], dict.fromkeys(names, (p.shape, torch.float32, torch.strided))
+            kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
+            if kinds != right or state["step"] != checkpoint["iter"]:
+                raise ValueError("not two moments for each parameter, after as many steps as the run")
 
 
 def identity(tensors):
@@ -49,8 +63,9 @@ def save_delta(path, pool, base, name):
 def apply_deltas(model, path, files):
     """Put the rows of deltas into a model's table, one after another. They must belong to its checkpoint,
     path, or to what earlier ones made of it. Raises FileNotFoundError or ValueError, naming the file."""
-    known = {identity(model.state_dict()): path}
-    for file in files:
+    known = {}
+    for made, file in zip([path, *(f"{path} with {file}" for file in files)], files, strict=False):
+        known[identity(model.state_dict())] = made
         delta = read_checkpoint(Path(file), "delta", DELTA)
         with blame(f"{file} is damaged", "give another one"):
             base, parts = delta["base"], {"rows": delta["rows"], "values": delta["values"]}
@@ -64,13 +79,12 @@ def apply_deltas(model, path, files):
         if base not in known:
             here = " or ".join(f"{known[key]} ({key})" for key in known)
             raise ValueError(f"{file} belongs to {delta.get('name')} ({base}), not to {here}")
-        known[identity(model.state_dict())] = f"{path} with {file}"
 
 
 def hold(config):
     """Lock out_dir, and see that no other run is lost."""
     lock(out_dir := Path(config.out_dir))
-    old = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
+    old = [name for name in ("ckpt.pt", "log.jsonl", "delta.pt") if (out_dir / name).exists()]
     if old and not (config.resume or config.overwrite):
         way_out = "go on with --resume, " * ("ckpt.pt" in old) + "--overwrite it, or give another --out_dir"
         raise ValueError(f"{out_dir} holds a run already: {way_out}")
@@ -81,7 +95,7 @@ def prepare_out_dir(config, it):
     out_dir, log = Path(config.out_dir), Path(config.out_dir, "log.jsonl")
     out_dir.mkdir(parents=True, exist_ok=True)
     hold(config)
-    sweep(out_dir, r"ckpt\.pt|delta\.pt|log\.jsonl")
+    sweep(out_dir, r"(ckpt|delta|readers)\.pt|log\.jsonl")
     if not config.resume:
         for name in ("log.jsonl", "delta.pt", "ckpt.pt"):
             (out_dir / name).unlink(missing_ok=True)

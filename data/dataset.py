@@ -103,7 +103,8 @@ class Dataset:
         self.folder = Path(folder)
         for name in ("train.bin", "val.bin"):
             if not (self.folder / name).exists():
-                script, way_out = self.folder / "prepare.py", "dataset= must name a folder that has it"
+                way_out = "dataset= (or background=) must name a folder that has it"
+                script = self.folder / "prepare.py"
                 if script.exists():
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")

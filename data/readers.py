@@ -94,8 +94,8 @@ def find_readers(readers, model, windows, ends, context):
 
 
 def open_readers(path, model, dataset, context):
-    """Readers of a checkpoint, and with them the token ids that they are positions of. From the file beside
-    it, which is made anew if it is of other weights or data."""
+    """Readers of a checkpoint, before any delta, and the token ids that they are positions of. From the file
+    beside it, which is made anew if it is of other weights or data."""
     windows = open_dataset(dataset.folder, model.config.block_size, 0)["train_eval"]
     file, readers = Path(path).with_name("readers.pt"), Readers(model.pool.S)
     readers.ids, base = windows.ids, f"{identity(model.state_dict())} {dataset.fingerprint()}"
@@ -143,7 +143,7 @@ def reads_printer(model, encoding, readers, as_json):
         print(f"\n\n{text!r}")
         for read in layers:
             head = f"  block {read['block']}, slot {read['slot']:,}, {read['share']:.1%} of weights, read by"
-            passages = dict.fromkeys(" →".join(texts) for texts in read["readers"])
+            passages = dict.fromkeys(" →".join(texts).strip("\n") for texts in read["readers"])
             print("\n      ".join([head, *passages][:5]))
 
     return print_reads

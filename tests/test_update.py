@@ -101,7 +101,7 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
 
     model.pool.accumulator, c, containing = None, torch.zeros(256, dtype=torch.float64), Counter()
     total = torch.zeros_like(model.pool.values, dtype=torch.float64)
-    for i in range(0, len(windows[0]) + len(windows[0]) % 2, 2):
+    for i in range(0, len(windows[0]) // 2 * 2, 2):
         loss, counts = retrieved(windows[0](range(i, i + 2)))
         total += torch.autograd.grad(loss, model.pool.values)[0].to_dense()
         for slot, count in counts.items():
@@ -179,7 +179,7 @@ def test_facts_that_have_changed_are_not_asked_as_old_ones(finished, tmp_path, f
     assert prepare("--moved=4", "--out", tmp_path / "moved").returncode == 0
     model, data = train.load_checkpoint(finished / "ckpt.pt")["model"], open_dataset(tmp_path / "moved", 32, 0)
     config = SimpleNamespace(background=str(facts), dataset="", update="all", init_from="", seed=0)
-    train.prepare_update(model, data, config, {}, torch.device("cpu"), data["vocabulary"])
+    train.prepare_update(model, data, config, {}, torch.device("cpu"), {"vocabulary": data["vocabulary"], "train_config": {"dataset": ""}})
     old, new = ({q["prompt"] for q in part["questions"]} for part in (data["old"], data))
     assert len(old) == 9 * 6 - 8 and len(new) == 8 and not old & new
 
@@ -286,15 +286,17 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(taught, tmp_
     [
         (["--update_slots=4"], ["update_slots=", "update=memory"]),
         (["--update=memory", "--update_slots=257"], ["update_slots=257", "256"]),
-        (["--update=memory", "--update_slots=4", "--background="], ["update_slots=4", "background="]),
+        (["--update=memory", "--update_slots=4", "--background="], ["update_slots=", "background="]),
         (["--update=memory", "--preset=facts-memory"], ["preset"]),
         (["--update=memory", "--mem_keys=32"], ["mem_keys=32", "keeps mem_keys=16"]),
         (["--update=memory", "--background=nowhere"], ["nowhere"]),
         (["--init_from=nowhere"], ["no checkpoint", "nowhere", "init_from="]),
-        (["--init_from=", "--update=memory"], ["update=memory", "init_from="]),
+        (["--init_from=", "--update=memory"], ["no checkpoint", "init_from="]),
+        (["--out_dir={finished}", "--overwrite"], ["out_dir=", "the same folder"]),
     ],
 )
 def test_an_update_that_cannot_be_is_refused(options, words, finished, new, tmp_path, capsys):
+    options = [option.format(finished=finished) for option in options]
     arguments = [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path / 'out'}", *options]
     said = refusal(train.main, arguments, capsys)
     assert all(word in said for word in words), said
@@ -318,6 +320,22 @@ def test_other_models_and_vocabularies_are_refused(finished, facts, new, tmp_pat
     said = refusal(sample.main, [f"--out_dir={finished}", "--recall", f"--dataset={tmp_path / 'other'}"], capsys)
     assert "vocabulary" in said and str(tmp_path / "other") in said
     assert "--json" in refusal(sample.main, [f"--out_dir={finished}", "--json"], capsys)
+    assert "--delta=" in refusal(sample.main, [f"--out_dir={finished}", "--delta=a.pt,"], capsys)
+    assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", "--update=memory"], capsys)
+    assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", f"--background={new}"], capsys)
+
+
+def test_a_delta_in_a_folder_and_an_old_dataset_that_is_another_are_not_passed_over(finished, facts, new, tmp_path, capsys):
+    (tmp_path / "delta.pt").write_bytes(b"somebody's")
+    arguments = [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path}"]
+    assert "delta.pt" not in refusal(train.main, arguments, capsys) and (tmp_path / "delta.pt").read_bytes() == b"somebody's"
+    before = (facts / "train.bin").read_bytes()
+    try:
+        (facts / "train.bin").write_bytes(before[: len(before) // 4 * 2])
+        said = refusal(train.main, [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path / 'x'}"], capsys)
+        assert "background=" in said and "was trained on" in said
+    finally:
+        (facts / "train.bin").write_bytes(before)
 
 
 # --- inspect ----------------------------------------------------------------------------------------------

@@ -141,9 +141,10 @@ def main():
     if kind:
         moved = [people[i] for i in generator.choice(len(people), args.moved, replace=False)]
         people = make_people(args.new, generator, people) + [move(person, generator) for person in moved]
-    rounds = [("train", False)] * args.biographies + [("val", True)] * (5 if kind else 1)  # windows of text
+    val_rounds = 5 if kind else 1  # val.bin of one person, too, is long enough for a window
+    rounds = [("train", False)] * args.biographies + [("val", True)] * val_rounds
     ids = {"train": [], "val": []}
-    for split, held_out in tqdm(rounds, desc=f"biographies of {args.people:,} people", unit="round"):
+    for split, held_out in tqdm(rounds, desc=f"biographies of {len(people):,} people", unit="round"):
         for i in generator.permutation(len(people)):
             text = biography(people[i], generator, held_out)
             ids[split].append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
