@@ -307,6 +307,7 @@ def with_error(numbers, form):
 def size(preset, options):
     """Parameters and FLOPs a token, forward, both in millions."""
     pools = len(options["mem_layers"]) if options.get("variant") == "separate-pools" else 1
+    options = BASE[1] if "init_from" in options else options
     options = PRESETS[preset] | {k: v for k, v in options.items() if k != "variant"}
     config = make_configs(options | {"vocab_size": 1712 if "facts" in preset else 256})[1]
     with torch.device("meta"):
