@@ -50,6 +50,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if (args.json and not args.inspect) or (args.inspect and args.recall):
         parser.error("--json is for --inspect, and that for --start=TEXT")
+    if args.dataset is not None and not (args.recall or args.inspect):
+        parser.error(f"--dataset={args.dataset}: is for --recall and --inspect")
     if args.delta is not None and "" in args.delta.split(","):
         parser.error(f"--delta={args.delta}: a file has no name; is it a variable that is not set?")
     for name in ("num_samples", "max_new_tokens", "top_k", "temperature", "top_p", "seed", "rows"):

@@ -51,7 +51,7 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
     init_from: str = option("", "folder of a run: begin with its weights and options, without its optimisers")
-    background: str = option("", "with that, a dataset not to forget (by default the one of that run)")
+    background: str = option("", "with that, a dataset not to forget, by default that run's; empty: none")
     update: str = option("all", "weights that change: all, or the memory's values", choices=("all", "memory"))
     update_slots: int = option(0, "update=memory: only of so many slots; 0: of all")
     update_by: str = option("gradient", "choose them by gradient, or reads", choices=("gradient", "reads"))
@@ -480,12 +480,12 @@ def start(given, ranks):
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
     state = {"iter": 0, "seconds": 0.0, "base": None, "slots": None}
+    check_memory(model_config, ranks.group, device)
     if config.resume or config.init_from:
         path = Path(config.out_dir if config.resume else config.init_from, "ckpt.pt")
         checkpoint = load_checkpoint(path, device, ranks.group)
         model = checkpoint["model"]
     else:
-        check_memory(model_config, ranks.group, device)
         with device:  # there its numbers are drawn, which takes a CPU seconds
             model = GPT(model_config, ranks.group)
     if config.resume:

@@ -61,6 +61,8 @@ def main():
     checkpoint = load_checkpoint(Path(args.out_dir, "ckpt.pt"))
     model, N = checkpoint["model"], checkpoint["model"].config.mem_keys
     questions = Dataset(find_folder(checkpoint["train_config"]["dataset"])).questions()
+    if model.pool is None or not questions:
+        raise ValueError(f"{args.out_dir}: needs a model with a memory, and a dataset that asks questions")
     facts = [(q["prompt"].rsplit(" ", 3)[0], q["attribute"]) for q in questions]
     layers = zip(*reads_of(model, questions, checkpoint["separator"]), strict=True)
     for block, layer in zip(model.config.mem_layers, layers, strict=True):

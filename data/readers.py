@@ -2,6 +2,7 @@
 --inspect shows. Kept beside the checkpoint, in readers.pt: READERS positions in train.bin for each slot."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,10 @@ def open_readers(path, model, dataset, context):
     ends = np.array([i == dataset.separator or text.endswith(b"\n") for i, text in enumerate(texts)])
     find_readers(readers, model, windows, ends, context)
     tensors = {name: torch.from_numpy(getattr(readers, name)) for name in ("positions", "weights")}
-    save_checkpoint(file, {"format": FORMAT, "base": base, **tensors})
+    try:
+        save_checkpoint(file, {"format": FORMAT, "base": base, **tensors})
+    except OSError as error:  # a folder that is only to be read: what was found can be shown all the same
+        print(f"{error}: the next --inspect reads the data again", file=sys.stderr)
     return readers
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -22,7 +23,18 @@ from data.checkpoint import identity
 from data.dataset import Dataset, make_encoding, open_dataset
 from data.facts.prepare import MOVES, make_people
 from memory import score_slots
-from tests.helpers import ROOT, SMALL, SYSTEMS, contents, handlers, prepare, refusal, run, wait_until
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    SYSTEMS,
+    assert_refused,
+    contents,
+    handlers,
+    prepare,
+    refusal,
+    run,
+    wait_until,
+)
 
 
 def teach(base, data, out, *options):
@@ -320,6 +332,9 @@ def test_other_models_and_vocabularies_are_refused(finished, facts, new, tmp_pat
     said = refusal(sample.main, [f"--out_dir={finished}", "--recall", f"--dataset={tmp_path / 'other'}"], capsys)
     assert "vocabulary" in said and str(tmp_path / "other") in said
     assert "--json" in refusal(sample.main, [f"--out_dir={finished}", "--json"], capsys)
+    assert "--dataset=" in refusal(sample.main, [f"--out_dir={finished}", f"--dataset={new}"], capsys)
+    done = run("bench/slots.py", f"--out_dir={tmp_path / 'dense'}")
+    assert_refused(done, "slots.py: ", "dense", "needs a model with a memory")
     assert "--delta=" in refusal(sample.main, [f"--out_dir={finished}", "--delta=a.pt,"], capsys)
     assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", "--update=memory"], capsys)
     assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", f"--background={new}"], capsys)
@@ -451,6 +466,14 @@ def test_readers_are_kept_and_made_anew_for_other_weights_or_data(two_layers, fa
     (out / "readers.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"readers\.pt is damaged"):
         open_readers()
+
+
+def test_readers_that_cannot_be_kept_are_shown_all_the_same(two_layers, tmp_path, capsys):
+    shutil.copytree(two_layers, tmp_path / "out", ignore=shutil.ignore_patterns("readers.pt"))
+    (tmp_path / "out" / f"readers.pt.{os.getpid()}.tmp").mkdir()  # in the way: nobody can write there, not even root
+    sample.main([f"--out_dir={tmp_path / 'out'}", "--inspect", "--start=B", "--max_new_tokens=1"])
+    shown = capsys.readouterr()
+    assert "slot " in shown.out and "readers.pt" in shown.err and not (tmp_path / "out" / "readers.pt").exists()
 
 
 def test_inspect_on_a_terminal(finished, facts):
