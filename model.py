@@ -254,9 +254,10 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
         return torch.column_stack([idx, *self.stream(idx, max_new_tokens, **options)])
 
-    def complete(self, prompts, lengths, batch_size=256):
+    def complete(self, prompts, lengths, batch_size=None):
         """Greedily continue prompts (lists of token ids), by lengths[i] tokens. Returns the new ones."""
         device, new = self.embedding.weight.device, [None] * len(prompts)
+        batch_size = batch_size or (512 if device.type == "cpu" else 2048)  # a GPU waits for the CPU
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         while order:  # prompts of one length at a time: no padding
             batch = [i for i in order[:batch_size] if len(prompts[i]) == len(prompts[order[0]])]

@@ -1,6 +1,6 @@
-"""Checks, speeds and memory on a GPU, for the tables in bench/README.md. Recall: reproduce.py --tier=gpu.
+"""Checks and speeds on a GPU, for the tables in bench/README.md. More recall: reproduce.py --tier=gpu.
 
-    python bench/gpu.py                          at most 25 minutes on one H100; goes on where it was stopped
+    python bench/gpu.py                          at most 35 minutes on one H100; goes on where it was stopped
     python bench/gpu.py --minutes=9              the parts that fit into nine minutes; then the same again
     python bench/gpu.py --only=lookup            one part, even if it is done
     python bench/gpu.py --device=cpu             a miniature of every part: does the command work?
@@ -119,16 +119,83 @@ def torchrun(device, folder):
     return result
 
 
+def command(script, *arguments):
+    """Run a script of ours as a user does. Returns what it prints."""
+    done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(map(str, arguments))}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def facts(device, folder):
+    """The demo: its recall in float32 and bfloat16; killed and resumed; taught new facts; inspected."""
+    where, people, new, steps = [f"--device={device}"], 2000, 100, 400
+    length, update = [], ["--update_slots=4096", "--max_iters=200"]
+    if device.type == "cpu":
+        where, people, new, steps = [*where, "--compile=false", "--batch_size=2"], 20, 5, 60
+        length, update = ["--max_iters=4"], ["--update_slots=64", "--max_iters=4"]
+    folder, result = Path(folder), {}
+    command("data/facts/prepare.py", f"--people={people}", f"--out={folder}/facts")
+    command("data/facts/prepare.py", f"--people={people}", f"--new={new}", f"--out={folder}/new")
+    demo = ["--preset=facts-memory", f"--dataset={folder}/facts", *where]
+    for dtype in "float32", "bfloat16":
+        result[dtype] = last = training.run_training([*demo, *length, f"--dtype={dtype}"], folder / dtype)[-1]
+        print(f"{dtype}: recall {last['recall']:.1%}, {last['tokens_per_s']:,.0f} tokens/s", flush=True)
+
+    short = [*demo, f"--max_iters={steps}", f"--eval_interval={steps // 4}", "--compile=false"]
+    whole, out = training.run_training(short, folder / "whole")[-1], folder / "killed"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = subprocess.Popen([sys.executable, train.__file__, *short, f"--out_dir={out}"], **quiet)
+    while killed.poll() is None and not (out / "ckpt.pt").exists():
+        time.sleep(0.01)
+    killed.kill()
+    if killed.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"train.py was not killed, but ended with {killed.returncode}")
+    command("train.py", "--resume", f"--out_dir={out}")
+    resumed = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    result["resumed"] = [run["val_loss"] for run in (whole, resumed)]
+    print("killed and resumed: validation loss {1:.4f} instead of {0:.4f}".format(*result["resumed"]))
+    if resumed["iter"] != steps or abs(resumed["val_loss"] - whole["val_loss"]) > 0.05:
+        raise RuntimeError(f"killed and resumed: {resumed} instead of {whole}")
+
+    base, out = f"{folder}/bfloat16", folder / "update"
+    update += ["--update=memory", f"--init_from={base}", f"--dataset={folder}/new"]
+    lines = training.run_training([*update, *where], out)
+    first, last = lines[0], lines[-1]
+    result["update"] = {name: [first[name], last[name]] for name in ("recall", "old_recall")}
+    print("recall before and after an update: {recall} new, {old_recall} old".format(**result["update"]))
+    delta = [f"--out_dir={base}", f"--delta={out}/delta.pt", f"--dataset={folder}/new", f"--device={device}"]
+    said = command("sample.py", *delta, "--recall").splitlines()[-1]
+    if abs(float(said.split()[1].rstrip("%")) / 100 - last["recall"]) > 0.01:
+        raise RuntimeError(f"with its delta: {said}, in training {last['recall']:.1%}")
+    inspect = f"--out_dir={base}", f"--device={device}", "--start=The", "--inspect", "--json"
+    reads = command("sample.py", *inspect)
+    result["inspected"] = [len(json.loads(line)["reads"]) for line in reads.splitlines()]
+    if not all(result["inspected"]):
+        raise RuntimeError(f"slots that tokens read: {result['inspected']}")
+    return result
+
+
+def tiles(device, folder):
+    """Each kernel with other tiles than its own, the fastest first."""
+    shape = dict(n=2, k=2, S=16, widths=(64,), dtype=torch.float32, N=8, K=4, repeats=1)
+    if device.type == "cuda":
+        shape = dict(n=16384, k=128, S=2**20, widths=(1024, 256), dtype=torch.bfloat16, N=1024, K=32)
+    return lookup.tiles(device, **shape)
+
+
 PARTS = {  # name: (function, seconds it may take on a GPU), the most important first
     "lookup": (lookups, 240),
     "gpt2-memory compiled": (preset_training("gpt2-memory", True), 240),
     "gpt2-dense compiled": (preset_training("gpt2-dense", True), 160),
     "layer": (layer, 90),
     "generation": (generation, 90),
+    "facts": (facts, 240),
     "torchrun": (torchrun, 120),
     "tests": (tests, 300),
     "gpt2-memory eager": (preset_training("gpt2-memory", False), 200),
     "gpt2-dense eager": (preset_training("gpt2-dense", False), 160),
+    "tiles": (tiles, 240),
 }
 
 
@@ -145,7 +212,9 @@ def run_part(name, device, seconds):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, __file__, f"--device={device}", f"--part={name}", f"--out={out}"]
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        interpreted = {"TRITON_INTERPRET": "1"} if name == "tiles" and device.type == "cpu" else {}
+        options = dict(start_new_session=True, stderr=subprocess.PIPE, env=os.environ | interpreted)
+        process = subprocess.Popen(command, text=True, **options)
         began, failed = time.monotonic(), None
         try:
             _, errors = process.communicate(timeout=seconds)
@@ -199,6 +268,15 @@ def tables(done):
     if texts := got.get("generation"):
         lines += ["", "| tokens a second at batch 1 | first text | later texts |", "|---|---|---|"]
         lines += [row(name, [texts[f"{name}_first"], texts[f"{name}_later"]]) for name in ("memory", "dense")]
+    rates = [[run.get("tokens_per_s") for run in runs[i : i + 2]] for i in (0, 2)]
+    ratios = [f"{memory / dense:.2f}" if memory and dense else "not yet measured" for dense, memory in rates]
+    lines += ["", f"gpt2-memory / gpt2-dense, tokens a second: {ratios[0]}; eager {ratios[1]}"]
+    if demo := got.get("facts"):
+        recalls = ", ".join(f"{demo[dtype]['recall']:.1%} in {dtype}" for dtype in ("float32", "bfloat16"))
+        lines += ["", f"facts-memory: recall {recalls}"]
+        for name, (before, after) in demo["update"].items():
+            lines[-1] += f"; an update: {name.replace('_', ' ')} {before:.1%} before, {after:.1%} after"
+        lines[-1] += "; killed and resumed: loss {1:.4f} instead of {0:.4f}".format(*demo["resumed"])
     if one := got.get("torchrun"):
         losses = ", ".join(f"{one[name]['loss']:.6f}" for name in ("python", "torchrun"))
         lines += ["", f"torchrun with one process / python: {one['ratio']:.3f}; losses {losses}"]
@@ -216,7 +294,7 @@ def main():
     add, out = parser.add_argument, ROOT / "out" / "gpu.json"
     add("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     add("--out", type=Path, default=out, help="what has been measured (default: %(default)s)")
-    add("--minutes", type=float, default=25, help="begin no part that may end later (default: %(default)s)")
+    add("--minutes", type=float, default=35, help="begin no part that may end later (default: %(default)s)")
     add("--only", choices=list(PARTS), action="append", help="this part; can be given again", metavar="PART")
     add("--part", choices=list(PARTS), help=SUPPRESS)  # of the process that runs one
     args = parser.parse_args()

@@ -244,6 +244,47 @@ def benchmark(device, n, k, dtype, elements, cases):
     return rows
 
 
+def tiles(device, n, k, S, widths, dtype, N, K, repeats=9):
+    """Time each kernel with its own tile and with others: what forward_tile, backward_tile, adam_warps and
+    select_tile of kernels.py are to be chosen by. Left out: few numbers a thread, or hundreds.
+
+    Prints the best, and returns {kernel: [[tile, milliseconds], ...]}, the fastest first."""
+    powers, result = [2**i for i in range(6)], {}
+    scores, pairs = torch.randn(2, 4, n, N, device=device), candidate_pairs(K).to(device)
+    groups = [(N, K, group, warps) for group in powers[1:] for warps in powers[:5] if N // group >= K]
+    select = partial(kernels.triton_select, scores, pairs, K)
+    jobs = [(f"select {K} of {N}", "select_tile", (N, K), select, groups)]
+    for D in widths:
+        values, indices, weights, grad = random_problem(n, k, S, D, dtype, device, "zipf")
+        flat = values, indices.flatten(), kernels.even_offsets(indices), weights.flatten()
+        rows = kernels.group_by_row(flat[1])[1]
+        state = values, *(torch.zeros(S, D, device=device) for _ in range(2)), rows, values[rows]
+        bits = torch.zeros(len(rows), D, dtype=torch.int16, device=device)
+        step = partial(kernels.triton_adam, *state, bits, 1e-6, 0.9, 0.98, 1e-15)
+        forward = partial(kernels.triton_forward, *flat)
+        backward = partial(kernels.triton_backward, *flat, grad)
+        blocks = [(p, d, w) for d in (D // 4, D // 2, D) for p in powers for w in powers]
+        blocks = [(p, d, w) for p, d, w in blocks if 4 <= p * d // 32 // w <= 64]
+        whole = [(p, d, w) for p, d, w in blocks if d == D]
+        jobs.append((f"forward, width {D}", "forward_tile", (D,), forward, blocks))
+        jobs.append((f"backward, width {D}", "backward_tile", (D,), backward, whole))
+        jobs.append((f"RowAdam, width {D}", "adam_warps", (D,), step, powers))
+    for label, name, arguments, run, others in jobs:
+        choose = getattr(kernels, name)
+        own, times = choose(*arguments), []
+        for tile in dict.fromkeys([own, *others]):
+            setattr(kernels, name, lambda *_, tile=tile: tile)
+            try:
+                times.append([tile, 1e3 * seconds(run, device, repeats)])
+            except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+                print(f"{label}: {tile} cannot be used ({str(error).splitlines()[0]})")
+        setattr(kernels, name, choose)
+        result[label] = times = sorted(times, key=lambda pair: pair[1])
+        best = ", ".join(f"{tile} {ms:.3f}" for tile, ms in times[:4])
+        print(f"{label}: own {own} {dict(times)[own]:.3f} ms; the fastest {best}", flush=True)
+    return result
+
+
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"

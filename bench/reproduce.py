@@ -73,7 +73,7 @@ def large(system, **options):
     data = dict(dataset="out/facts50000", batch_size=80, max_iters=10000, eval_interval=2500)
     model = dict(n_layer=4, n_head=8, n_embd=256, learning_rate=1.5e-3)
     model |= {"memory": dict(mem_keys=512), "dense": {}, "dense2x": dict(n_ffn=1912)}[system]
-    return facts(system, **data, **model, **options)
+    return facts(system, **(data | model | options))
 
 
 HEADLINE = {
@@ -178,6 +178,12 @@ PARTS = {
         "Memory+": large("memory"),
         "dense": large("dense"),
         "dense, twice the FLOPs a token": large("dense2x"),
+    }),
+    "large slots": ("gpu", "and with more slots", range(1, 2), {
+        "262,144 slots": large("memory"),
+        "16,384 slots": large("memory", mem_keys=128, n_ffn=776),
+        "65,536 slots": large("memory", mem_keys=256, n_ffn=744),
+        "1,048,576 slots": large("memory", mem_keys=1024, n_ffn=576),
     }),
 }  # fmt: skip
 

@@ -150,6 +150,21 @@ def test_torch_compile_takes_one_slot_a_head():
     test_torch_compile_changes_nothing_and_has_one_graph(replace(MEMORY, mem_topk=1))
 
 
+@pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
+def test_torch_compile_takes_a_model_whose_values_alone_learn(system):
+    """As --update=memory does. The compiled backward pass then gives no gradient to anybody, but still fills the accumulator."""
+    model, idx, gradients = make(SYSTEMS[system]), tokens(2, 24), []
+    torch._dynamo.reset()  # it counts what other tests have compiled, and gives up after eight
+    model.requires_grad_(False).pool.values.requires_grad_(True)
+    model.pool.collect_gradients()
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        run(idx, idx)[1].backward()
+        model.pool.combine_gradient()
+        gradients.append(model.pool.values.grad.to_dense())
+    assert gradients[0].norm() > 0 and all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("system", ["memory", "moe", "peer", "ultramem"])
 def test_torch_compile_takes_a_model_that_nobody_collects_for(system):
     """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing; so do experts in
