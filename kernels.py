@@ -110,8 +110,8 @@ def forward_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    end = tl.load(offsets + token + 1).to(tl.int32)
-    for start in range(tl.load(offsets + token).to(tl.int32), end, BLOCK_K):
+    start, end = tl.load(offsets + token).to(tl.int32), tl.load(offsets + token + 1).to(tl.int32)
+    while start < end:  # the interpreter of Triton 3.6 has no range of tensors with numpy 2.4
         p = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
         slot = tl.load(indices + p, mask=p < end, other=0).to(tl.int64)
@@ -119,6 +119,7 @@ def forward_kernel(
         mask = (p < end)[:, None] & (column < D)[None, :]
         row = tl.load(values + slot[:, None] * D + column[None, :], mask=mask, other=0.0)
         total += weight[:, None] * row.to(tl.float32)  # (BLOCK_K, BLOCK_D)
+        start += BLOCK_K
     tl.store(out + token * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
 
 
@@ -134,8 +135,8 @@ def backward_kernel(
     row = tl.load(rows + g)
     value = tl.load(values + row * D + column, mask=column < D, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    end = tl.load(ends + g)
-    for start in range(tl.load(begins + g), end, BLOCK_P):
+    start, end = tl.load(begins + g), tl.load(ends + g)
+    while start < end:
         p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
         pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)
         token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
@@ -144,6 +145,7 @@ def backward_kernel(
         dy = tl.load(grad + token[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         total += weight[:, None] * dy  # (BLOCK_P, BLOCK_D)
         tl.store(grad_weights + pair, tl.sum(value[None, :] * dy, 1), mask=p < end)
+        start += BLOCK_P
     target = out + tl.load(targets + g) * D + column
     before = tl.load(target, mask=column < D, other=0.0).to(tl.float32)
     tl.store(target, (before + tl.sum(total, 0)).to(out.dtype.element_ty), mask=column < D)

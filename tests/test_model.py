@@ -207,8 +207,12 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
         assert {t.device for t in (*model.parameters(), *model.buffers())} == {torch.device(device)}
         if model.pool is not None:
             model.pool.collect_gradients()
-        with torch.autocast("cuda", torch.bfloat16) if config.system == "moe" else contextlib.nullcontext():
+        torch.set_autocast_dtype("cuda", torch.bfloat16)  # torch.autocast would look for a GPU
+        torch.set_autocast_enabled("cuda", config.system == "moe")
+        try:
             logits, loss = model(idx, idx)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
         assert logits.shape == (2, 24, 61) and loss.shape == ()
         if device == "meta":  # on a GPU autograd asks the driver
             loss.backward()
