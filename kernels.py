@@ -64,8 +64,8 @@ def torch_forward(values, indices, offsets, weights):
         options = {"per_sample_weights": weights.to(values.dtype), "include_last_offset": True}
         return F.embedding_bag(indices, values, offsets.to(indices.dtype), mode="sum", **options)
     pairs = widen(values[indices]) * weights.unsqueeze(-1)
-    out = pairs.new_zeros(len(offsets) - 1, values.size(1))
-    return out.index_add_(0, token_of_pair(offsets, len(indices)), pairs).to(values.dtype)
+    each = torch.arange(len(pairs), device=pairs.device)  # in a fixed order; index_add_ has none on a GPU
+    return F.embedding_bag(each, pairs, offsets, mode="sum", include_last_offset=True).to(values.dtype)
 
 
 def torch_backward(values, indices, offsets, weights, grad, table_grad=None):

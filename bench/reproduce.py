@@ -292,8 +292,10 @@ def run(command, gpu, identity):
 
 
 def commit():
-    """Of this repository; "-changed" if a file is, but for those that this script writes."""
+    """Of this repository, if there is one; "-changed" if a file is, but for those that this script writes."""
     git = [["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", ".", ":!assets"]]
+    if shutil.which("git") is None:
+        return ""
     name, changes = (subprocess.run(x, cwd=ROOT, capture_output=True, text=True).stdout.strip() for x in git)
     return name + "-changed" * bool(changes)
 

@@ -79,6 +79,7 @@ def layer_step(config, kind, x, grad, context):
     optimizers.append(torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True))
 
     def step():
+        x.grad = None  # as in a model, what is below wants a gradient
         with context:
             y = layer(x, pool)
         y.backward(grad.to(y.dtype))
@@ -93,6 +94,7 @@ def layer_step(config, kind, x, grad, context):
 
 def layer_times(config, device, tokens, context, repeats):
     x, grad = (torch.randn(1, tokens, config.n_embd, device=device) for _ in range(2))
+    x.requires_grad_()
     kinds = "memory", "plain", "swiglu"
     makers = {kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}
     memory, plain, swiglu = (1e3 * seconds for seconds in in_turns(makers, device, repeats).values())

@@ -331,7 +331,9 @@ def test_shares_of_a_step_count_each_kernel_once():
         event("sort_kernel", DeviceType.CUDA, own=20, total=20),
         event(adam, annotation=True),  # its kernel is started outside any operation, so nothing links them
         event(adam, DeviceType.CUDA, own=25, total=25, annotation=True),
-        event("adam_kernel", DeviceType.CUDA, own=15, total=15),
+        event("adam_kernel", DeviceType.CUDA, own=10, total=10),
+        event("aten::random_", own=5, total=5),
+        event("random_kernel", DeviceType.CUDA, own=5, total=5),
         event("aten::mm", own=35, total=35),
         event("gemm", DeviceType.CUDA, own=35, total=35),
     ]
