@@ -132,7 +132,8 @@ def facts(device, folder):
     where, people, new, steps = [f"--device={device}"], 2000, 100, 400
     length, update = [], ["--update_slots=4096", "--max_iters=200"]
     if device.type == "cpu":
-        where, people, new, steps = [*where, "--compile=false", "--batch_size=2"], 20, 5, 60
+        where += ["--compile=false", "--batch_size=2", "--eval_iters=1"]
+        people, new, steps = 20, 5, 40
         length, update = ["--max_iters=4"], ["--update_slots=64", "--max_iters=4"]
     folder, result = Path(folder), {}
     command("data/facts/prepare.py", f"--people={people}", f"--out={folder}/facts")
