@@ -119,7 +119,7 @@ def torchrun(device, folder):
     return result
 
 
-def command(script, *arguments):
+def run_script(script, *arguments):
     """Run a script of ours as a user does. Returns what it prints."""
     done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -136,8 +136,8 @@ def facts(device, folder):
         people, new, steps = 20, 5, 40
         length, update = ["--max_iters=4"], ["--update_slots=64", "--max_iters=4"]
     folder, result = Path(folder), {}
-    command("data/facts/prepare.py", f"--people={people}", f"--out={folder}/facts")
-    command("data/facts/prepare.py", f"--people={people}", f"--new={new}", f"--out={folder}/new")
+    run_script("data/facts/prepare.py", f"--people={people}", f"--out={folder}/facts")
+    run_script("data/facts/prepare.py", f"--people={people}", f"--new={new}", f"--out={folder}/new")
     demo = ["--preset=facts-memory", f"--dataset={folder}/facts", *where]
     for dtype in "float32", "bfloat16":
         result[dtype] = last = training.run_training([*demo, *length, f"--dtype={dtype}"], folder / dtype)[-1]
@@ -152,7 +152,7 @@ def facts(device, folder):
     killed.kill()
     if killed.wait() != -signal.SIGKILL:
         raise RuntimeError(f"train.py was not killed, but ended with {killed.returncode}")
-    command("train.py", "--resume", f"--out_dir={out}")
+    run_script("train.py", "--resume", f"--out_dir={out}")
     resumed = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     result["resumed"] = [run["val_loss"] for run in (whole, resumed)]
     print("killed and resumed: validation loss {1:.4f} instead of {0:.4f}".format(*result["resumed"]))
@@ -167,10 +167,10 @@ def facts(device, folder):
     result["update"] = {name: [first[name], last[name]] for name in ("recall", "old_recall")}
     print("recall before and after an update: {recall} new, {old_recall} old".format(**result["update"]))
     delta = [f"--out_dir={base}", f"--delta={out}/delta.pt", f"--dataset={folder}/new", f"--device={device}"]
-    said = command("sample.py", *delta, "--recall").splitlines()[-1]
+    said = run_script("sample.py", *delta, "--recall").splitlines()[-1]
     if abs(float(said.split()[1].rstrip("%")) / 100 - last["recall"]) > 0.01:
         raise RuntimeError(f"with its delta: {said}, in training {last['recall']:.1%}")
-    reads = command("sample.py", *delta, "--start=The", "--inspect", "--json")
+    reads = run_script("sample.py", *delta, "--start=The", "--inspect", "--json")
     result["inspected"] = [len(json.loads(line)["reads"]) for line in reads.splitlines()]
     if not all(result["inspected"]):
         raise RuntimeError(f"slots that tokens read: {result['inspected']}")
@@ -275,9 +275,9 @@ def tables(done):
     if demo := got.get("facts"):
         recalls = ", ".join(f"{demo[dtype]['recall']:.1%} in {dtype}" for dtype in ("float32", "bfloat16"))
         lines += ["", f"facts-memory: recall {recalls}"]
-        for name, (before, after) in demo["update"].items():
-            lines[-1] += f"; an update: {name.replace('_', ' ')} {before:.1%} before, {after:.1%} after"
-        lines[-1] += "; killed and resumed: loss {1:.4f} instead of {0:.4f}".format(*demo["resumed"])
+        new, old = demo["update"]["recall"], demo["update"]["old_recall"]  # before, after
+        lines += ["an update: new facts {:.1%}, then {:.1%}; old ones {:.1%}, then {:.1%}".format(*new, *old)]
+        lines += ["killed and resumed: loss {1:.4f} instead of {0:.4f}".format(*demo["resumed"])]
     if one := got.get("torchrun"):
         losses = ", ".join(f"{one[name]['loss']:.6f}" for name in ("python", "torchrun"))
         lines += ["", f"torchrun with one process / python: {one['ratio']:.3f}; losses {losses}"]

@@ -278,7 +278,7 @@ def tiles(device, n, k, S, widths, dtype, N, K, repeats=9):
             setattr(kernels, name, lambda *_, tile=tile: tile)
             try:
                 times.append([tile, 1e3 * seconds(run, device, repeats)])
-            except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+            except (RuntimeError, triton.errors.TritonError) as error:
                 print(f"{label}: {tile} cannot be used ({str(error).splitlines()[0]})")
         setattr(kernels, name, choose)
         result[label] = times = sorted(times, key=lambda pair: pair[1])

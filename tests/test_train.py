@@ -21,6 +21,7 @@ from torch.cuda._utils import _get_device_index
 import sample
 import train as program
 from bench import training
+from bench.gpu import miniature
 from helpers import SYSTEMS, refusal
 from memory import ValuePool
 from model import GPT, GPTConfig
@@ -340,6 +341,17 @@ def test_shares_of_a_step_count_each_kernel_once():
     shares = training.shares_of(events, on_gpu=True)
     want = {"lookup, forward": 0.2, "lookup, backward": 0.3, "RowAdam": 0.15, "AdamW": 0, "choosing the slots": 0}
     assert shares == pytest.approx(want | {"taking out the gradient": 0, "products of experts": 0})
+
+
+@pytest.mark.parametrize("preset", ["gpt2-dense", "gpt2-memory"])
+def test_a_profile_finds_the_parts_of_a_step(facts, preset):
+    """PyTorch's names of them; a part that is not found has a share of 0."""
+    done = run("bench/training.py", preset, "--profile", f"--dataset={facts}", *miniature(preset))
+    assert done.returncode == 0, done.stderr
+    shares = json.loads(done.stdout.splitlines()[-1])
+    found = {part for part, share in shares.items() if share > 0}
+    assert found == ({"AdamW"} if preset == "gpt2-dense" else {*training.PARTS} - {"products of experts"})
+    assert sum(shares.values()) < 1
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
