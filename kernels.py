@@ -1,491 +1,647 @@
 """The lookup: y[i] = sum over j of weights[i, j] * values[indices[i, j]].
 
-This is all that a memory layer does with its memory (Memory Layers at Scale, arXiv:2412.09764, section 3):
-every token reads k rows of a table of S rows and adds them up, each with its own weight. In matrix form y = W
-V, where W (n x S) holds k weights a row and zeros elsewhere. Its two gradients are then
+This is all that a memory layer does with its memory (Memory Layers at Scale,
+arXiv:2412.09764, section 3): every token reads k rows of a table of S rows and
+adds them up, each with its own weight. In matrix form y = W V, where W (n x S)
+holds k weights a row and zeros elsewhere. Its two gradients are then
 
-    dV = W^T dY      row s of V collects the dY of every token that read it: a lookup with the roles swapped
-    dW = dY V^T      wanted only where W is not zero: dweights[i, j] = dY[i] . values[indices[i, j]]
+    dV = W^T dY    row s of V collects the dY of every token that read it:
+                   a lookup with the roles of tokens and rows swapped
+    dW = dY V^T    wanted only where W is not zero:
+                   dweights[i, j] = dY[i] . values[indices[i, j]]
 
-Below: all of it in PyTorch (for a CPU) and Triton (for a GPU), `lookup` and `dot` (dW alone), `RowAdam` (the
-optimiser), and the kernel that selects slots (memory.py). `python kernels.py` checks and times them.
+From the top: the definition, the same in PyTorch (for a CPU) and in Triton (for
+a GPU), `lookup` with its gradient, the selection of slots (memory.py says how
+and why), and `RowAdam`, the optimiser of the table. `python kernels.py` checks
+all of it against float64 and times it.
 
-Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the table, D width of a value,
-R distinct rows read, P = n * k pairs of token and slot. Inside, indices and weights are (P,), and token i has
-pairs offsets[i] to offsets[i + 1] - 1: UltraMem's read different numbers of slots. """
+Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the
+table, D width of a value, R distinct rows read, P = n * k pairs of token and slot.
+"""
 
 import os
 import types
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path does not need it
-    triton = types.SimpleNamespace(jit=lambda *function, **_: function[0] if function else triton.jit)
+except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path needs none
+
+    def jit(function=None, **options):
+        return function
+
+    triton = types.SimpleNamespace(jit=jit)
     tl = types.SimpleNamespace(constexpr=None)
 
-# PyTorch says once a process that compressed sparse rows are in beta; torch_backward uses them.
+# PyTorch says once a process that compressed sparse rows are in beta.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check slots on a GPU, too: the CPU waits
+
+
+def definition(values, indices, weights):
+    """The formula. values (S, D), indices (n, k), weights (n, k) -> (n, D)"""
+    rows = widen(values[indices])  # (n, k, D)
+    y = (weights.unsqueeze(-1) * rows).sum(1)  # (n, D)
+    return y.to(values.dtype)
 
 
 def widen(x):
-    """bfloat16 to float32, for sums, norms and softmax; wider numbers stay as they are."""
+    """bfloat16 to float32, for sums, norms and softmax. Wider numbers stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def group_by_row(indices):
-    """Sort the P pairs by the row they read. indices (P,) -> order (P,), rows (R,), starts (R + 1,), int64.
-    Pairs order[starts[r] : starts[r + 1]] read rows[r], in the order of the tokens: sums are repeatable."""
-    if indices.device.type == "cpu":  # numpy sorts numbers far faster: slot and pair, side by side
-        packed = (indices.long() << 32) + torch.arange(len(indices))
-        packed.numpy().sort()
-        slots, order = packed >> 32, packed & (2**32 - 1)
-    else:
-        slots, order = indices.int().sort(stable=True)  # int32: half the passes of a radix sort
-    rows, counts = torch.unique_consecutive(slots, return_counts=True)
-    return order, rows.long(), F.pad(counts.cumsum(0), (1, 0))
+# --- PyTorch ------------------------------------------------------------------------
 
 
-def token_of_pair(offsets, P):
-    """offsets (n + 1,) -> (P,) int64"""
-    return torch.repeat_interleave(offsets.diff(), output_size=P)
-
-
-# --- PyTorch --------------------------------------------------------------------------------------------
-
-
-def torch_forward(values, indices, offsets, weights):
-    """-> (n, D). Without a (P, D) tensor where PyTorch can do without it."""
+def torch_forward(values, indices, weights):
+    """As the definition. On a CPU without a (n, k, D) tensor."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        options = {"per_sample_weights": weights.to(values.dtype), "include_last_offset": True}
-        return F.embedding_bag(indices, values, offsets.to(indices.dtype), mode="sum", **options)
-    pairs = widen(values[indices]) * weights.unsqueeze(-1)
-    each = torch.arange(len(pairs), device=pairs.device)  # in a fixed order; index_add_ has none on a GPU
-    return F.embedding_bag(each, pairs, offsets, mode="sum", include_last_offset=True).to(values.dtype)
+        weights = weights.to(values.dtype)
+        return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
+    return definition(values, indices, weights)
 
 
-def torch_backward(values, indices, offsets, weights, grad, table_grad=None):
-    """grad (n, D), that is dY -> rows (R,), their gradient (R, D), gradient of the weights (P,). table_grad
-    (S, D): if it is there, the rows' gradients are added to it."""
+def torch_backward(values, indices, weights, grad):
+    """grad (n, D), that is dY -> rows (R,) that were read, their gradient (R, D),
+    gradient of the weights (n, k)."""
     order, rows, starts = group_by_row(indices)
-    wide = widen(grad)
-    # dV = W^T dY: row r sums the dY of the tokens that read it; unlike index_add_, in a fixed order.
-    tokens, w = token_of_pair(offsets, len(order))[order], weights[order].to(wide.dtype)
-    grad_rows = F.embedding_bag(tokens, wide, starts[:-1], per_sample_weights=w, mode="sum").to(values.dtype)
-    if table_grad is not None:
-        table_grad.index_add_(0, rows, grad_rows)  # each row once
-    return rows, grad_rows, torch_dot(values, indices, offsets, grad)
+    dy = widen(grad)
+    tokens = order // indices.size(1)  # (P,)
+    w = weights.flatten()[order].to(dy.dtype)
+    # dV = W^T dY: row r sums the dY of the tokens that read it, in a fixed order
+    grad_rows = F.embedding_bag(tokens, dy, starts[:-1], per_sample_weights=w, mode="sum")
+    return rows, grad_rows.to(values.dtype), torch_products(values, indices, grad)
 
 
-def torch_dot(values, indices, offsets, x):
-    """dW = dY V^T where W is not zero: values[indices[p]] . x[the token of pair p], (P,). x (n, D)"""
-    wide = widen(x.to(torch.promote_types(values.dtype, x.dtype)))
-    # Pairs are the entries of a sparse W. Several may be of one slot: sampled_addmm takes each on its own.
-    if wide.device.type == "cpu" and wide.dtype == values.dtype and offsets.diff().max() <= len(values):
-        zeros, size = wide.new_zeros(len(indices)), (len(x), len(values))
-        pattern = torch.sparse_csr_tensor(offsets, indices.long(), zeros, size, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, wide, values.t(), beta=0.0).values()  # a tenth of the time
-    return (values[indices].to(wide.dtype) * wide[token_of_pair(offsets, len(indices))]).sum(-1)
+def torch_products(values, indices, x):
+    """dW = dY V^T where W is not zero: values[indices[i, j]] . x[i]. x (n, D) -> (n, k)"""
+    n, k = indices.shape
+    x = widen(x.to(torch.promote_types(values.dtype, x.dtype)))
+    if x.device.type == "cpu" and x.dtype == values.dtype and k <= len(values):
+        # W as a sparse matrix, whose entries this product computes: a tenth of the time.
+        ends = torch.arange(n + 1) * k
+        slots = indices.flatten().long()
+        zeros = x.new_zeros(n * k)
+        shape = (n, len(values))
+        pattern = torch.sparse_csr_tensor(ends, slots, zeros, shape, check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, x, values.t(), beta=0.0)
+        return products.values().view(n, k)
+    return (values[indices].to(x.dtype) * x.unsqueeze(1)).sum(-1)
 
 
-# --- Triton ---------------------------------------------------------------------------------------------
-# Bytes that must move at width D with e bytes a number (12 bytes a pair of slot number and weight are few):
-#   forward    P * D * e   rows read (no cache holds a large table)   +  n * D * e  written
-#   backward   R * D * e   rows read once, each by its one owner      +  n * D * e  dY, if L2 holds it
+def group_by_row(indices):
+    """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,),
+    starts (R + 1,), int64. Pairs order[starts[r] : starts[r + 1]] read rows[r], in the
+    order of the tokens: so sums are the same every time."""
+    slots, order = sort_slots(indices.flatten())
+    rows, counts = torch.unique_consecutive(slots, return_counts=True)
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    return order, rows.long(), starts
+
+
+def sort_slots(slots):
+    """slots (P,) -> sorted (P,), the place of each before (P,) int64. Stable."""
+    if slots.device.type != "cpu":
+        return slots.int().sort(stable=True)  # int32: half the passes of a radix sort
+    # numpy sorts plain numbers far faster than PyTorch sorts pairs: put the place into
+    # the low bits of each number.
+    packed = (slots.long() << 32) + torch.arange(len(slots))
+    packed.numpy().sort()
+    return packed >> 32, packed & (2**32 - 1)
+
+
+# --- Triton -------------------------------------------------------------------------
+# Bytes that must move at width D with e bytes a number (the 12 bytes of slot number and
+# weight of a pair are few):
+#   forward    P * D * e       rows read; no cache holds a large table
+#              n * D * e       y written
+#   backward   R * D * e       rows read once, each by its one owner
+#              n * D * e       dY read, if the L2 cache holds it
 #              2 * R * D * e   their gradients, read and written
-# D is a compile-time constant: the compiler then knows how rows are aligned, and loads 16 bytes at once.
+# D and k are compile-time constants: the compiler then knows how rows are aligned, and
+# loads 16 bytes at once.
 
 PIECE = 128  # pairs of one row that one program walks at most
 
 
 @triton.jit
 def forward_kernel(
-    values, indices, offsets, weights, out, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    values,
+    indices,
+    weights,
+    out,
+    k: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """One program computes BLOCK_D columns of one token, BLOCK_K rows in flight at a time."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    start, end = tl.load(offsets + token).to(tl.int32), tl.load(offsets + token + 1).to(tl.int32)
-    while start < end:  # the interpreter of Triton 3.6 has no range of tensors with numpy 2.4
-        p = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+    for start in range(0, k, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        slot = tl.load(indices + token * k + j, mask=j < k, other=0)
+        weight = tl.load(weights + token * k + j, mask=j < k, other=0.0).to(tl.float32)
         # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
-        slot = tl.load(indices + p, mask=p < end, other=0).to(tl.int64)
-        weight = tl.load(weights + p, mask=p < end, other=0.0).to(tl.float32)
-        mask = (p < end)[:, None] & (column < D)[None, :]
-        row = tl.load(values + slot[:, None] * D + column[None, :], mask=mask, other=0.0)
-        total += weight[:, None] * row.to(tl.float32)  # (BLOCK_K, BLOCK_D)
-        start += BLOCK_K
-    tl.store(out + token * D + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < D)
+        place = slot.to(tl.int64)[:, None] * D + column[None, :]  # (BLOCK_K, BLOCK_D)
+        used = (j < k) & (weight != 0)  # no row of weight 0 is read
+        mask = used[:, None] & (column < D)[None, :]
+        row = tl.load(values + place, mask=mask, other=0.0)
+        total += weight[:, None] * row.to(tl.float32)
+    y = tl.sum(total, 0).to(out.dtype.element_ty)  # (BLOCK_D,)
+    tl.store(out + token * D + column, y, mask=column < D)
 
 
 @triton.jit
 def backward_kernel(
-    values, rows, begins, ends, out, targets, weights, grad, order, tokens, grad_weights,
-    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program owns one row: it reads it once and walks over the pairs that read it, BLOCK_P at a time.
-    out[targets[g]] += sum over the pairs of weight * dY; grad_weights[pair] = row . dY."""
-    g = tl.program_id(0).to(tl.int64)
+    values,
+    rows,
+    begins,
+    ends,
+    order,
+    weights,
+    grad,
+    grad_weights,
+    out,
+    targets,
+    k: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program owns one row r. It reads it once, and walks over the pairs that read it,
+    order[begins[r] : ends[r]], BLOCK_P at a time:
+    out[targets[r]] += sum over them of weight * dY; grad_weights[pair] = row . dY."""
+    r = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)  # (BLOCK_D,), the whole row
-    row = tl.load(rows + g)
+    row = tl.load(rows + r)
     value = tl.load(values + row * D + column, mask=column < D, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    start, end = tl.load(begins + g), tl.load(ends + g)
+    start = tl.load(begins + r)
+    end = tl.load(ends + r)
     while start < end:
         p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)
-        token = tl.load(tokens + p, mask=p < end, other=0).to(tl.int64)
+        pair = tl.load(order + p, mask=p < end, other=0)
         weight = tl.load(weights + pair, mask=p < end, other=0.0).to(tl.float32)
+        place = (pair // k)[:, None] * D + column[None, :]  # (BLOCK_P, BLOCK_D), in dY
         mask = (p < end)[:, None] & (column < D)[None, :]
-        dy = tl.load(grad + token[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += weight[:, None] * dy  # (BLOCK_P, BLOCK_D)
+        dy = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        total += weight[:, None] * dy
         tl.store(grad_weights + pair, tl.sum(value[None, :] * dy, 1), mask=p < end)
         start += BLOCK_P
-    target = out + tl.load(targets + g) * D + column
+    target = out + tl.load(targets + r) * D + column
     before = tl.load(target, mask=column < D, other=0.0).to(tl.float32)
-    tl.store(target, (before + tl.sum(total, 0)).to(out.dtype.element_ty), mask=column < D)
+    after = before + tl.sum(total, 0)  # (BLOCK_D,)
+    tl.store(target, after.to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def sum_kernel(
+    partial,
+    firsts,
+    out,
+    targets,
+    D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[targets[r]] += sum of partial[firsts[r] : firsts[r + 1]], BLOCK_D columns of it."""
+    r = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    start = tl.load(firsts + r)
+    end = tl.load(firsts + r + 1)
+    while start < end:
+        piece = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
+        place = piece[:, None] * D + column[None, :]  # (BLOCK_P, BLOCK_D)
+        mask = (piece < end)[:, None] & (column < D)[None, :]
+        total += tl.load(partial + place, mask=mask, other=0.0)
+        start += BLOCK_P
+    target = out + tl.load(targets + r) * D + column
+    before = tl.load(target, mask=column < D, other=0.0).to(tl.float32)
+    after = before + tl.sum(total, 0)
+    tl.store(target, after.to(out.dtype.element_ty), mask=column < D)
 
 
 def forward_tile(D):
     """(BLOCK_K, BLOCK_D, warps) of the forward kernel at width D."""
     block_d = min(triton.next_power_of_2(D), 1024)
-    return max(4, 1024 // block_d), block_d, 4
+    block_k = max(4, 1024 // block_d)
+    return block_k, block_d, 4
 
 
 def backward_tile(D):
-    """(BLOCK_P, BLOCK_D, warps) of the backward kernel: a whole row, and 4 of dY if they are not too wide."""
+    """(BLOCK_P, BLOCK_D, warps) of the backward kernel: a whole row, and up to 4 of dY."""
     block_d = triton.next_power_of_2(D)
     block_p = max(1, min(4, 4096 // block_d))
-    return block_p, block_d, min(32, max(1, block_p * block_d // 1024))
+    warps = min(32, max(1, block_p * block_d // 1024))
+    return block_p, block_d, warps
 
 
-def triton_forward(values, indices, offsets, weights):
+def sum_tile(D):
+    """(BLOCK_P, BLOCK_D, warps) of the sums of pieces: many programs for one long row."""
+    return 16, min(triton.next_power_of_2(D), 64), 2
+
+
+def triton_forward(values, indices, weights):
     """As torch_forward. All tensors contiguous."""
-    n, D = len(offsets) - 1, values.size(1)
-    out, (block_k, block_d, warps) = values.new_empty(n, D), forward_tile(D)
-    grid = n, triton.cdiv(D, block_d)
-    forward_kernel[grid](values, indices, offsets, weights, out, D, block_k, block_d, num_warps=warps)
+    n, k = indices.shape
+    D = values.size(1)
+    out = values.new_empty(n, D)
+    block_k, block_d, warps = forward_tile(D)
+    grid = (n, triton.cdiv(D, block_d))
+    forward_kernel[grid](
+        values, indices, weights, out, k=k, D=D, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps
+    )
     return out
 
 
-def triton_backward(values, indices, offsets, weights, grad, table_grad=None):
+def triton_backward(values, indices, weights, grad):
     """As torch_backward. All tensors contiguous."""
     order, rows, starts = group_by_row(indices)
-    out, targets = table_grad, rows
-    if table_grad is None:
-        out, targets = values.new_zeros(len(rows), grad.size(1)), torch.arange(len(rows), device=rows.device)
-    grad_weights = torch.empty_like(weights, dtype=torch.float32)
-    pairs = weights, grad, order, token_of_pair(offsets, len(order))[order], grad_weights
-    run_backward(values, rows, starts[:-1], starts[1:], out, targets, *pairs)
-    return rows, out, grad_weights
+    grad_rows = values.new_zeros(len(rows), values.size(1))
+    targets = torch.arange(len(rows), device=rows.device)
+    pairs = Pairs(order, weights, grad)
+    add_row_gradients(values, rows, starts, pairs, grad_rows, targets)
+    return rows, grad_rows, pairs.grad_weights
 
 
-def triton_dot(values, indices, offsets, x):
-    """As torch_dot, by the backward kernel: what it writes beside (R, D) is not used."""
-    return triton_backward(values, indices, offsets, torch.zeros_like(indices, dtype=torch.float32), x)[2]
+def triton_backward_into(values, indices, weights, grad, gradient):
+    """As torch_backward, but the gradients of rows are added to the table `gradient` (S, D).
+    -> rows (R,), gradient of the weights (n, k)"""
+    order, rows, starts = group_by_row(indices)
+    pairs = Pairs(order, weights, grad)
+    add_row_gradients(values, rows, starts, pairs, gradient, rows)
+    return rows, pairs.grad_weights
 
 
-def run_backward(values, rows, begins, ends, out, targets, *pairs):
-    """out[targets[r]] += gradient of rows[r], of pairs order[begins[r] : ends[r]]; fills in grad_weights.
-    Rows read by many tokens are split, so that no program dominates the run time: pieces of PIECE pairs are
-    summed on their own, and then the partial sums by the same kernel, as if they were dY of weight 1."""
-    D, hot = values.size(1), ends - begins > PIECE  # (R,)
+def triton_products(values, indices, x):
+    """As torch_products, by the backward kernel. The sums it writes as well are not used."""
+    zeros = torch.zeros_like(indices, dtype=torch.float32)
+    _, _, products = triton_backward(values, indices, zeros, x)
+    return products
+
+
+class Pairs:
+    """What the backward kernels read and write of the pairs: their order by row, weights
+    (n, k), dY (n, D); and the gradient of the weights (n, k), which they fill in."""
+
+    def __init__(self, order, weights, grad):
+        self.order = order
+        self.weights = weights
+        self.grad = grad
+        self.grad_weights = torch.empty_like(weights, dtype=torch.float32)
+
+
+def add_row_gradients(values, rows, starts, pairs, out, targets):
+    """out[targets[r]] += gradient of rows[r], of pairs order[starts[r] : starts[r + 1]].
+
+    A row that many tokens read is long: one program would walk over its pairs when all
+    others are done. It is cut into pieces, each with a program and a sum of its own."""
+    begins = starts[:-1]
+    ends = starts[1:]
+    is_long = ends - begins > PIECE  # (R,)
+    short_ends = torch.where(is_long, begins, ends)  # nothing of the long rows
+    launch_backward(values, rows, begins, short_ends, pairs, out, targets)
+    long = is_long.nonzero().flatten()
+    if len(long) > 0:
+        partial, firsts = sum_pieces(values, rows[long], begins[long], ends[long], pairs)
+        add_sums_of_pieces(partial, firsts, out, targets[long])
+
+
+def launch_backward(values, rows, begins, ends, pairs, out, targets):
+    D = values.size(1)
     block_p, block_d, warps = backward_tile(D)
-    tensors = values, rows, begins, torch.where(hot, begins, ends), out, targets, *pairs  # no hot rows yet
-    backward_kernel[(len(rows),)](*tensors, D, block_p, block_d, num_warps=warps)
-    hot = hot.nonzero().flatten()
-    if len(hot) > 0:  # then their pieces, and the sums of these
-        pieces = (ends - begins)[hot].add(PIECE - 1) // PIECE  # of each hot row
-        firsts = F.pad(pieces.cumsum(0), (1, 0))  # pieces firsts[h] to firsts[h + 1] are those of row hot[h]
-        owner = hot.repeat_interleave(pieces)
-        piece = torch.arange(len(owner), device=rows.device)
-        begin = begins[owner] + (piece - firsts[:-1].repeat_interleave(pieces)) * PIECE
-        partial = torch.zeros(len(owner), D, device=values.device)  # float32
-        run_backward(values, rows[owner], begin, (begin + PIECE).minimum(ends[owner]), partial, piece, *pairs)
-        ones, unused = torch.ones_like(partial[:, 0]), torch.empty_like(partial[:, 0])
-        hot_rows = rows[hot], firsts[:-1], firsts[1:], out, targets[hot]
-        run_backward(values, *hot_rows, ones, partial, piece, piece, unused)
+    backward_kernel[(len(rows),)](
+        values,
+        rows,
+        begins,
+        ends,
+        pairs.order,
+        pairs.weights,
+        pairs.grad,
+        pairs.grad_weights,
+        out,
+        targets,
+        k=pairs.weights.size(1),
+        D=D,
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
 
 
-# --- lookup: what the model calls -----------------------------------------------------------------------
+def sum_pieces(values, rows, begins, ends, pairs):
+    """Cut rows into pieces of PIECE pairs; the gradient of each piece on its own.
+    -> partial (pieces, D) float32; firsts: those of rows[r] are firsts[r] to firsts[r + 1]"""
+    counts = (ends - begins + PIECE - 1) // PIECE  # pieces of each row
+    firsts = F.pad(counts.cumsum(0), (1, 0))
+    owner = torch.repeat_interleave(counts)  # (pieces,), the row of each piece
+    piece = torch.arange(len(owner), device=rows.device)
+    begin = begins[owner] + (piece - firsts[owner]) * PIECE
+    end = torch.minimum(begin + PIECE, ends[owner])
+    partial = torch.zeros(len(owner), values.size(1), device=values.device)
+    launch_backward(values, rows[owner], begin, end, pairs, partial, piece)
+    return partial, firsts
 
-DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check slots on a GPU, too: the CPU waits for it
+
+def add_sums_of_pieces(partial, firsts, out, targets):
+    """out[targets[r]] += sum of partial[firsts[r] : firsts[r + 1]]"""
+    D = partial.size(1)
+    block_p, block_d, warps = sum_tile(D)
+    grid = (len(targets), triton.cdiv(D, block_d))
+    sum_kernel[grid](
+        partial, firsts, out, targets, D=D, BLOCK_P=block_p, BLOCK_D=block_d, num_warps=warps
+    )
+
+
+# --- lookup, and its gradient -------------------------------------------------------
+# Custom operators are opaque to torch.compile. Each has a fake, which says shape and dtype.
 
 
 def uses_triton(tensor):
-    return tensor.is_cuda and hasattr(triton, "cdiv")  # a GPU, and a system that Triton exists for
+    """On a GPU, where Triton is installed."""
+    return tensor.is_cuda and hasattr(triton, "cdiv")
 
 
-@torch.library.custom_op("nanomem::lookup_forward", mutates_args=())  # opaque to torch.compile
+@torch.library.custom_op("nanomem::lookup_forward", mutates_args=())
 def lookup_forward(
-    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
-    x: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """lookup with weights, or dot with x"""
+    values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The lookup: (S, D), (n, k), (n, k) -> (n, D)"""
     if indices.numel() == 0:
-        return empty_result(values, indices, offsets, weights, x).zero_()
-    if DEBUG or not values.is_cuda:
-        low, high = (bound.item() for bound in indices.aminmax())
-        if low < 0 or high >= len(values):
-            raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {len(values) - 1}")
-    forward, product = (triton_forward, triton_dot) if uses_triton(values) else (torch_forward, torch_dot)
-    tensors = values.contiguous(), indices.flatten(), offsets
+        return values.new_zeros(len(indices), values.size(1))
+    check_slots(values, indices)
+    if not uses_triton(values):
+        return torch_forward(values.contiguous(), indices, weights)
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        if weights is None:  # a clone, because torch.compile fails on a view
-            return product(*tensors, x).view(indices.shape).clone()
-        return forward(*tensors, weights.flatten())
+        return triton_forward(values.contiguous(), indices, weights)
 
 
 @lookup_forward.register_fake
-def empty_result(values, indices, offsets, weights, x):
-    if weights is None:
-        return values.new_empty(indices.shape, dtype=torch.promote_types(values.dtype, torch.float32))
-    return values.new_empty(len(offsets) - 1, values.size(1))
+def _(values, indices, weights):
+    return values.new_empty(len(indices), values.size(1))
 
 
-def lookup_backward(values, indices, offsets, weights, grad, table_grad=None):
-    """As torch_backward."""
+@torch.library.custom_op("nanomem::products", mutates_args=())
+def products(values: torch.Tensor, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """values[indices[i, j]] . x[i], which is the gradient of the weights if x is dY.
+    (S, D), (n, k), (n, D) -> (n, k), float32 or wider"""
     if indices.numel() == 0:
-        return indices.new_zeros(0).long(), values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
-    run = triton_backward if uses_triton(values) else torch_backward
-    tensors = values.contiguous(), indices.flatten(), offsets, weights.flatten(), grad
+        return widen(values.new_zeros(indices.shape))
+    check_slots(values, indices)
+    if not uses_triton(values):
+        return torch_products(values.contiguous(), indices, x)
     with torch.cuda.device_of(values):
-        rows, grad_rows, grad_weights = run(*tensors, table_grad)
-    return rows, grad_rows, grad_weights.view(weights.shape)
+        return triton_products(values.contiguous(), indices, x)
 
 
-@torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("table_grad", "touched"))
+@products.register_fake
+def _(values, indices, x):
+    return widen(values.new_empty(indices.shape))
+
+
+def lookup_backward(values, indices, weights, grad):
+    """grad (n, D) -> rows (R,), their gradient (R, D), gradient of the weights (n, k)"""
+    if indices.numel() == 0:
+        rows = torch.zeros(0, dtype=torch.int64, device=values.device)
+        return rows, values.new_zeros(0, values.size(1)), torch.zeros_like(weights)
+    if not uses_triton(values):
+        return torch_backward(values.contiguous(), indices, weights, grad)
+    with torch.cuda.device_of(values):
+        return triton_backward(values.contiguous(), indices, weights, grad)
+
+
+@torch.library.custom_op("nanomem::lookup_backward_into", mutates_args=("gradient", "touched"))
 def lookup_backward_into(
-    values: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor,
-    grad: torch.Tensor, table_grad: torch.Tensor, touched: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    rows, _, grad_weights = lookup_backward(values, indices, offsets, weights, grad, table_grad)
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    grad: torch.Tensor,
+    gradient: torch.Tensor,
+    touched: torch.Tensor,
+) -> torch.Tensor:
+    """As lookup_backward, but adds the gradients of rows to those of `gradient` (S, D), and
+    sets these rows to 1 in `touched` (S,). -> gradient of the weights (n, k)"""
+    if uses_triton(values) and indices.numel() > 0:
+        with torch.cuda.device_of(values):
+            rows, grad_weights = triton_backward_into(
+                values.contiguous(), indices, weights, grad, gradient
+            )
+    else:
+        rows, grad_rows, grad_weights = lookup_backward(values, indices, weights, grad)
+        gradient.index_add_(0, rows, grad_rows)  # each row once: in a fixed order
     touched.index_fill_(0, rows, 1)
-    return grad_weights.to(weights.dtype).contiguous()  # the dtype and strides of its fake
+    return grad_weights.to(weights.dtype).contiguous()  # as its fake
 
 
 @lookup_backward_into.register_fake
-def _(values, indices, offsets, weights, grad, table_grad, touched):
+def _(values, indices, weights, grad, gradient, touched):
     return weights.new_empty(weights.shape)
 
 
 class Lookup(torch.autograd.Function):
-    """Lookup without x, dot without weights: derivatives, by x and w, of the sum over pairs of w_p
-    values[i_p] . x_p. Backward, the gradient replaces what is None; the table's is sparse or accumulated."""
+    """The lookup. The gradient of values is a sparse tensor of the rows that were read."""
 
     @staticmethod
-    def forward(ctx, values, indices, offsets, weights, x, accumulator):
-        ctx.save_for_backward(values, indices, offsets, weights, x)
-        ctx.accumulator = accumulator
-        return lookup_forward(values, indices, offsets, weights, x)
+    def forward(ctx, values, indices, weights):
+        ctx.save_for_backward(values, indices, weights)
+        return lookup_forward(values, indices, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad, (*table, weights, x) = grad.contiguous(), ctx.saved_tensors  # table: values, indices, offsets
-        tensors, grad_values = (*table, grad if weights is None else weights, grad if x is None else x), None
-        if ctx.accumulator is not None:
-            grad_weights = lookup_backward_into(*tensors, *ctx.accumulator)
-        else:
-            rows, grad_rows, grad_weights = lookup_backward(*tensors)
-            grad_values = sparse_rows(rows, grad_rows, table[0])
-        if x is None:
-            return grad_values, None, None, grad_weights.to(weights.dtype), None, None
-        return grad_values, None, None, None, lookup_forward(*table, grad, None).to(x.dtype), None
+        values, indices, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        rows, grad_rows, grad_weights = lookup_backward(values, indices, weights, grad)
+        grad_values = sparse_rows(rows, grad_rows, values.shape)
+        return grad_values, None, grad_weights.to(weights.dtype)
 
 
-def sparse_rows(rows, grads, values):
-    """A coalesced sparse tensor of the shape of values: grads (R, D) at rows (R,), sorted, each once."""
-    return torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
+class CollectingLookup(torch.autograd.Function):
+    """The lookup. The gradient of values is added to the table `gradient`; autograd has none."""
+
+    @staticmethod
+    def forward(ctx, values, indices, weights, gradient, touched):
+        ctx.save_for_backward(values, indices, weights)
+        ctx.gradient = gradient
+        ctx.touched = touched
+        return lookup_forward(values, indices, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        values, indices, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.needs_input_grad[0]:
+            check_collector(ctx.gradient)
+            grad_weights = lookup_backward_into(
+                values, indices, weights, grad, ctx.gradient, ctx.touched
+            )
+        else:  # frozen values
+            grad_weights = products(values, indices, grad).to(weights.dtype)
+        return None, None, grad_weights, None, None
 
 
-def lookup(values, indices, weights, accumulator=None, offsets=None):
+def check_collector(gradient):
+    """Without one the values would learn nothing, silently."""
+    if gradient is None:
+        raise RuntimeError(
+            "nobody takes the gradient of these values: make an optimizer for their pool before "
+            "the first backward pass, RowAdam(pool) (others, like AdamW, do not see it), or "
+            "freeze them by pool.requires_grad_(False)"
+        )
+
+
+def sparse_rows(rows, grads, shape):
+    """A coalesced sparse tensor: grads (R, D) at rows (R,), sorted, each once."""
+    return torch.sparse_coo_tensor(
+        rows[None], grads, shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def lookup(values, indices, weights):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
 
-    values       (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
-    indices      (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with NANOMEM_DEBUG=1
-    weights      (n, k) floating point, best float32; n * k below 2^31
-    accumulator  None, or where the gradient of values goes: (S, D) of values' dtype, and (S,) of uint8
-    offsets      None, or (n + 1,) int64; indices and weights are (P,) then, those of token i from offsets[i]
-    returns      (n, D) of values' dtype, summed in float32 or wider
+    values   (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
+    indices  (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with
+             NANOMEM_DEBUG=1
+    weights  (n, k) floating point, best float32; n * k below 2^31
+    returns  (n, D) of values' dtype, summed in float32 or wider
 
-    Differentiable in values and weights. The gradient of values is a coalesced torch.sparse_coo tensor of the
-    rows read: its size is independent of S. Lookups in one table should share an accumulator: backward passes
-    add to rows of its first tensor and set them to 1 in its second, autograd sees no gradient of values,
-    torch.compile no graph break. The same inputs give the same bits. Raises ValueError if they do not fit."""
-    if offsets is None:  # (P,) do not fit then
-        offsets, indices = even_offsets(indices), indices if indices.ndim == 2 else indices[None]
-    return apply(values, indices, offsets, weights, None, accumulator)
-
-
-def dot(values, indices, x, accumulator=None):
-    """z[i, j] = values[indices[i, j]] . x[i], which in lookup's backward pass is the gradient of the weights.
-    x (n, D) floating point -> (n, k), float32 or wider. Differentiable in values and x; else as lookup."""
-    return apply(values, indices, even_offsets(indices), None, x, accumulator)
+    Differentiable in values and weights. The gradient of values is a coalesced sparse tensor
+    of the rows read, which torch.optim.SparseAdam takes; its size does not depend on S. The
+    same inputs give the same bits. Raises ValueError for inputs that do not fit."""
+    check_inputs(values, indices, weights)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights {describe(weights)}: must have the shape of indices")
+    if torch.is_grad_enabled():  # torch.compile cannot trace a sparse gradient
+        apply = torch.compiler.disable(Lookup.apply)
+    else:
+        apply = Lookup.apply
+    return apply(values, indices.contiguous(), weights.contiguous())
 
 
-def even_offsets(indices):
-    """indices (n, k) -> 0, k, 2k, ..., nk: (n + 1,)"""
-    return torch.arange(len(indices) + 1, device=indices.device) * indices.size(-1)
+def collecting_lookup(values, indices, weights, gradient, touched):
+    """As lookup, for a table that several layers and micro-steps read (memory.ValuePool).
+
+    gradient  (S, D) of values' dtype. Backward passes add the gradient of values to its rows:
+              autograd sees none, and torch.compile breaks no graph
+    touched   (S,) uint8. They set the rows that were read to 1
+
+    Both may be None where no backward pass is wanted: one raises RuntimeError then."""
+    check_inputs(values, indices, weights)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights {describe(weights)}: must have the shape of indices")
+    return CollectingLookup.apply(
+        values, indices.contiguous(), weights.contiguous(), gradient, touched
+    )
 
 
-def apply(values, indices, offsets, weights, x, accumulator):
-    given = x if weights is None else weights
-    shape = (len(indices), values.size(-1)) if weights is None else indices.shape
-    shapes = values.ndim == 2 and 1 <= indices.ndim <= 2 and given.shape == shape
-    small, wide = max(len(values), indices.numel()) < 2**31, values.is_cuda and values.dtype == torch.float64
-    dtypes = values.is_floating_point() and given.is_floating_point()
-    dtypes = dtypes and not wide and indices.dtype in (torch.int32, torch.int64)
-    if not (shapes and small and dtypes and values.device == indices.device == given.device):
-        got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (values, indices, given))
-        want = "values (S, D), weights (n, k) or x (n, D) in floating point (float64 on a CPU only), indices"
-        want += " (n, k) of int32 or int64, on one device, S, n k below 2^31"
-        raise ValueError(f"lookup wants {want}; not {got}")
-    sparse = accumulator is None and torch.is_grad_enabled()  # torch.compile cannot trace such a gradient
-    run = torch.compiler.disable(Lookup.apply) if sparse else Lookup.apply
-    weights, x = (t if t is None else t.contiguous() for t in (weights, x))
-    return run(values, indices.contiguous(), offsets, weights, x, accumulator)
+def check_inputs(values, indices, other):
+    """Raises ValueError for inputs that do not fit. other: weights, or x of products."""
+    if values.ndim != 2 or not values.is_floating_point():
+        raise ValueError(f"values {describe(values)}: must be (S, D), floating point")
+    if values.is_cuda and values.dtype == torch.float64:
+        raise ValueError(f"values {describe(values)}: float64 is for the CPU")
+    if len(values) >= 2**31:
+        raise ValueError(f"values {describe(values)}: must have fewer than 2^31 rows")
+    if indices.ndim != 2 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices {describe(indices)}: must be (n, k), int32 or int64")
+    if indices.numel() >= 2**31:
+        raise ValueError(f"indices {describe(indices)}: n * k must be below 2^31")
+    if not other.is_floating_point():
+        raise ValueError(f"weights {describe(other)}: must be floating point")
+    if not values.device == indices.device == other.device:
+        devices = f"{values.device}, {indices.device}, {other.device}"
+        raise ValueError(f"values, indices and weights must be on one device, not {devices}")
 
 
-# --- RowAdam: the optimiser -----------------------------------------------------------------------------
-# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D random bits.
+def describe(tensor):
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """RowAdam's step, in place; rate, eps bias-corrected. rows (R,), each once; grads, random bits (R, D)."""
-    g = grads.float()
-    mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
-    square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    means.index_copy_(0, rows, mean)
-    squares.index_copy_(0, rows, square)
-    value = values.index_select(0, rows).float().addcdiv_(mean, square.sqrt_().add_(eps), value=-rate)
-    if values.dtype == torch.bfloat16:
-        # Up with a probability equal to the distance from the number below: add the bits, then cut them off.
-        rounded = (value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16
-        value = torch.where(value.isfinite(), rounded.to(torch.int16).view(torch.bfloat16), value.bfloat16())
-    values.index_copy_(0, rows, value)
+def check_slots(values, indices):
+    """Raises ValueError for slots that the table does not have."""
+    if values.is_cuda and not DEBUG:
+        return
+    low, high = (bound.item() for bound in indices.aminmax())
+    if low < 0 or high >= len(values):
+        last = len(values) - 1
+        raise ValueError(f"lookup of slots {low} to {high}: the table has slots 0 to {last}")
 
 
-@triton.jit
-def adam_kernel(
-    values, means, squares, rows, grads, bits, rate, beta1, beta2, eps, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """One program owns one row, and moves its moments and its value."""
-    r = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    place = tl.load(rows + r) * D + column  # in the table
-    g = tl.load(grads + r * D + column, mask=inside, other=0.0).to(tl.float32)
-    mean = beta1 * tl.load(means + place, mask=inside, other=0.0) + (1 - beta1) * g
-    square = beta2 * tl.load(squares + place, mask=inside, other=0.0) + (1 - beta2) * g * g
-    value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
-    value -= rate * mean / (tl.sqrt(square) + eps)
-    tl.store(means + place, mean, mask=inside)
-    tl.store(squares + place, square, mask=inside)
-    if values.dtype.element_ty == tl.bfloat16:
-        random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
-        rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        value = tl.where(tl.abs(value) < float("inf"), rounded, value.to(tl.bfloat16))  # False of NaN, too
-    tl.store(values + place, value, mask=inside)
+# --- selecting slots ----------------------------------------------------------------
+# memory.py says how and why. On a CPU and elsewhere memory.product_topk does it with the
+# function below; on a GPU one program does it for one head of one token: two top-k, the
+# candidates, their top-k.
 
 
-def adam_warps(D):
-    return min(32, max(1, triton.next_power_of_2(D) // 256))  # 8 columns a thread
+def topk_indices(scores, K):
+    """Where the K largest of each row are, largest first. scores (..., N) -> (..., K) int64.
+
+    On a CPU numpy's vectorised sort takes a quarter of the time of torch.topk (3 ms against
+    12 on one core, 16 of 128 in 8,192 rows)."""
+    N = scores.size(-1)
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or K > 64:
+        return scores.topk(K, dim=-1).indices
+    if N <= 256:
+        return sorted_indices(scores)[..., :K]
+    # Longer rows take numpy ten times as long: the best of each 256, and the best of these.
+    parts = []
+    for first in range(0, N, 256):
+        part = scores[..., first : first + 256]
+        parts.append(sorted_indices(part)[..., :K] + first)
+    places = torch.cat(parts, dim=-1)
+    best = topk_indices(scores.gather(-1, places), K)
+    return places.gather(-1, best)
 
 
-def triton_adam(values, means, squares, rows, grads, bits, *scalars):
-    """As torch_adam. All tensors contiguous."""
-    D, tensors = values.size(1), (values, means, squares, rows, grads, bits)
-    adam_kernel[(len(rows),)](*tensors, *scalars, D, triton.next_power_of_2(D), num_warps=adam_warps(D))
-
-
-class RowAdam(torch.optim.Optimizer):
-    """Adam for a table of which each step reads a few rows. A step costs what those rows cost.
-
-    For a row that has a gradient g at step t (arXiv:1412.6980, algorithm 1):
-
-        m = beta1 m + (1 - beta1) g
-        v = beta2 v + (1 - beta2) g^2
-        value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    Rows without a gradient keep value and moments ("lazy" Adam, as torch.optim.SparseAdam; bench/README.md
-    compares others). params: tables (S, D), float32 or bfloat16, with sparse gradients. State: m and v in
-    float32. eps only guards against 0 / 0: where a loss is the mean over 491,520 tokens, a row's gradient is
-    about 1e-9. As bfloat16 drops small updates, it is rounded stochastically (unbiased), by seed and step."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, seed=seed))
-        self.tables = [p for group in self.param_groups for p in group["params"]]
-        for p in self.tables:
-            if p.ndim != 2 or p.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(f"RowAdam wants (S, D), float32 or bfloat16, not {tuple(p.shape)} {p.dtype}")
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if not p.grad.is_sparse:
-                        raise ValueError("RowAdam wants sparse gradients, as lookup() gives them")
-                    with torch.cuda.device_of(p):
-                        self.update(p, p.grad.coalesce(), self.state[p], **group)
-
-    def update(self, p, grad, state, lr, betas, eps, seed, **_):
-        state["step"] = t = state.get("step", 0) + 1
-        if t == 1:
-            state["means"], state["squares"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-        correction = (1 - betas[1] ** t) ** 0.5
-        scalars = lr * correction / (1 - betas[0] ** t), *betas, eps * correction
-        random = torch.Generator(p.device).manual_seed((seed + 0x9E3779B9 * t) % 2**31)
-        run, part = (triton_adam, 2**17) if uses_triton(p) else (torch_adam, 2**11)  # stays in a CPU's cache
-        for rows, grads in zip(grad.indices()[0].split(part), grad.values().split(part), strict=True):
-            bits = rows  # float32 tables need none: any pointer will do
-            if p.dtype == torch.bfloat16:
-                bits = p.new_empty(grads.shape, dtype=torch.int16).random_(-(2**15), 2**15, generator=random)
-            if len(rows) > 0:
-                run(p, state["means"], state["squares"], rows, grads.contiguous(), bits, *scalars)
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)  # casts to the values' dtype: take the state as it was
-        for i, state in state_dict["state"].items():
-            p = self.tables[i]
-            own = {"device": p.device, "copy": True, "memory_format": torch.contiguous_format}  # not mapped
-            self.state[p] = {k: v.to(**own) if torch.is_tensor(v) else v for k, v in state.items()}
-
-
-# --- selecting slots (memory.py says how and why) -------------------------------------------------------
-# One program does for one head of one token what memory.product_topk does: two top-k, the candidates, their
-# top-k. A score and its column travel in one integer, score's bits first: sorting one sorts both, exactly.
+def sorted_indices(scores):
+    """Where the numbers of each row are, largest first. scores (..., N) float32, finite.
+    numpy sorts numbers, not pairs of number and place. So put the place into the number: a
+    float32 widened to float64 ends in 29 zero bits, worth less than any difference."""
+    packed = scores.double().numpy()
+    packed.view(np.int64)[...] |= np.arange(scores.size(-1))
+    packed.sort(axis=-1)
+    places = packed.view(np.int64)[..., ::-1] & (2**29 - 1)
+    return torch.from_numpy(places)
 
 
 @triton.jit
 def pack(score, column):
-    """An int64 that orders as the scores do, then by column."""
+    """Score and column in one int64, the score's bits first: sorting one sorts both, exactly."""
     bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | column  # negative floats, too
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that order as the floats do
+    return (bits.to(tl.int64) << 32) | column
 
 
 @triton.jit
 def unpack(packed):
     """-> score float32, column int32"""
     bits = (packed >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), packed.to(tl.int32)
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return score, packed.to(tl.int32)
 
 
 @triton.jit
-def best_of_row(row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """The BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,) each.
-    The K largest lie in the K groups of neighbours with the largest maxima: sort these, then the groups."""
+def best_of_row(
+    row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
+):
+    """The BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,).
+    They lie in the BLOCK_K groups of neighbours with the largest maxima: find these groups,
+    then sort their members."""
     member = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + member  # (BLOCK_N / GROUP, GROUP)
     packed = pack(tl.load(row + column, mask=column < N, other=float("-inf")), column)
-    _, best = unpack(tl.topk(tl.max(packed, 1), BLOCK_K))  # columns of maxima
+    _, best = unpack(tl.topk(tl.max(packed, 1), BLOCK_K))  # columns of the maxima
     column = (best // GROUP * GROUP)[:, None] + member  # (BLOCK_K, GROUP)
     packed = pack(tl.load(row + column, mask=column < N, other=float("-inf")), column)
     return unpack(tl.topk(tl.reshape(packed, [BLOCK_K * GROUP]), BLOCK_K))
@@ -493,40 +649,264 @@ def best_of_row(row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 @triton.jit
 def select_kernel(
-    scores, pairs, slots, n, N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    scores,
+    pairs,
+    slots,
+    n,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """scores (2, H, n, N), pairs (2, P) -> slots (H, n, K)"""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
     score1, column1 = best_of_row(scores + (h * n + t) * N, N, BLOCK_N, BLOCK_K, GROUP)
     score2, column2 = best_of_row(scores + ((H + h) * n + t) * N, N, BLOCK_N, BLOCK_K, GROUP)
     c = tl.arange(0, BLOCK_P)  # candidates
-    a = tl.load(pairs + c, mask=c < P, other=0).to(tl.int32)
-    b = tl.load(pairs + P + c, mask=c < P, other=0).to(tl.int32)
-    total = tl.where(c < P, tl.gather(score1, a, 0) + tl.gather(score2, b, 0), float("-inf"))  # (BLOCK_P,)
-    _, c = unpack(tl.topk(pack(total, c), BLOCK_K))  # (BLOCK_K,)
+    rank1 = tl.load(pairs + c, mask=c < P, other=0).to(tl.int32)
+    rank2 = tl.load(pairs + P + c, mask=c < P, other=0).to(tl.int32)
+    total = tl.gather(score1, rank1, 0) + tl.gather(score2, rank2, 0)  # (BLOCK_P,)
+    total = tl.where(c < P, total, float("-inf"))
+    _, winner = unpack(tl.topk(pack(total, c), BLOCK_K))  # (BLOCK_K,)
     rank = tl.arange(0, BLOCK_K)
-    a = tl.load(pairs + c, mask=rank < K, other=0).to(tl.int32)
-    b = tl.load(pairs + P + c, mask=rank < K, other=0).to(tl.int32)
-    slot = tl.gather(column1, a, 0).to(tl.int64) * N + tl.gather(column2, b, 0)
-    tl.store(slots + (h * n + t) * K + rank, slot, mask=rank < K)
+    rank1 = tl.load(pairs + winner, mask=rank < K, other=0).to(tl.int32)
+    rank2 = tl.load(pairs + P + winner, mask=rank < K, other=0).to(tl.int32)
+    i = tl.gather(column1, rank1, 0).to(tl.int64)
+    j = tl.gather(column2, rank2, 0)
+    tl.store(slots + (h * n + t) * K + rank, i * N + j, mask=rank < K)
 
 
 def select_tile(N, K):
-    """(BLOCK_N, BLOCK_K, GROUP, warps): groups of about the square root of N / K, 32 numbers a thread."""
-    block_n, block_k = max(2, triton.next_power_of_2(N)), max(2, triton.next_power_of_2(K))
+    """(BLOCK_N, BLOCK_K, GROUP, warps): groups of about the square root of N / K, and 32
+    numbers a thread."""
+    block_n = max(2, triton.next_power_of_2(N))
+    block_k = max(2, triton.next_power_of_2(K))
     group = 2 ** ((block_n // block_k).bit_length() // 2)
-    return block_n, block_k, group, min(16, max(1, block_n // 1024))
+    warps = min(16, max(1, block_n // 1024))
+    return block_n, block_k, group, warps
 
 
 def triton_select(scores, pairs, K):
-    """As memory.select: scores (2, H, n, N), float32 or narrower -> slots (H, n, K) int64."""
-    (_, H, n, N), P = scores.shape, pairs.size(1)
+    """As memory.product_topk: scores (2, H, n, N), float32 or narrower; pairs (2, P):
+    memory.candidate_pairs(K) -> slots (H, n, K) int64"""
+    _, H, n, N = scores.shape
+    P = pairs.size(1)
     slots = torch.empty(H, n, K, dtype=torch.int64, device=scores.device)
     block_n, block_k, group, warps = select_tile(N, K)
-    blocks = block_n, block_k, max(block_k, triton.next_power_of_2(P)), group
+    block_p = max(block_k, triton.next_power_of_2(P))
     with torch.cuda.device_of(scores):
-        select_kernel[(n, H)](scores.contiguous(), pairs, slots, n, N, H, K, P, *blocks, num_warps=warps)
+        select_kernel[(n, H)](
+            scores.contiguous(),
+            pairs,
+            slots,
+            n,
+            H=H,
+            N=N,
+            K=K,
+            P=P,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_P=block_p,
+            GROUP=group,
+            num_warps=warps,
+        )
     return slots
+
+
+# --- RowAdam: the optimiser ---------------------------------------------------------
+# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D
+# random bits.
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for the values of a pool, of which each step reads a few rows. A step costs what
+    those rows cost.
+
+    For a row that has a gradient g at step t (arXiv:1412.6980, algorithm 1):
+
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Rows without a gradient keep value and moments ("lazy" Adam, as torch.optim.SparseAdam;
+    bench/README.md compares others). State: m and v in float32.
+
+    pool  memory.ValuePool, float32 or bfloat16. It collects gradients from now on, and step()
+          takes them out of it: pool.take_gradient()
+    eps   only guards against 0 / 0: where a loss is the mean over 491,520 tokens, a row's
+          gradient is about 1e-9
+    seed  bfloat16 drops small updates, so they are rounded stochastically (unbiased), by
+          seed and step
+    """
+
+    def __init__(self, pool, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
+        if not isinstance(pool, torch.nn.Module):
+            raise ValueError(f"RowAdam(pool) wants a memory.ValuePool, not a {type(pool).__name__}")
+        if pool.values.dtype not in (torch.float32, torch.bfloat16):
+            dtype = pool.values.dtype
+            raise ValueError(f"RowAdam wants values in float32 or bfloat16, not {dtype}")
+        super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps, seed=seed))
+        self.pool = pool
+        pool.collect_gradients()
+
+    def zero_grad(self, set_to_none=True):
+        """Drop what the pool has collected."""
+        self.pool.drop_gradient()
+
+    @torch.no_grad()
+    def step(self):
+        values = self.pool.values
+        gradient = self.pool.take_gradient()
+        rows = gradient.indices()[0]  # (R,)
+        grads = gradient.values()  # (R, D)
+        with torch.cuda.device_of(values):
+            self.update(values, rows, grads, self.state[values], self.param_groups[0])
+
+    def update(self, values, rows, grads, state, options):
+        """One step of the rows. state: of this table; options: lr, betas, eps, seed."""
+        if len(state) == 0:
+            state["step"] = 0
+            state["means"] = torch.zeros_like(values, dtype=torch.float32)
+            state["squares"] = torch.zeros_like(values, dtype=torch.float32)
+        state["step"] += 1
+        t = state["step"]
+        beta1, beta2 = options["betas"]
+        correction = (1 - beta2**t) ** 0.5
+        rate = options["lr"] * correction / (1 - beta1**t)
+        eps = options["eps"] * correction
+        random = torch.Generator(values.device)
+        random.manual_seed((options["seed"] + 0x9E3779B9 * t) % 2**31)
+        if uses_triton(values):
+            update_rows = triton_adam
+            part = 2**17
+        else:
+            update_rows = torch_adam
+            part = 2**11  # what stays in a CPU's cache
+        for start in range(0, len(rows), part):
+            some_rows = rows[start : start + part]
+            some_grads = grads[start : start + part].contiguous()
+            update_rows(
+                values,
+                state["means"],
+                state["squares"],
+                some_rows,
+                some_grads,
+                random_bits(values, some_grads, random),
+                rate,
+                beta1,
+                beta2,
+                eps,
+            )
+
+    def load_state_dict(self, state_dict):
+        """PyTorch's own casts the moments to the values' dtype: take them as they were."""
+        super().load_state_dict(state_dict)
+        values = self.pool.values
+        for saved in state_dict["state"].values():
+            state = {"step": saved["step"]}
+            for name in ("means", "squares"):
+                state[name] = torch.empty_like(values, dtype=torch.float32)
+                state[name].copy_(saved[name])
+            self.state[values] = state
+
+
+def random_bits(values, grads, generator):
+    """16 random bits for each number that is rounded; float32 values need none."""
+    if values.dtype == torch.float32:
+        return grads  # a pointer that is not read
+    bits = torch.empty(grads.shape, dtype=torch.int16, device=grads.device)
+    return bits.random_(-(2**15), 2**15, generator=generator)
+
+
+def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
+    """RowAdam's step, in place. rows (R,), each once; grads, bits (R, D); rate and eps are
+    corrected for the bias."""
+    g = grads.float()
+    mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
+    square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    means.index_copy_(0, rows, mean)
+    squares.index_copy_(0, rows, square)
+    value = values.index_select(0, rows).float()
+    value.addcdiv_(mean, square.sqrt_().add_(eps), value=-rate)
+    if values.dtype == torch.bfloat16:
+        value = round_stochastically(value, bits)
+    values.index_copy_(0, rows, value)
+
+
+def round_stochastically(value, bits):
+    """float32 to bfloat16, up with a probability equal to the distance from the number below:
+    add random bits to those that are cut off."""
+    rounded = (value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16
+    rounded = rounded.to(torch.int16).view(torch.bfloat16)
+    return torch.where(value.isfinite(), rounded, value.bfloat16())
+
+
+@triton.jit
+def adam_kernel(
+    values,
+    means,
+    squares,
+    rows,
+    grads,
+    bits,
+    rate,
+    beta1,
+    beta2,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program owns one row, and moves its moments and its value."""
+    r = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    place = tl.load(rows + r) * D + column  # in the table
+    g = tl.load(grads + r * D + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(means + place, mask=inside, other=0.0)
+    mean = beta1 * mean + (1 - beta1) * g
+    square = tl.load(squares + place, mask=inside, other=0.0)
+    square = beta2 * square + (1 - beta2) * g * g
+    value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+    value -= rate * mean / (tl.sqrt(square) + eps)
+    tl.store(means + place, mean, mask=inside)
+    tl.store(squares + place, square, mask=inside)
+    if values.dtype.element_ty == tl.bfloat16:  # as round_stochastically
+        random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
+        rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        is_finite = tl.abs(value) < float("inf")  # False of NaN, too
+        value = tl.where(is_finite, rounded, value.to(tl.bfloat16))
+    tl.store(values + place, value, mask=inside)
+
+
+def adam_warps(D):
+    """8 columns a thread."""
+    return min(32, max(1, triton.next_power_of_2(D) // 256))
+
+
+def triton_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
+    """As torch_adam. All tensors contiguous."""
+    D = values.size(1)
+    adam_kernel[(len(rows),)](
+        values,
+        means,
+        squares,
+        rows,
+        grads,
+        bits,
+        rate,
+        beta1,
+        beta2,
+        eps,
+        D=D,
+        BLOCK_D=triton.next_power_of_2(D),
+        num_warps=adam_warps(D),
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from data.checkpoint import apply_deltas
 from data.dataset import Dataset, find_folder, make_encoding
 from data.files import blame, enough_memory, one_line, steady_streams
 from data.readers import open_readers, reads_printer
-from model import choose_device, precision
+from runtime.device import choose_device, precision
 from train import answer, load_checkpoint
 
 

@@ -38,8 +38,10 @@ from data.dataset import Dataset, find_folder, open_dataset
 from data.files import Refused, blame, enough_memory, explain, steady_streams, writing
 from data.presets import PRESETS
 from kernels import RowAdam
-from memory import score_slots, whole_table
-from model import GPT, GPTConfig, check_memory, check_options, choose_device, option, precision
+from model import GPT, GPTConfig
+from runtime.device import check_memory, choose_device, precision
+from runtime.options import check_options, option
+from runtime.sharded_pool import whole_table
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def complete_options(given):
 # --- checkpoint, optimisers, learning rate, evaluation ----------------------------------------------------
 
 
-def load_checkpoint(path, device="cpu", group=None):
+def load_checkpoint(path, device="cpu", group=None, replicas=None):
     """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
     With a group each of its processes gets its columns of the table, however many have written the file.
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
@@ -154,7 +156,8 @@ def load_checkpoint(path, device="cpu", group=None):
     with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
         TrainConfig(**checkpoint["train_config"])
         with torch.device(device):
-            model = GPT(GPTConfig(**checkpoint["model_config"]), group, initialize=False)
+            config = GPTConfig(**checkpoint["model_config"])
+            model = GPT(config, initialize=False, group=group, replicas=replicas)
         if group is not None:
             states = checkpoint["optimizers"][1]["state"].values()
             parts = [(state, name) for state in states for name in ("means", "squares")]
@@ -175,11 +178,12 @@ def make_optimizers(model, config):
     network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
     network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)]
-    if groups["pool"] and config.mem_sgd:  # of a loss that is a mean over tokens
+    if model.pool is not None and config.mem_sgd:  # of a loss that is a mean over tokens
+        model.pool.collect_gradients()
         tokens = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
         optimizers.append(torch.optim.SGD([{"params": groups["pool"], "tokens": tokens}]))
-    elif groups["pool"]:
-        optimizers.append(RowAdam(groups["pool"], config.mem_learning_rate, betas, seed=config.seed))
+    elif model.pool is not None:
+        optimizers.append(RowAdam(model.pool, config.mem_learning_rate, betas, seed=config.seed))
     return optimizers
 
 
@@ -239,7 +243,7 @@ def evaluate(model, data, config, device):
 
 
 def choose_slots(model, new, old, config, device):
-    """The update_slots slots with the best scores (memory.score_slots), int64. new, old: dataset.Batches, of
+    """The update_slots slots with the best scores (score_slots), int64. new, old: dataset.Batches, of
     which one pass and 1,000 windows are read. c: norms of the rows' gradients, summed over new, or reads."""
     pool, learns, context = model.pool, config.update_by == "gradient", precision(config.dtype, device)
     pool.collect_gradients()
@@ -255,10 +259,33 @@ def choose_slots(model, new, old, config, device):
 
     c = sum(reads("new", new, max(1, len(new) // config.batch_size), config.batch_size))
     if learns:
-        pool.combine_gradient()
-        rows, gradients = pool.values.grad.indices()[0] % pool.S, pool.values.grad.values()
-        c, pool.values.grad = torch.zeros_like(c).index_add(0, rows, gradients.float().norm(dim=1)), None
+        gradient = pool.take_gradient()
+        slots = gradient.indices()[0] % pool.slots
+        c = torch.zeros_like(c).index_add(0, slots, gradient.values().float().norm(dim=1))
     return score_slots(c, reads("old", old, 1000, 1)).topk(config.update_slots).indices
+
+
+def score_slots(c, background):
+    """TF-IDF of slots, (S): what new data need more than others do (Lin et al. 2025, arXiv:2510.15103):
+
+        c(i) / sum of c * log((|B| + 1) / (1 + number of background batches that read slot i))
+
+    c (S): how often the new data read a slot, or how much they would change it. background: for each batch
+    of B how often it reads each slot, (S)"""
+    batches = 0
+    containing = torch.zeros_like(c)
+    for reads in background:
+        batches += 1
+        containing += reads > 0
+    return c / c.sum() * torch.log((batches + 1) / (1 + containing))
+
+
+def updated_rows(pool, slots):
+    """The rows of a pool's tables that hold the values of slots (None: of all), sorted, int64."""
+    if slots is None:
+        return torch.arange(len(pool.values), device=pool.values.device)
+    first = torch.arange(0, len(pool.values), pool.slots, device=slots.device)  # of each table
+    return (slots + first.unsqueeze(1)).flatten().sort().values
 
 
 # --- several processes ----------------------------------------------------------------------------------
@@ -349,8 +376,10 @@ def train(run):
     auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     run_model = torch.compile(model) if auto or config.compile == "true" else model
     network = [p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
-    if model.pool is not None:
-        model.pool.collect_gradients()
+    chosen = None
+    if state["slots"] is not None:  # the rows of these slots alone change
+        chosen = torch.zeros_like(model.pool.touched)
+        chosen[updated_rows(model.pool, state["slots"])] = 1
     total = config.gradient_accumulation_steps  # of all ranks
     numbers = range(state["iter"] * total + ranks.rank, (config.max_iters + 1) * total, ranks.world)
     pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
@@ -370,10 +399,12 @@ def train(run):
             loss += micro_loss.detach()
             inputs, targets = next(pairs)
 
-        # combine over ranks
+        # average over ranks; take_gradient() does it for the pool
         ranks.average([p.grad for p in network])
-        if model.pool is not None:
-            model.pool.combine_gradient(ranks.replicas, ranks.world)
+        if chosen is not None:
+            model.pool.touched &= chosen
+        if config.mem_sgd:
+            model.pool.values.grad = model.pool.take_gradient()
 
         # step
         if config.grad_clip > 0:
@@ -452,7 +483,8 @@ def save(run):
     checkpoint |= {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
     if run.ranks.rank == 0:
         if run.config.update == "memory":
-            save_delta(Path(run.config.out_dir, "delta.pt"), pool, *run.state["base"])
+            rows = updated_rows(pool, run.state["slots"])
+            save_delta(Path(run.config.out_dir, "delta.pt"), pool.values, rows, *run.state["base"])
         save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
 
 
@@ -460,8 +492,10 @@ def start(given, ranks):
     """Everything that can be wrong is found here, before training. Returns what train() needs."""
     config, model_config = make_configs(complete_options(given))
     M, steps, world = config.memory_parallel, config.gradient_accumulation_steps, ranks.world
-    M = M if model_config.mem_layers and model_config.system != "moe" else 1
-    width = model_config.mem_value_dim // model_config.mem_cores
+    if M > 1 and model_config.mem_layers and model_config.system != "memory":
+        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
+    M = M if model_config.mem_layers else 1
+    width = model_config.mem_value_dim
     if steps % world:
         raise ValueError(f"gradient_accumulation_steps={steps} must be divisible by the {world} processes")
     if world % M or width % M:
@@ -480,14 +514,15 @@ def start(given, ranks):
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
     state = {"iter": 0, "seconds": 0.0, "base": None, "slots": None}
-    check_memory(model_config, ranks.group, device)
+    with torch.device("meta"):  # which takes no room
+        check_memory(GPT(model_config, initialize=False, group=ranks.group), device)
     if config.resume or config.init_from:
         path = Path(config.out_dir if config.resume else config.init_from, "ckpt.pt")
-        checkpoint = load_checkpoint(path, device, ranks.group)
+        checkpoint = load_checkpoint(path, device, ranks.group, ranks.replicas)
         model = checkpoint["model"]
     else:
         with device:  # there its numbers are drawn, which takes a CPU seconds
-            model = GPT(model_config, ranks.group)
+            model = GPT(model_config, group=ranks.group, replicas=ranks.replicas)
     if config.resume:
         state = {key: checkpoint.get(key) for key in state}
         if checkpoint["fingerprint"] != data["fingerprint"]:
@@ -520,7 +555,7 @@ def prepare_update(model, data, config, state, device, checkpoint):
         what = f"dataset={config.dataset}, background={config.background}"
         raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
     if config.update == "memory":
-        S = 0 if model.pool is None else model.pool.S
+        S = 0 if model.pool is None else model.pool.slots
         if config.update_slots > S or S == 0:
             raise ValueError(f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots")
         model.requires_grad_(False).pool.values.requires_grad_(True)
@@ -529,7 +564,6 @@ def prepare_update(model, data, config, state, device, checkpoint):
             began = time.perf_counter()
             state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
             state["seconds"] += time.perf_counter() - began
-        model.pool.choose(state["slots"])
 
 
 def summarize(run, result):

@@ -52,11 +52,10 @@ def identity(tensors):
     return digest.hexdigest()[:16]
 
 
-def save_delta(path, pool, base, name):
-    """The rows of the pool's table that may have changed, and their values. base: identity of the model that
-    it was before, name: its file."""
-    rows = pool.chosen.nonzero().flatten()
-    parts = {"rows": rows.cpu(), "values": pool.values.detach()[rows].cpu()}
+def save_delta(path, values, rows, base, name):
+    """The rows of a pool's values that may have changed, int64. base: identity of the model that it was before,
+    name: its file."""
+    parts = {"rows": rows.cpu(), "values": values.detach()[rows].cpu()}
     save_checkpoint(path, {"format": DELTA, "base": base, "name": name, "hash": identity(parts), **parts})
 
 

@@ -98,7 +98,7 @@ def open_readers(path, model, dataset, context):
     """Readers of a checkpoint, before any delta, and the token ids that they are positions of. From the file
     beside it, which is made anew if it is of other weights or data."""
     windows = open_dataset(dataset.folder, model.config.block_size, 0)["train_eval"]
-    file, readers = Path(path).with_name("readers.pt"), Readers(model.pool.S)
+    file, readers = Path(path).with_name("readers.pt"), Readers(model.pool.slots)
     readers.ids, base = windows.ids, f"{identity(model.state_dict())} {dataset.fingerprint()}"
     if file.exists():
         saved = read_checkpoint(file, "list of readers", FORMAT)
