@@ -188,9 +188,10 @@ def backward_kernel(
     end = tl.load(ends + r)
     while start < end:
         p = start + tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-        pair = tl.load(order + p, mask=p < end, other=0)
+        pair = tl.load(order + p, mask=p < end, other=0).to(tl.int32)
         weight = tl.load(weights + pair, mask=p < end, other=0.0).to(tl.float32)
-        place = (pair // k)[:, None] * D + column[None, :]  # (BLOCK_P, BLOCK_D), in dY
+        token = (pair // k).to(tl.int64)
+        place = token[:, None] * D + column[None, :]  # (BLOCK_P, BLOCK_D), in dY
         mask = (p < end)[:, None] & (column < D)[None, :]
         dy = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
         total += weight[:, None] * dy

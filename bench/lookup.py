@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
-from kernels import RowAdam, lookup, triton
-from memory import candidate_pairs
+from kernels import RowAdam, definition, lookup, triton
+from memory import ValuePool, candidate_pairs
 
 PATHS = {
     "pytorch": (kernels.torch_forward, kernels.torch_backward, kernels.torch_adam),
@@ -71,20 +71,20 @@ def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 
             values, indices, weights, grad = random_problem(37, 13, 101, D, dtype, device)
             indices[0], indices[1, :5] = 7, 50  # slots that come more than once in a bag
             indices[20:] = 3  # 221 pairs of one row: more than a piece
-            flat = indices.flatten(), kernels.even_offsets(indices), weights.flatten()
-            first, second = (backward(values, *flat, grad) for _ in range(2))
+            first, second = (backward(values, indices, weights, grad) for _ in range(2))
             rows, grad_rows, grad_weights = first
             dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
             moved, rates = values.float().clone(), (0.1, 0.9, 0.98, 1e-15)
             moments = torch.zeros_like(moved), torch.zeros_like(moved)
             adam(moved, *moments, rows, grad_rows, rows, *rates)  # float32 tables need no random bits
-            got = [forward(values, *flat), dvalues, grad_weights.view(weights.shape), moved - values.float()]
+            y = forward(values, indices, weights)
+            got = [y, dvalues, grad_weights, moved - values.float()]
             want = [*brute_force(values, indices, weights, grad), None]
             want[3] = brute_force_adam(values, rows, grad_rows, *rates).cpu() - values.cpu().double()
             pairs = zip(got, want, strict=True)
             errors = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in pairs]
             same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-            same &= torch.equal(got[0], forward(values, *flat))
+            same &= torch.equal(y, forward(values, indices, weights))
             passed &= max(errors) < tolerance and same
             verdict = "ok" if max(errors) < tolerance else f"FAILED: more than {tolerance:g}"
             verdict += "" if same else ", FAILED: a second run differs"
@@ -129,11 +129,6 @@ def seconds(run, device, repeats=9):
     return sorted([timed(run, device) for _ in range(repeats + 2)][2:])[repeats // 2]
 
 
-def definition(values, indices, weights):
-    """y[i] = sum over j of weights[i, j] * values[indices[i, j]], in float32 or wider."""
-    return (kernels.widen(values[indices]) * weights.unsqueeze(-1)).sum(1).to(values.dtype)
-
-
 def embedding_bag(values, indices, weights, sparse=False):
     """PyTorch's operator. Its gradient has the table's size, or is sparse and not yet summed over pairs."""
     weights = weights.to(values.dtype)
@@ -142,11 +137,12 @@ def embedding_bag(values, indices, weights, sparse=False):
 
 def measure(n, k, S, D, dtype, device, slots, copy):
     """One row of the benchmark's table: {name: number}. copy: bytes a second that a plain copy moves."""
-    values, indices, weights, grad = random_problem(n, k, S, D, dtype, device, slots)
-    values.requires_grad_()
+    table, indices, weights, grad = random_problem(n, k, S, D, dtype, device, slots)
+    pool = ValuePool(S, D, dtype, initialize=False)
+    pool.values = torch.nn.Parameter(table)
+    values = pool.values
     weights.requires_grad_()
-    optimizer = RowAdam([values])
-    into = torch.zeros_like(values), torch.zeros(S, dtype=torch.uint8, device=device)
+    optimizer = RowAdam(pool)
 
     def train(run):  # forward and backward
         values.grad = weights.grad = None
@@ -158,26 +154,30 @@ def measure(n, k, S, D, dtype, device, slots, copy):
         return alone, seconds(lambda: train(run), device, repeats)
 
     def own(values, indices, weights):  # as the model does
-        return lookup(values, indices, weights, into)
+        return pool.lookup(indices, weights)
 
     train(lookup)
-    values.grad = values.grad.coalesce()  # as the model's is
-    R, e = values.grad._nnz(), values.element_size()
+    gradient = values.grad.coalesce()
+    rows, grads = gradient.indices()[0], gradient.values()
+    state, options = optimizer.state[values], optimizer.param_groups[0]
+    R, e = len(rows), values.element_size()
     row = {"slots": slots, "S": S, "D": D, "R/S": R / S}
-    tensors = values, indices, kernels.even_offsets(indices), weights
+    tensors = values, indices, weights
+    into = pool.gradient, pool.touched
     step = kernels.lookup_backward_into
+    update = partial(optimizer.update, values, rows, grads, state, options)
     with torch.no_grad():  # bytes as counted above the kernels, and the time in which they move
         parts = {
-            "forward": ((n * k * D + n * D) * e, lambda: kernels.lookup_forward(*tensors, None)),
+            "forward": ((n * k * D + n * D) * e, lambda: kernels.lookup_forward(*tensors)),
             "backward": ((3 * R * D + n * D) * e, lambda: step(*tensors, grad, *into)),
-            "RowAdam": ((3 * e + 16) * R * D, optimizer.step),
+            "RowAdam": ((3 * e + 16) * R * D, update),
         }
         for name, (moved, run) in parts.items():
             t = seconds(run, device)
             row |= {f"{name}_ms": 1e3 * t, f"{name}_GB/s": moved / t / 1e9, f"{name}_share": moved / t / copy}
-        sort = seconds(lambda: kernels.group_by_row(indices.flatten()), device)
+        sort = seconds(lambda: kernels.group_by_row(indices), device)
         row["sort_share"] = 1e3 * sort / row["backward_ms"]
-    del optimizer, parts, run  # and the moments
+    del optimizer, state, rows, grads, update, parts, run  # and the moments
     ours, sparse = times(own), partial(embedding_bag, sparse=True)
     others = {"definition": definition, "embedding_bag": embedding_bag, "sparse": sparse}
     for name, run in others.items():
@@ -257,13 +257,12 @@ def tiles(device, n, k, S, widths, dtype, N, K, repeats=9):
     jobs = []
     for D in widths:
         values, indices, weights, grad = random_problem(n, k, S, D, dtype, device, "zipf")
-        flat = values, indices.flatten(), kernels.even_offsets(indices), weights.flatten()
-        rows = kernels.group_by_row(flat[1])[1]
+        rows = kernels.group_by_row(indices)[1]
         state = values, *(torch.zeros(S, D, device=device) for _ in range(2)), rows, values[rows]
         bits = torch.zeros(len(rows), D, dtype=torch.int16, device=device)
         step = partial(kernels.triton_adam, *state, bits, 1e-6, 0.9, 0.98, 1e-15)
-        forward = partial(kernels.triton_forward, *flat)
-        backward = partial(kernels.triton_backward, *flat, grad)
+        forward = partial(kernels.triton_forward, values, indices, weights)
+        backward = partial(kernels.triton_backward, values, indices, weights, grad)
         blocks = [(p, d, w) for d in (D // 4, D // 2, D) for p in powers for w in powers]
         blocks = [(p, d, w) for p, d, w in blocks if 4 <= p * d // 32 // w <= 64]
         whole = [(p, d, w) for p, d, w in blocks if d == D]

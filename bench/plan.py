@@ -18,10 +18,10 @@ def plan(
         "parameters": slots * width,
         "values": slots * row,
         "moments": slots * width // M * 8,  # two of RowAdam, in float32
-        "gradient": slots * row + slots + min(slots, reads) * row,  # ValuePool.accumulator; rows taken out
+        "gradient": slots * row + slots + min(slots, reads) * row,  # ValuePool.gradient, touched; rows taken out
         "lookup": layers * 2 * (k + 1) * width * bytes_per_number,  # rows read twice; y and dY
-        "exchange": layers * (M - 1) * (12 * k + 2 * row),  # sharded_lookup
-        "combine": 2 * slots * (row + 1) if gpus > M else 0,  # combine_gradient, if all rows were read
+        "exchange": layers * (M - 1) * (12 * k + 2 * row),  # ShardedPool
+        "combine": 2 * slots * (row + 1) if gpus > M else 0,  # take_gradient, if all rows were read
     }
 
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -27,6 +26,7 @@ from data.presets import PRESETS, SYSTEMS
 from kernels import RowAdam, lookup
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
+from runtime.device import choose_device, precision
 
 
 class PlainPool(ValuePool):
@@ -65,26 +65,28 @@ def in_turns(makers, device, repeats):
 def layer_step(config, kind, x, grad, context):
     """Makes a layer's training step: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
     torch.manual_seed(0)
-    layer = {"memory": MemoryLayer, "plain": PlainLayer, "swiglu": SwiGLU}[kind](config)
+    C, slots, dtype = config.n_embd, config.mem_keys**2, getattr(torch, config.mem_dtype)
     pool, optimizers = None, []
-    if kind != "swiglu":
-        nn.init.normal_(layer.keys, std=layer.Q**-0.5)
-        pool = (ValuePool if kind == "memory" else PlainPool)(config.mem_keys**2, config.mem_value_dim)
-        pool = pool.to(x.device, getattr(torch, config.mem_dtype))
-        pool.initialize(std=0.02)
-        optimizers = [(RowAdam if kind == "memory" else torch.optim.Adam)(pool.parameters(), lr=1e-3)]
+    if kind == "swiglu":
+        layer = SwiGLU(C, config.n_ffn)
+    else:
+        layer = (MemoryLayer if kind == "memory" else PlainLayer)(
+            C, slots, config.mem_heads, config.mem_topk, config.mem_key_dim, config.mem_value_dim
+        )
+        pool = (ValuePool if kind == "memory" else PlainPool)(slots, config.mem_value_dim, dtype)
+        pool = pool.to(x.device)
     if kind == "memory":
-        pool.collect_gradients()
+        optimizers.append(RowAdam(pool, lr=1e-3))
+    elif kind == "plain":
+        optimizers.append(torch.optim.Adam([pool.values], lr=1e-3))
     layer = layer.to(x.device)
     optimizers.append(torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True))
 
     def step():
         x.grad = None  # as in a model, what is below wants a gradient
         with context:
-            y = layer(x, pool)
+            y = layer(x) if kind == "swiglu" else layer(x, pool)
         y.backward(grad.to(y.dtype))
-        if kind == "memory":
-            pool.combine_gradient()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -112,14 +114,11 @@ def lookup_run(S, n, k, D, dtype, device, run, optimize):
     _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
     slots = torch.randperm(S, device=device)[slots]  # the reads of 2^14 slots, scattered over the table
     pool, weights = ValuePool(S, D, dtype).to(device), weights.requires_grad_()
-    pool.initialize(1.0)
-    pool.collect_gradients()
-    optimizer = RowAdam([pool.values]) if optimize else None
+    optimizer = RowAdam(pool)
 
     def step():
         (pool(slots, weights) if run is lookup else run(pool.values, slots, weights)).backward(grad)
         if optimize:
-            pool.combine_gradient()
             optimizer.step()
         pool.values.grad = weights.grad = None
 
@@ -149,11 +148,11 @@ class ScatteredPool(ValuePool):
 
     def __init__(self, S, D, dtype):
         super().__init__(2**20, D, dtype)
-        nn.init.normal_(self.values, std=0.02)
+        self.slots = S  # that layers see
         self.places = torch.randperm(2**20)[:S]  # on the device that is the default meanwhile
 
-    def forward(self, slots, weights):
-        return super().forward(self.places[slots], weights)
+    def lookup(self, slots, weights):
+        return super().lookup(self.places[slots], weights)
 
 
 def model_step(config, device, idx, context, scattered=False, compiled=False):
@@ -164,8 +163,6 @@ def model_step(config, device, idx, context, scattered=False, compiled=False):
         if scattered:
             dtype = getattr(torch, config.mem_dtype)
             model.pool = ScatteredPool(config.mem_keys**2, config.mem_value_dim, dtype)
-    if model.pool is not None:
-        model.pool.collect_gradients()
     optimizers = train.make_optimizers(model, train.TrainConfig())
     run_model = torch.compile(model) if compiled else model
 
@@ -173,8 +170,6 @@ def model_step(config, device, idx, context, scattered=False, compiled=False):
         with context:
             loss = run_model(idx, idx)[1]
         loss.backward()
-        if model.pool is not None:
-            model.pool.combine_gradient()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -230,8 +225,7 @@ def system_times(device, context, repeats):
     idx = torch.randint(1712, (8, 128), device=device)
     makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
     rates = {name: idx.numel() / t for name, t in in_turns(makers, device, repeats).items()}
-    record = torch.profiler.record_function("combine_gradient")
-    ValuePool.combine_gradient = record(ValuePool.combine_gradient)  # nothing else runs after this
+    training.record_parts()
     print("\nTokens a second of the facts presets (relative to dense), and shares of a training step:")
     for name, config in configs.items():
         with device:
@@ -259,8 +253,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
     parser.add_argument("--systems", action="store_true", help="all systems of the facts presets instead")
     args = parser.parse_args()
-    device = train.choose_device(args.device)
-    context = train.precision("auto", device)
+    device = choose_device(args.device)
+    context = precision("auto", device)
     if device.type == "cuda":
         shape = dict(n_layer=8, n_head=16, n_embd=1024, block_size=1024, mem_dtype="bfloat16")
         tokens, memory = 16384, GPTConfig(**shape, mem_count=1)

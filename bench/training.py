@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data.dataset import describe_vocabulary, write_dataset
 from data.presets import PRESETS
+from kernels import RowAdam
 from memory import ValuePool
 from model import GPT, GPTConfig
 
@@ -30,11 +31,17 @@ PARTS = {
     "choosing the slots": "nanomem::select",  # without the products of queries and sub-keys
     "lookup, forward": "nanomem::lookup_forward",
     "lookup, backward": "nanomem::lookup_backward_into",
-    "taking out the gradient": "combine_gradient",
+    "taking out the gradient": "take_gradient",
     "products of experts": "aten::_grouped_mm",
-    "RowAdam": "Optimizer.step#RowAdam.step",
+    "RowAdam": "RowAdam.update",
     "AdamW": "aten::_fused_adamw_",  # the range around it is open when the profiler stops
 }
+
+
+def record_parts():
+    """Give names to parts of a step that are no operators. Nothing else is to run in this process."""
+    ValuePool.take_gradient = torch.profiler.record_function("take_gradient")(ValuePool.take_gradient)
+    RowAdam.update = torch.profiler.record_function("RowAdam.update")(RowAdam.update)
 
 
 def random_dataset(folder, tokens=2**22, vocab_size=50257):
@@ -121,8 +128,7 @@ def shares(preset, options, folder, warmup=6, steps=6):
         profiler.step()
 
     run.optimizers[-1].register_step_post_hook(after_step)
-    record = torch.profiler.record_function("combine_gradient")
-    ValuePool.combine_gradient = record(ValuePool.combine_gradient)  # nothing else runs in this process
+    record_parts()
     train.save_checkpoint = lambda *_: None  # gigabytes that nobody will read
     with profiler:
         train.train(run)

@@ -29,15 +29,18 @@ ADAMS = {  # what happens to the moments of rows without a gradient?
 
 
 class PoolAdam(torch.optim.Optimizer):
-    def __init__(self, variant, params, lr, betas, eps=1e-15):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+    def __init__(self, variant, pool, lr, betas, eps=1e-15):
+        super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps))
         self.variant = variant
+        self.pool = pool
+        pool.collect_gradients()
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.update(p, p.grad.coalesce(), self.state[p], group["lr"], *group["betas"], group["eps"])
+        values = self.pool.values
+        group = self.param_groups[0]
+        gradient = self.pool.take_gradient()
+        self.update(values, gradient, self.state[values], group["lr"], *group["betas"], group["eps"])
 
     def update(self, p, grad, state, lr, beta1, beta2, eps):
         if not state:
@@ -71,13 +74,13 @@ class PoolAdam(torch.optim.Optimizer):
 
 
 class SeparatePools(train.GPT):
-    def __init__(self, config, group=None, initialize=True):
-        super().__init__(config, group, initialize)
+    def __init__(self, config, initialize=True, group=None, replicas=None):
+        super().__init__(config, initialize, group, replicas)
         layers = [self.blocks[i].ffn for i in config.mem_layers]
-        S, D, dtype = self.pool.S, config.mem_value_dim, self.pool.values.dtype
+        S, D, dtype = self.pool.slots, config.mem_value_dim, self.pool.values.dtype
         self.pool = ValuePool(len(layers) * S, D, dtype)
-        self.pool.initialize(std=0.02)
         for i, layer in enumerate(layers):  # of its own rows, S from i S on
+            layer.slots = self.pool.slots
             layer.retrieve = partial(self.shifted, layer.retrieve, i * S)
 
     def shifted(self, retrieve, offset, x):
@@ -96,7 +99,7 @@ def main(argv):
 
     def make_optimizers(model, config):
         rate, betas = config.mem_learning_rate, (config.beta1, config.beta2)
-        return [make(model, config)[0], PoolAdam(variant, [model.pool.values], rate, betas)]
+        return [make(model, config)[0], PoolAdam(variant, model.pool, rate, betas)]
 
     if variant == "separate-pools":
         train.GPT = SeparatePools

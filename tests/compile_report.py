@@ -41,19 +41,24 @@ def resources(ptx, capability):
 
 def compile_all(capability, D, e):
     """(name, PTX) of each kernel for values of type e (bf16 or fp32), width D."""
-    value, pair = "*" + e, dict(order="*i64", tokens="*i64", rows="*i64", targets="*i64")
+    value, pair = "*" + e, dict(order="*i64", rows="*i64", targets="*i64")
     block_k, block_d, warps = kernels.forward_tile(D)
-    constants = dict(D=D, BLOCK_K=block_k, BLOCK_D=block_d)
-    inputs = dict(values=value, indices="*i64", weights="*fp32", offsets="*i64", out=value)
+    constants = dict(k=128, D=D, BLOCK_K=block_k, BLOCK_D=block_d)
+    inputs = dict(values=value, indices="*i64", weights="*fp32", out=value)
     yield "forward", compile_kernel(kernels.forward_kernel, capability, warps, constants, **inputs)
 
     block_p, block_d, warps = kernels.backward_tile(D)
-    constants = dict(D=D, BLOCK_P=block_p, BLOCK_D=block_d)
+    constants = dict(k=128, D=D, BLOCK_P=block_p, BLOCK_D=block_d)
     inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", out=value, grad_weights="*fp32")
     yield "backward", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
 
-    inputs |= dict(grad="*fp32")  # partial sums of a row that was split
-    yield "backward-2", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
+    inputs |= dict(out="*fp32")  # pieces of a long row
+    yield "pieces", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
+
+    block_p, block_d, warps = kernels.sum_tile(D)
+    constants = dict(D=D, BLOCK_P=block_p, BLOCK_D=block_d)
+    inputs = dict(partial="*fp32", firsts="*i64", out=value)
+    yield "sum", compile_kernel(kernels.sum_kernel, capability, warps, constants, **inputs, **pair)
 
     constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
     inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, bits="*i16")
