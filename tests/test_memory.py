@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 import memory
 from bench.plan import plan
-from kernels import RowAdam
-from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select, topk_columns
+from kernels import RowAdam, lookup, topk_indices
+from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ def scores(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
 def test_product_topk_equals_brute_force(N, K, dtype):
     s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
-    slots = product_topk(torch.stack((s1, s2)), K, candidate_pairs(K))
+    slots = product_topk(s1, s2, K, candidate_pairs(K))
     every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
     best = every.flatten(1).topk(K).values
     assert slots.shape == (20, K) and torch.equal(slots, every.flatten(1).topk(K).indices)
@@ -51,14 +52,14 @@ def test_candidate_list_is_pruned_and_complete():
     assert all(((x + 1) * (y + 1) - 1 >= 32) == ((x, y) not in listed) for x in range(32) for y in range(32))
 
 
-def test_topk_columns_equals_torch_topk():
+def test_topk_indices_equals_torch_topk():
     for shape, K in (((5, 7, 128), 16), ((3, 4), 4), ((2, 1), 1), ((4, 1000), 32), ((4, 300), 300)):
         x = scores(*shape) * 10 ** scores(*shape[:-1], 1, seed=3)  # large and small numbers, both signs
-        assert torch.equal(topk_columns(x, K), x.topk(K).indices)
+        assert torch.equal(topk_indices(x, K), x.topk(K).indices)
     tied = torch.zeros(2, 9)
-    assert all(len(set(row)) == 4 for row in topk_columns(tied, 4).tolist())
+    assert all(len(set(row)) == 4 for row in topk_indices(tied, 4).tolist())
     special = torch.tensor([[0.0, -3e38, -1e-38, 1e-38, -1.0, 3e38]])
-    assert topk_columns(special, 6).tolist() == [[5, 3, 0, 2, 4, 1]]
+    assert topk_indices(special, 6).tolist() == [[5, 3, 0, 2, 4, 1]]
 
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
@@ -70,7 +71,7 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     s = (scores(2, H, n, N) * 3).to(DEVICE, dtype)
     s1, s2 = s.double()
     want, want_slots = (s1[..., :, None] + s2[..., None, :]).flatten(-2).topk(K)  # (H, n, K)
-    slots = select(s, candidate_pairs(K).to(DEVICE), K, None)
+    slots = select(s, candidate_pairs(K).to(DEVICE), K)
     if dtype == torch.float32:
         assert torch.equal(slots, want_slots)
     torch.testing.assert_close(s1.gather(-1, slots // N) + s2.gather(-1, slots % N), want, rtol=1e-6, atol=1e-6)
@@ -84,7 +85,7 @@ def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     s[:, :, 0], s[:, :, 1], s[:, :, 2] = 0.0, -5.0, -s[:, :, 2].abs()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = s.to(DEVICE, dtype)
-        slots = select(rounded, candidate_pairs(8).to(DEVICE), 8, None)
+        slots = select(rounded, candidate_pairs(8).to(DEVICE), 8)
         s1, s2 = rounded[:, 0].float()
         want = (s1[:, :, None] + s2[:, None, :]).flatten(1).topk(8).values
         assert torch.equal((s1.gather(-1, slots[0] // 33) + s2.gather(-1, slots[0] % 33)), want)
@@ -137,6 +138,7 @@ def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     layer, pool = model.blocks[1].ffn.to(dtype), model.pool.to(dtype)
+    pool.collect_gradients()
     x = torch.randn(2, 3, config.n_embd, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 3, config.n_embd, dtype=dtype)
 
@@ -147,6 +149,7 @@ def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
     want.backward(grad.double())
     got = layer(x, pool)
     got.backward(grad)
+    pool.values.grad = pool.take_gradient()
 
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert set(names) >= {"query", "keys", "values"} | ({"gate", "out"} if config.mem_gate else set())
@@ -160,28 +163,32 @@ def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
 def test_layers_share_one_pool_and_its_gradient_is_the_sum_over_them():
     model = GPT(replace(CONFIG, mem_layers=(0, 2)))
     idx = torch.randint(50, (2, 16))
+    model.pool.collect_gradients()
     model(idx, idx)[1].backward()
-    together = model.pool.values.grad.to_dense()
+    together = model.pool.take_gradient().to_dense()
 
     # The same model, but each layer with a copy of the pool: the two gradients must add up to that of the shared one.
     copies = [ValuePool(81, 12), ValuePool(81, 12)]
     for copy in copies:
         copy.load_state_dict(model.pool.state_dict())
+        copy.collect_gradients()
     x = model.embedding(idx)
     for i, block in enumerate(model.blocks):
-        x = block(x, copies[i // 2], model.cos[:16], model.sin[:16])
+        x, _ = block(x, copies[i // 2], model.cos[:16], model.sin[:16])
     logits = model.logits(model.norm(x))
     F.cross_entropy(logits.flatten(0, 1), idx.flatten()).backward()
-    assert all(copy.values.grad.to_dense().norm() > 0 for copy in copies)
-    torch.testing.assert_close(copies[0].values.grad.to_dense() + copies[1].values.grad.to_dense(), together)
+    apart = [copy.take_gradient().to_dense() for copy in copies]
+    assert all(gradient.norm() > 0 for gradient in apart)
+    torch.testing.assert_close(sum(apart), together)
 
 
 def test_more_slots_do_not_cost_more_gradient():
     for N in (9, 90):
         model = GPT(replace(CONFIG, mem_keys=N))
+        model.pool.collect_gradients()
         idx = torch.randint(50, (2, 16))
         model(idx, idx)[1].backward()
-        assert model.pool.values.grad.coalesce().indices().size(1) <= 2 * 16 * 3 * 4
+        assert model.pool.take_gradient().indices().size(1) <= 2 * 16 * 3 * 4
 
 
 def test_usage_statistics_equal_counts_by_hand():
@@ -237,8 +244,8 @@ def test_scores_have_a_spread_of_about_one_with_and_without_norms():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_collected_gradients_are_those_that_autograd_sums(dtype):
-    """Two layers, two micro-steps: values.grad after combine_gradient() against what autograd puts there by itself; then once more,
-    to see that nothing is left of the first."""
+    """Two layers, two micro-steps: what take_gradient() gives against autograd's sum of sparse gradients, by lookup(); then once
+    more, to see that nothing is left of the first."""
     torch.manual_seed(0)
     model = GPT(replace(CONFIG, mem_layers=(0, 2), mem_dtype=dtype))
     values, grads = model.pool.values, []
@@ -248,16 +255,18 @@ def test_collected_gradients_are_those_that_autograd_sums(dtype):
         for part in torch.randint(50, (2, 2, 16), generator=torch.Generator().manual_seed(seed)):
             model(part, part)[1].backward()
 
+    collecting, model.pool.lookup = model.pool.lookup, partial(lookup, values)
     for seed in (1, 2):
         micro_steps(seed)
         grads.append((values.grad.coalesce(), model.blocks[0].ffn.keys.grad.clone()))
+    model.pool.lookup = collecting
     model.pool.collect_gradients()
     for seed, (want, want_keys) in zip((1, 2), grads, strict=True):
         micro_steps(seed)
         assert values.grad is None
-        model.pool.combine_gradient()
-        assert values.grad.is_coalesced() and torch.equal(values.grad.indices(), want.indices())
-        error = (values.grad.values().float() - want.values().float()).norm() / want.values().float().norm()
+        got = model.pool.take_gradient()
+        assert got.is_coalesced() and torch.equal(got.indices(), want.indices())
+        error = (got.values().float() - want.values().float()).norm() / want.values().float().norm()
         assert error < (1e-2 if dtype == "bfloat16" else 1e-6)
         torch.testing.assert_close(model.blocks[0].ffn.keys.grad, want_keys)
 
@@ -267,12 +276,10 @@ def test_the_plan_counts_what_tensors_take():
     config = GPTConfig(**shape, mem_keys=9, mem_topk=4, mem_heads=2, mem_layers=(0, 1))
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         model = GPT(replace(config, mem_dtype=dtype))
-        optimizer = RowAdam([model.pool.values])
+        optimizer = RowAdam(model.pool)
         idx = torch.randint(50, (2, 16))
-        model.pool.collect_gradients()
         model(idx, idx)[1].backward()
-        model.pool.combine_gradient()
-        gradient = (model.pool.values.grad.values(), *model.pool.accumulator)
+        gradient = (model.pool.take_gradient().values(), model.pool.gradient, model.pool.touched)
         optimizer.step()
         state = optimizer.state[model.pool.values]
         p = plan(81, 24, layers=2, heads=2, topk=4, tokens=32, bytes_per_number=size)

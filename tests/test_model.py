@@ -1,6 +1,7 @@
 """The GPT around the layer: initialisation, counts, generation, configuration."""
 
 import contextlib
+import copy
 import math
 from dataclasses import replace
 
@@ -32,6 +33,27 @@ def make(config, seed=0):
     return GPT(config).eval()
 
 
+def collecting(model):
+    """As an optimizer of the pool does."""
+    if model.pool is not None:
+        model.pool.collect_gradients()
+    return model
+
+
+def gradients_of(model, idx, targets):
+    collecting(model)(idx, targets)[1].backward()
+    return taken(model)
+
+
+def taken(model):
+    """{name: gradient} of all parameters, dense."""
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    if model.pool is not None:
+        assert gradients["pool.values"] is None
+        gradients["pool.values"] = model.pool.take_gradient().to_dense()
+    return {name: gradient.clone() for name, gradient in gradients.items()}
+
+
 def tokens(B, T, seed=0):
     return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(seed))
 
@@ -54,14 +76,13 @@ def test_every_parameter_is_initialised(config):
 @ALL
 def test_every_parameter_receives_a_gradient(config):
     model = make(config)
-    model(tokens(8, 24), tokens(8, 24, 1))[1].backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.to_dense().norm() > 0, name
+    for name, gradient in gradients_of(model, tokens(8, 24), tokens(8, 24, 1)).items():
+        assert gradient is not None and gradient.norm() > 0, name
 
 
 @ALL
 def test_rows_that_pad_the_vocabulary_stay_zero_and_are_never_drawn(config):
-    model = make(config)
+    model = collecting(make(config))
     assert model.embedding.weight.shape == (64, 16) and model.embedding.weight[61:].abs().max() == 0
     logits, loss = model(tokens(8, 24), tokens(8, 24, 1))
     loss.backward()
@@ -128,9 +149,7 @@ def test_positions_matter_and_are_relative():
 @ALL
 def test_torch_compile_changes_nothing_and_has_one_graph(config):
     """Traced, with gradients, but without a C++ compiler; fullgraph=True refuses a break. Two micro-steps: gradients add up."""
-    model, idx, targets = make(config), tokens(2, 24), tokens(2, 24, 1)
-    if model.pool is not None:
-        model.pool.collect_gradients()
+    model, idx, targets = collecting(make(config)), tokens(2, 24), tokens(2, 24, 1)
     gradients, autocast = [], torch.autocast("cpu", torch.bfloat16, enabled=config.system == "moe")  # see grouped_product
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
@@ -138,9 +157,7 @@ def test_torch_compile_changes_nothing_and_has_one_graph(config):
             with autocast:
                 loss = run(idx[part], targets[part])[1]
             loss.backward()
-        if model.pool is not None:
-            model.pool.combine_gradient()
-        gradients.append([p.grad.to_dense().clone() for p in model.parameters()])
+        gradients.append(taken(model).values())
     for plain, compiled in zip(*gradients, strict=True):
         assert (plain - compiled).norm() <= (0.05 if config.system == "moe" else 1e-4) * plain.norm()
 
@@ -159,22 +176,49 @@ def test_torch_compile_takes_a_model_whose_values_alone_learn(system):
     model.pool.collect_gradients()
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         run(idx, idx)[1].backward()
-        model.pool.combine_gradient()
-        gradients.append(model.pool.values.grad.to_dense())
+        gradients.append(model.pool.take_gradient().to_dense())
     assert gradients[0].norm() > 0 and all(p.grad is None for p in model.parameters() if not p.requires_grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("system", ["memory", "moe", "peer", "ultramem"])
-def test_torch_compile_takes_a_model_that_nobody_collects_for(system):
-    """A user's own loop: the gradient of the values is sparse then, which breaks the graph and changes nothing; so do experts in
-    float32."""
+@pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
+def test_torch_compile_takes_a_model_with_frozen_values(system):
     model, idx, gradients = make(SYSTEMS[system]), tokens(2, 24), []
+    torch._dynamo.reset()
+    model.pool.requires_grad_(False)
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        run(idx, idx)[1].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_torch_compile_takes_experts_in_float32():
+    """They break the graph, and change nothing."""
+    model, idx, gradients = make(MOE), tokens(2, 24), []
     for run in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
         run(idx, idx)[1].backward()
-        gradients.append(torch.cat([p.grad.to_dense().flatten() for p in model.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@ALL
+def test_a_model_can_be_copied_after_a_training_step(config):
+    """copy.deepcopy refuses tensors that autograd made: nothing is kept of a forward pass."""
+    model, idx = collecting(make(config)), tokens(2, 24)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    model(idx, idx)[1].backward()
+    for other in (copy.deepcopy(model), average.module):
+        torch.testing.assert_close(other(idx)[0], model(idx)[0])
+    before = {name: p.detach().clone() for name, p in average.module.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    average.update_parameters(model)  # the first update copies
+    average.update_parameters(model)
+    for name, p in average.module.named_parameters():
+        torch.testing.assert_close(p, before[name] + 1.0)
 
 
 def test_logits_beside_a_loss_carry_no_gradient():
@@ -204,9 +248,8 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
         with torch.device(device):
             model = GPT(replace(config, mem_dtype="bfloat16"))
             idx = torch.zeros(2, 24, dtype=torch.int64)
+        collecting(model)
         assert {t.device for t in (*model.parameters(), *model.buffers())} == {torch.device(device)}
-        if model.pool is not None:
-            model.pool.collect_gradients()
         torch.set_autocast_dtype("cuda", torch.bfloat16)  # torch.autocast would look for a GPU
         torch.set_autocast_enabled("cuda", config.system == "moe")
         try:
@@ -220,7 +263,7 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
             assert all(p.grad.device == p.device and p.grad.shape == p.shape for p in network)
             torch.optim.AdamW(network, fused=False).step()
         if model.pool is not None:  # a resume: the state comes from a file
-            optimizer = RowAdam([model.pool.values])
+            optimizer = RowAdam(model.pool)
             state = {"step": 1} | {name: torch.zeros(model.pool.values.shape) for name in ("means", "squares")}
             optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
             loaded = optimizer.state[model.pool.values]
@@ -308,7 +351,7 @@ def test_memory_layers_are_centred_with_a_stride():
     assert layers(24, 3) == (4, 12, 20) and layers(12, 3) == (2, 6, 10)  # the paper's, and design by the same rule
     assert layers(4, 1) == (2,) and layers(3, 3) == (0, 1, 2) and layers(12, 0) == ()
     model = GPT(replace(DENSE, n_layer=4, mem_layers=(3, 1)))
-    assert [type(block.ffn).__name__ for block in model.blocks] == ["SwiGLU", "MemoryLayer", "SwiGLU", "MemoryLayer"]
+    assert [type(block.ffn).__name__ for block in model.blocks] == ["SwiGLU", "MemoryPlus", "SwiGLU", "MemoryPlus"]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
