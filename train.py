@@ -102,7 +102,9 @@ def parse_options(argv):
     parser.register("type", bool, lambda text: ("false", "0", "true", "1").index(text.lower()) > 1)
     parser.register("type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part))
     parser.add_argument("--preset", choices=PRESETS, help="(default: facts-memory)")
-    for f in (*fields(TrainConfig), *fields(GPTConfig)[1:]):  # not vocab_size
+    for f in (*fields(TrainConfig), *fields(GPTConfig)):
+        if f.name == "vocab_size":  # is that of the dataset
+            continue
         kind = str.lower if (choices := f.metadata["choices"]) else type(f.default)
         flag = {"nargs": "?", "const": True} if kind is bool else {}  # --resume means --resume=true
         help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace("%", "%%")

@@ -116,15 +116,15 @@ def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("system, M", [("moe", 1), ("peer", 1), ("peer", 2), ("ultramem", 2)])
-def test_two_ranks_equal_one_for_each_system(facts, tmp_path, system, M):
+@pytest.mark.parametrize("system", ["moe", "peer", "ultramem"])
+def test_two_ranks_equal_one_for_each_system(facts, tmp_path, system):
     options = [*OPTIONS, *SYSTEMS[system], "--max_iters=8", "--eval_interval=4", f"--dataset={facts}"]
     for ranks, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        status, _, errors = together(ranks, *options, f"--out_dir={out}", f"--memory_parallel={M if ranks > 1 else 1}")
+        status, _, errors = together(ranks, *options, f"--out_dir={out}")
         assert status == [0] * ranks, errors
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     if system == "ultramem":  # its permutation is not drawn anew
-        status, _, errors = together(1, "--resume", f"--out_dir={tmp_path / 'two'}", "--memory_parallel=1", "--max_iters=9")
+        status, _, errors = together(1, "--resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=9")
         assert status == [0], errors
         weights = [load_checkpoint(tmp_path / name / "ckpt.pt")["model"].pool.permutation for name in ("one", "two")]
         assert torch.equal(*weights) and torch.equal(weights[0].long().sort().values, torch.arange(4 * 256))
@@ -134,12 +134,13 @@ CHECK = """
 import os, torch, torch.distributed as dist
 from bench.plan import plan
 from memory import ValuePool
+from runtime.sharded_pool import ShardedPool
 dist.init_process_group("gloo")
 sent, exchange, reduce = [0], dist.all_to_all_single, dist.all_reduce
 def count_exchange(out, x, group):  # all but one of M blocks go to others
     sent[0] += x[1:].nbytes
     return exchange(out, x, group=group)
-def count_reduce(x, *operation, group):  # by the ring algorithm: twice all but one of M parts
+def count_reduce(x, *operation, group=None):  # by the ring algorithm: twice all but one of M parts
     sent[0] += 2 * x.nbytes // 2
     return reduce(x, *operation, group=group)
 dist.all_to_all_single, dist.all_reduce = count_exchange, count_reduce
@@ -148,8 +149,10 @@ everyone = [torch.Generator().manual_seed(r) for r in range(2)]
 for S in (50, 5000):
     draw = lambda g: (torch.randint(50, (n, k), generator=g), torch.rand(n, k, generator=g), torch.randn(n, D, generator=g))
     tokens = [draw(g) for g in everyone]
-    torch.manual_seed(0); whole = ValuePool(S, D); whole.initialize(1.0)
-    torch.manual_seed(0); shard = ValuePool(S, D, group=dist.group.WORLD); shard.initialize(1.0)
+    torch.manual_seed(0); whole = ValuePool(S, D)
+    torch.manual_seed(0); shard = ShardedPool(S, D, torch.float32, group=dist.group.WORLD)
+    whole.collect_gradients()
+    shard.collect_gradients()
     mine = slice(3 * rank, 3 * rank + 3)
     assert torch.equal(shard.values, whole.values[:, mine])
     weights = [w.clone().requires_grad_() for _, w, _ in tokens]
@@ -159,7 +162,8 @@ for S in (50, 5000):
     for (slots, _, grad), w in zip(tokens, want): whole(slots, w).backward(grad)
     assert torch.allclose(y, whole(tokens[rank][0], want[rank]))
     assert torch.allclose(weights[rank].grad, want[rank].grad, atol=1e-6)
-    assert torch.allclose(shard.values.grad.to_dense(), whole.values.grad.to_dense()[:, mine], atol=1e-6)
+    # both hold the sum over the tokens of the two ranks; taken out, it is the mean over ranks
+    assert torch.allclose(shard.take_gradient().to_dense() * 2, whole.gradient[:, mine], atol=1e-6)
     counted = plan(S, D, 2, 2, layers=1, heads=1, topk=k, bytes_per_number=4)["exchange"]
     assert sent[0] == n * (12 * k + 2 * 4 * D // 2) == n * counted, sent
 
@@ -170,14 +174,14 @@ for S in (50, 5000):
         last = S - 1
         mine, other = ([1, 5, last], [5, 9]) if rank == 0 else ([5, 9], [1, 5, last])
         grads = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(turn))
-        pool.accumulator[0][mine] = grads[rank, : len(mine)]
-        pool.accumulator[1][mine] = 1
-        pool.combine_gradient(dist.group.WORLD, 2)
+        pool.gradient[mine] = grads[rank, : len(mine)]
+        pool.touched[mine] = 1
+        gradient = pool.take_gradient()
         want = torch.zeros(S, D)
         want[mine] += grads[rank, : len(mine)] / 2
         want[other] += grads[1 - rank, : len(other)] / 2
-        assert torch.allclose(pool.values.grad.to_dense(), want)
-        assert pool.values.grad.indices().tolist() == [[1, 5, 9, last]]
+        assert torch.allclose(gradient.to_dense(), want)
+        assert gradient.indices().tolist() == [[1, 5, 9, last]]
     assert sent[0] == 2 * (S + 4 * D * 4), sent  # a byte a slot, and four rows in all
     sent[0] = 0
 print("checked", flush=True)
@@ -256,6 +260,7 @@ def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
     [
         (["--memory_parallel=3"], ["memory_parallel=3", "2 processes"]),
         (["--memory_parallel=2", "--mem_value_dim=33"], ["memory_parallel=2", "33"]),
+        (["--memory_parallel=2", "--system=peer"], ["memory_parallel=2", "system=memory", "peer"]),
         (["--gradient_accumulation_steps=3"], ["gradient_accumulation_steps=3", "2"]),
         (["--memory_paralel=2"], ["--memory_paralel=2"]),
         (["--dataset=nowhere"], ["nowhere", "train.bin"]),

@@ -319,7 +319,7 @@ def test_shares_of_a_step_count_each_kernel_once():
         times = dict(self_device_time_total=own, device_time_total=total, cpu_time_total=999)
         return SimpleNamespace(key=key, device_type=kind, is_user_annotation=annotation, **times)
 
-    adam = "Optimizer.step#RowAdam.step"
+    adam = "RowAdam.update"
     events = [
         event("ProfilerStep*", total=100),
         event("ProfilerStep*", DeviceType.CUDA, own=130, total=130, annotation=True),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from data import readers
 from data.checkpoint import identity
 from data.dataset import Dataset, make_encoding, open_dataset
 from data.facts.prepare import MOVES, make_people
-from memory import score_slots
+from kernels import lookup
 from tests.helpers import (
     ROOT,
     SMALL,
@@ -93,7 +94,7 @@ def test_tf_idf_is_what_one_counts_by_hand():
     c = torch.tensor([6.0, 3.0, 0.0, 1.0])
     background = [torch.tensor(reads) for reads in ([9.0, 0, 1, 0], [1.0, 0, 0, 0], [2.0, 1, 0, 0])]
     expected = [0.6 * math.log(4 / 4), 0.3 * math.log(4 / 2), 0.0, 0.1 * math.log(4 / 1)]
-    torch.testing.assert_close(score_slots(c, iter(background)), torch.tensor(expected))
+    torch.testing.assert_close(train.score_slots(c, iter(background)), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("by", ["reads", "gradient"])
@@ -111,8 +112,9 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
         hook.remove()
         return loss, Counter(seen[0].flatten().tolist())
 
-    model.pool.accumulator, c, containing = None, torch.zeros(256, dtype=torch.float64), Counter()
+    c, containing = torch.zeros(256, dtype=torch.float64), Counter()
     total = torch.zeros_like(model.pool.values, dtype=torch.float64)
+    model.pool.lookup = partial(lookup, model.pool.values)  # autograd's own gradient
     for i in range(0, len(windows[0]) // 2 * 2, 2):
         loss, counts = retrieved(windows[0](range(i, i + 2)))
         total += torch.autograd.grad(loss, model.pool.values)[0].to_dense()
@@ -172,6 +174,7 @@ def test_sgd_moves_a_value_by_the_gradient_of_the_sum_over_tokens(finished, new,
     options = "--update=memory", "--mem_sgd=0.5", "--max_iters=1", "--seed=7"
     before, after = teach(finished, new, tmp_path / "out", *options)
     model, windows = train.load_checkpoint(finished / "ckpt.pt")["model"], open_dataset(new, 32, 7)["train"]
+    model.pool.lookup = partial(lookup, model.pool.values)  # autograd's own gradient
     ids = torch.from_numpy(windows(range(2)))
     loss = model(ids[:, :-1], ids[:, 1:])[1] * 64
     gradient = torch.autograd.grad(loss, model.pool.values)[0].to_dense()
@@ -272,9 +275,9 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(taught, tmp_
     program, path, states = tmp_path / "writer.py", tmp_path / "delta.pt", set()
     program.write_text(
         f"import sys, pathlib, torch; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from data.checkpoint import save_delta\nfrom memory import ValuePool\n"
-        "pool = ValuePool(100_000, 64)\npool.values.data.fill_(1.0)\npool.choose(None)\n"
-        f"while True:\n    save_delta(pathlib.Path({str(path)!r}), pool, 'base', 'name')\n    pool.values.data += 1\n"
+        "from data.checkpoint import save_delta\n"
+        "values, rows = torch.ones(100_000, 64), torch.arange(100_000)\n"
+        f"while True:\n    save_delta(pathlib.Path({str(path)!r}), values, rows, 'base', 'name')\n    values += 1\n"
     )
     for first in (True, True, False, False):
         if first:
