@@ -811,8 +811,8 @@ class RowAdam(torch.optim.Optimizer):
         for saved in state_dict["state"].values():
             state = {"step": saved["step"]}
             for name in ("means", "squares"):
-                state[name] = torch.empty_like(values, dtype=torch.float32)
-                state[name].copy_(saved[name])
+                moments = saved[name].to(values.device, copy=True)  # not those of a mapped file
+                state[name] = moments.contiguous()
             self.state[values] = state
 
 

@@ -379,7 +379,7 @@ def train(run):
     run_model = torch.compile(model) if auto or config.compile == "true" else model
     network = [p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
     chosen = None
-    if state["slots"] is not None:  # the rows of these slots alone change
+    if config.update_slots:  # the rows of these slots alone change
         chosen = torch.zeros_like(model.pool.touched)
         chosen[updated_rows(model.pool, state["slots"])] = 1
     total = config.gradient_accumulation_steps  # of all ranks
@@ -557,6 +557,7 @@ def prepare_update(model, data, config, state, device, checkpoint):
         what = f"dataset={config.dataset}, background={config.background}"
         raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
     if config.update == "memory":
+        check_slots(state["slots"], config, model)
         S = 0 if model.pool is None else model.pool.slots
         if config.update_slots > S or S == 0:
             raise ValueError(f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots")
@@ -566,6 +567,17 @@ def prepare_update(model, data, config, state, device, checkpoint):
             began = time.perf_counter()
             state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
             state["seconds"] += time.perf_counter() - began
+
+
+def check_slots(slots, config, model):
+    """Of an update that goes on: raises ValueError if a checkpoint has no such slots."""
+    if slots is None:
+        return
+    path = Path(config.out_dir, "ckpt.pt")
+    if not torch.is_tensor(slots) or slots.dtype != torch.int64 or slots.shape != (config.update_slots,):
+        raise ValueError(f"{path} has no list of update_slots={config.update_slots} slots; it is damaged")
+    if slots.min() < 0 or slots.max() >= model.pool.slots:
+        raise ValueError(f"{path} has slots that the table does not have; it is damaged")
 
 
 def summarize(run, result):

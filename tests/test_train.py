@@ -301,9 +301,9 @@ def test_a_gpu_is_named_by_its_index(monkeypatch):
 
 def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(finished, monkeypatch):
     config = GPTConfig(mem_count=3, mem_keys=4096)  # 51 GB, were they drawn on the CPU
-    check_memory(config, None, torch.device("meta"))
     with torch.device("meta"):
         model = GPT(config)
+    check_memory(model, torch.device("meta"))
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     want = torch.load(finished / "ckpt.pt", weights_only=True)["model"]
     monkeypatch.setattr(ValuePool, "initialize", None)
