@@ -174,7 +174,7 @@ class MemoryLayer(nn.Module):
         pool.check_fits(self)
         pool.check_taken(self)
         y = self.read(x.reshape(-1, x.size(-1)), pool)  # (n, D)
-        y = y.view(*x.shape[:-1], -1)  # (..., D)
+        y = y.view(*x.shape[:-1], y.size(1))  # (..., D)
         if self.gate is None:
             y = y.type_as(x)
         else:
@@ -207,7 +207,7 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> s1 and s2, the scores of all sub-keys: (2, H, n, N)"""
         q = widen(self.query(x)).view(len(x), 2 * self.H, self.Q)
         q = self.query_norm(q).transpose(0, 1)  # (2H, n, Q)
-        keys = self.key_norm(self.keys) / self.scale  # (2H, N, Q)
+        keys = self.key_norm(widen(self.keys)) / self.scale  # (2H, N, Q)
         s = torch.bmm(q, keys.transpose(1, 2))  # (2H, n, N)
         return s.unflatten(0, (2, self.H))
 
@@ -353,13 +353,15 @@ class ValuePool(nn.Module):
         """Raises RuntimeError if nobody has taken out the gradient of an earlier step."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.touched is None:
             return
-        # PyTorch counts how often a tensor was changed. An optimizer has stepped if the keys
-        # have changed since they were first used after the last take_gradient().
-        changes = layer.keys._version
+        # The first layer that reads after take_gradient() is watched: has its query changed
+        # when it reads again, an optimizer has stepped, and a gradient here is of the old step.
+        query = layer.query.weight
         if self.first_read is None:
-            self.first_read = (id(layer), changes)
-        same_layer = self.first_read[0] == id(layer)
-        if same_layer and self.first_read[1] != changes and self.touched.any():
+            self.first_read = (id(layer), query[0].detach().clone())
+        watched, before = self.first_read
+        if watched != id(layer) or query.grad is not None:  # of another micro-step
+            return
+        if self.touched.any() and not torch.equal(query[0], before):
             raise RuntimeError(
                 "the pool still holds the gradient of an earlier step: call step() of "
                 "RowAdam(pool) in each step, or its zero_grad() to drop a gradient. Optimizers "
