@@ -232,7 +232,7 @@ def check_shape(dim, slots, heads, topk, key_dim, value_dim):
     for name, number in (("dim", dim), ("heads", heads), ("value_dim", value_dim)):
         if number < 1:
             raise ValueError(f"{name}={number}: must be at least 1")
-    if N < 1 or N * N != slots:
+    if N < 1 or slots != N * N:
         near = max(1, N) ** 2
         raise ValueError(f"slots={slots}: must be a square number N * N, as {near} is")
     if not 1 <= topk <= N:
@@ -346,7 +346,7 @@ class ValuePool(nn.Module):
         """Raises ValueError for a layer of another shape."""
         if layer.slots != self.slots:
             raise ValueError(f"a layer with slots={layer.slots} reads a pool of {self.slots}")
-        if layer.D != self.dim:
+        if self.dim != layer.D:
             raise ValueError(f"a layer with value_dim={layer.D} reads values of width {self.dim}")
 
     def check_taken(self, layer):

@@ -292,9 +292,7 @@ class GPT(nn.Module):
     # --- generation -----------------------------------------------------------------
 
     @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
-    ):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T).
         Temperature 0: greedy.
 

@@ -1,10 +1,10 @@
 """Text from a checkpoint, or answers to the closed-book questions of its dataset.
 
-    python sample.py                               samples from the default run, out/facts-memory
-    python sample.py --start="Once upon a"         continue a text; FILE:path reads a file, - standard input
-    python sample.py --recall                      ask for the facts in words that training did not use
-    python sample.py --inspect --start="Once"      and say which slots each token reads, and who else does
-    python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt      with an update applied
+python sample.py                               samples from the default run, out/facts-memory
+python sample.py --start="Once upon a"         continue a text; FILE:path reads a file, - standard input
+python sample.py --recall                      ask for the facts in words that training did not use
+python sample.py --inspect --start="Once"      and say which slots each token reads, and who else does
+python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt      with an update applied
 """
 
 import argparse
@@ -30,20 +30,52 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
-    add("--start", default="", help="text to continue; FILE:path reads it from a file, - from standard input")
+    add(
+        "--start",
+        default="",
+        help="text to continue; FILE:path reads it from a file, - from standard input",
+    )
     add("--num_samples", type=int, default=3, help="how many texts (default: 3; with --inspect 1)")
-    add("--max_new_tokens", type=int, default=200, help="tokens of each (default: 200; with --inspect 8)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=200,
+        help="tokens of each (default: 200; with --inspect 8)",
+    )
     add("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8; with --inspect 0)")
     add("--top_k", type=int, default=None, help="draw among the k likeliest tokens only")
-    add("--top_p", type=float, default=None, help="nucleus sampling: among the fewest tokens that hold p")
+    add(
+        "--top_p",
+        type=float,
+        default=None,
+        help="nucleus sampling: among the fewest tokens that hold p",
+    )
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default: %(default)s")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="default: %(default)s",
+    )
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
-    add("--rows", type=int, default=20, help="questions shown in that table, 0: all (default: %(default)s)")
+    add(
+        "--rows",
+        type=int,
+        default=20,
+        help="questions shown in that table, 0: all (default: %(default)s)",
+    )
     add("--dataset", default=None, help="of these questions or readers (default: that of the run)")
-    add("--delta", default=None, help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory")
-    add("--inspect", action="store_true", help="what each new token reads in the memory, and who else")
+    add(
+        "--delta",
+        default=None,
+        help="updates to apply, FILE[,FILE]: delta.pt of train.py --update=memory",
+    )
+    add(
+        "--inspect",
+        action="store_true",
+        help="what each new token reads in the memory, and who else",
+    )
     add("--json", action="store_true", help="with --inspect: one JSON object a token")
     if "--inspect" in argv:
         parser.set_defaults(num_samples=1, max_new_tokens=8, temperature=0.0)
@@ -82,7 +114,9 @@ def sample(model, encoding, separator, ids, args, print_reads=None):
     for number in range(args.num_samples):
         if not args.json:
             print(f"\n{'-' * 40}\n" * (number > 0) + encoding.decode(ids[1:]), end="", flush=True)
-        characters = codecs.getincrementaldecoder("utf-8")("replace")  # a token can end within a character
+        characters = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        )  # a token can end within a character
         for token in model.stream(prompt, *options):
             text = characters.decode(encoding.decode_single_token_bytes(token.item()))
             print_reads(text) if print_reads else print(text, end="", flush=True)
@@ -97,7 +131,9 @@ def print_recall(model, encoding, separator, questions, rows):
     shown, score = questions[: rows or None], {}
     width = max(len(q["prompt"]) for q in shown)
     print(f"{'prompt':{width}}  {'expected':24}  {'got':24}")
-    for i, (question, ids) in enumerate(zip(questions, answer(model, questions, separator), strict=True)):
+    for i, (question, ids) in enumerate(
+        zip(questions, answer(model, questions, separator), strict=True)
+    ):
         right = ids == question["answer_ids"]
         score.setdefault(question["attribute"], []).append(right)
         if i < len(shown):
@@ -129,11 +165,15 @@ def main(argv):
         if dataset.vocabulary() != checkpoint["vocabulary"]:
             raise ValueError(f"--dataset={args.dataset}: its vocabulary is not that of {path}")
         if args.recall and not questions:
-            raise ValueError(f"--recall: {dataset.folder} has no recall.jsonl, so no questions to ask")
+            raise ValueError(
+                f"--recall: {dataset.folder} has no recall.jsonl, so no questions to ask"
+            )
     if args.inspect:
         if model.pool is None:
             raise ValueError(f"--inspect: the model in {path} has no memory")
-        print_reads = reads_printer(model, encoding, open_readers(path, model, dataset, context), args.json)
+        print_reads = reads_printer(
+            model, encoding, open_readers(path, model, dataset, context), args.json
+        )
     if args.delta:
         apply_deltas(model, path, args.delta.split(","))
     text = read_start(args.start)

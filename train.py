@@ -25,7 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["NANOMEM_PARENT"] = str(os.getppid())  # before the imports, which take seconds
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a few sparse operators run on the CPU then
+os.environ.setdefault(
+    "PYTORCH_ENABLE_MPS_FALLBACK", "1"
+)  # a few sparse operators run on the CPU then
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 import torch
 import torch.distributed as dist
@@ -51,14 +53,26 @@ class TrainConfig:
     out_dir: str = option("out", "folder for checkpoints and log; a preset has its own, out/PRESET")
     resume: bool = option(False, "go on with the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
-    dataset: str = option("facts", "a folder in data/, or the path of one with train.bin and val.bin")
-    init_from: str = option("", "folder of a run: begin with its weights and options, without its optimisers")
-    background: str = option("", "with that, a dataset not to forget, by default that run's; empty: none")
-    update: str = option("all", "weights that change: all, or the memory's values", choices=("all", "memory"))
+    dataset: str = option(
+        "facts", "a folder in data/, or the path of one with train.bin and val.bin"
+    )
+    init_from: str = option(
+        "", "folder of a run: begin with its weights and options, without its optimisers"
+    )
+    background: str = option(
+        "", "with that, a dataset not to forget, by default that run's; empty: none"
+    )
+    update: str = option(
+        "all", "weights that change: all, or the memory's values", choices=("all", "memory")
+    )
     update_slots: int = option(0, "update=memory: only of so many slots; 0: of all")
-    update_by: str = option("gradient", "choose them by gradient, or reads", choices=("gradient", "reads"))
+    update_by: str = option(
+        "gradient", "choose them by gradient, or reads", choices=("gradient", "reads")
+    )
     batch_size: int = option(8, "sequences in a micro-step", 1)
-    gradient_accumulation_steps: int = option(1, "micro-steps in a step, of all processes together", 1)
+    gradient_accumulation_steps: int = option(
+        1, "micro-steps in a step, of all processes together", 1
+    )
     max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them", 1)
     learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)", below=1e31)
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
@@ -66,19 +80,29 @@ class TrainConfig:
     mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
     mem_sgd: float = option(0.0, "rate of SGD for the values (update=memory: 1), 0: RowAdam")
     mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
-    weight_decay: float = option(0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31)
+    weight_decay: float = option(
+        0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31
+    )
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
-    grad_clip: float = option(1.0, "clip the norm of the network's gradient; 0 disables", below=1e31)
+    grad_clip: float = option(
+        1.0, "clip the norm of the network's gradient; 0 disables", below=1e31
+    )
     eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint", 1)
     eval_iters: int = option(20, "batches in an estimate of the loss", 1)
     log_interval: int = option(10, "steps between lines of the log", 1)
     seed: int = option(1, "of initialisation, and order of the data", below=2**63)
     device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false"))
-    memory_parallel: int = option(1, "processes that share one table, each with a part of its columns", 1)
-    timeout: int = option(600, "seconds that a process waits for another one; give it again with --resume", 1)
+    compile: str = option(
+        "auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false")
+    )
+    memory_parallel: int = option(
+        1, "processes that share one table, each with a part of its columns", 1
+    )
+    timeout: int = option(
+        600, "seconds that a process waits for another one; give it again with --resume", 1
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -87,9 +111,13 @@ class TrainConfig:
         if (self.update == "memory" or self.background) and not self.init_from:
             raise ValueError("update=memory and background= go with a run: init_from= must name it")
         if self.update_slots and not (self.update == "memory" and self.background):
-            raise ValueError(f"update_slots={self.update_slots}: goes with update=memory and background=")
+            raise ValueError(
+                f"update_slots={self.update_slots}: goes with update=memory and background="
+            )
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
-            raise ValueError(f"out_dir={self.out_dir}: init_from= names the same folder; give another one")
+            raise ValueError(
+                f"out_dir={self.out_dir}: init_from= names the same folder; give another one"
+            )
 
 
 # --- command line ---------------------------------------------------------------------------------------
@@ -100,15 +128,21 @@ def parse_options(argv):
     raw = RawDescriptionHelpFormatter
     parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.register("type", bool, lambda text: ("false", "0", "true", "1").index(text.lower()) > 1)
-    parser.register("type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part))
+    parser.register(
+        "type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part)
+    )
     parser.add_argument("--preset", choices=PRESETS, help="(default: facts-memory)")
     for f in (*fields(TrainConfig), *fields(GPTConfig)):
         if f.name == "vocab_size":  # is that of the dataset
             continue
         kind = str.lower if (choices := f.metadata["choices"]) else type(f.default)
         flag = {"nargs": "?", "const": True} if kind is bool else {}  # --resume means --resume=true
-        help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", type=kind, default=SUPPRESS, help=help, metavar="", **flag)
+        help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace(
+            "%", "%%"
+        )
+        parser.add_argument(
+            f"--{f.name}", type=kind, default=SUPPRESS, help=help, metavar="", **flag
+        )
     return vars(parser.parse_args(argv))
 
 
@@ -127,23 +161,31 @@ def complete_options(given):
     if not resume and base is None:
         return PRESETS[preset or "facts-memory"] | options
     if preset:
-        raise ValueError("preset: a run that goes on keeps its options; leave it out, give what is to change")
+        raise ValueError(
+            "preset: a run that goes on keeps its options; leave it out, give what is to change"
+        )
     path = Path(options["out_dir"] if resume else base, "ckpt.pt")
     checkpoint = read_checkpoint(path)
-    with blame(f"{path} has no options that fit", "it was edited, damaged, or is of another version"):
+    with blame(
+        f"{path} has no options that fit", "it was edited, damaged, or is of another version"
+    ):
         configs = make_configs(checkpoint["train_config"] | checkpoint["model_config"])
         saved = asdict(configs[0]) | asdict(configs[1])
     kept = ["seed", "batch_size", "gradient_accumulation_steps", "init_from", "mem_sgd"]
     kept += ["update", "update_slots", "update_by"]
     if not resume:
         kept, sgd = (), options.get("update") == "memory" and saved["mem_dtype"] == "float32"
-        saved |= dict(resume=False, overwrite=False, update="all", update_slots=0, update_by="gradient")
+        saved |= dict(
+            resume=False, overwrite=False, update="all", update_slots=0, update_by="gradient"
+        )
         saved |= dict(background=saved["dataset"], memory_parallel=1, mem_sgd=float(sgd))
     layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
     training, model = map(asdict, make_configs(saved | layers | options))
     for name in (*model, *kept):
         if name in options and (training | model)[name] != saved[name]:
-            raise ValueError(f"{name}={options[name]}: the run in {path.parent} keeps {name}={saved[name]}")
+            raise ValueError(
+                f"{name}={options[name]}: the run in {path.parent} keeps {name}={saved[name]}"
+            )
     return saved | options
 
 
@@ -155,7 +197,9 @@ def load_checkpoint(path, device="cpu", group=None, replicas=None):
     With a group each of its processes gets its columns of the table, however many have written the file.
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
     checkpoint = read_checkpoint(path)
-    with blame(f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"):
+    with blame(
+        f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"
+    ):
         TrainConfig(**checkpoint["train_config"])
         with torch.device(device):
             config = GPTConfig(**checkpoint["model_config"])
@@ -168,7 +212,9 @@ def load_checkpoint(path, device="cpu", group=None, replicas=None):
         model.load_state_dict(checkpoint["model"])
         kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
         wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
-        if wrong or not (checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size):
+        if wrong or not (
+            checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size
+        ):
             raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
     return {**checkpoint, "model": model}
 
@@ -179,7 +225,9 @@ def make_optimizers(model, config):
     groups, betas = model.parameter_groups(), (config.beta1, config.beta2)
     network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
     network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)]
+    optimizers = [
+        torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)
+    ]
     if model.pool is not None and config.mem_sgd:  # of a loss that is a mean over tokens
         model.pool.collect_gradients()
         tokens = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
@@ -237,7 +285,9 @@ def evaluate(model, data, config, device):
     for name, part in (("recall", data), ("old_recall", data.get("old", {}))):
         if asked := part.get("questions"):
             got = answer(model, asked, data["separator"])
-            right = [ids == question["answer_ids"] for ids, question in zip(got, asked, strict=True)]
+            right = [
+                ids == question["answer_ids"] for ids, question in zip(got, asked, strict=True)
+            ]
             result[name] = sum(right) / len(right)
     if counts is not None:
         result |= {f"mem_{name}": value for name, value in counts.summary().items()}
@@ -247,13 +297,21 @@ def evaluate(model, data, config, device):
 def choose_slots(model, new, old, config, device):
     """The update_slots slots with the best scores (score_slots), int64. new, old: dataset.Batches, of
     which one pass and 1,000 windows are read. c: norms of the rows' gradients, summed over new, or reads."""
-    pool, learns, context = model.pool, config.update_by == "gradient", precision(config.dtype, device)
+    pool, learns, context = (
+        model.pool,
+        config.update_by == "gradient",
+        precision(config.dtype, device),
+    )
     pool.collect_gradients()
 
     def reads(what, windows, count, size):
         bar = tqdm(range(count), f"slots that {what} data read", unit="batch", leave=False)
         for idx, targets in batches(windows, bar, size, device):
-            with torch.set_grad_enabled(learns and what == "new"), pool.record_usage() as usage, context:
+            with (
+                torch.set_grad_enabled(learns and what == "new"),
+                pool.record_usage() as usage,
+                context,
+            ):
                 loss = model(idx, targets)[1]
             if loss.requires_grad:
                 loss.backward()
@@ -301,7 +359,12 @@ class Ranks:
     def __init__(self, timeout=600):
         """Finds the others. Raises ValueError if what torchrun says is not enough for that."""
         self.rank, self.local, self.world, self.on = 0, 0, 1, "RANK" in os.environ
-        self.M, self.group, self.replicas, self.timeout = 1, None, None, datetime.timedelta(seconds=timeout)
+        self.M, self.group, self.replicas, self.timeout = (
+            1,
+            None,
+            None,
+            datetime.timedelta(seconds=timeout),
+        )
         names = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         with blame(f"processes do not find each other by {names}", "start them with torchrun"):
             if orphaned():
@@ -316,7 +379,9 @@ class Ranks:
         """M ranks share a table; world / M hold the same columns. M divides world."""
         self.M, groups = M, dist.new_subgroups_by_enumeration
         if M > 1:
-            self.group, _ = groups([[*range(i, i + M)] for i in range(0, self.world, M)], self.timeout)
+            self.group, _ = groups(
+                [[*range(i, i + M)] for i in range(0, self.world, M)], self.timeout
+            )
         if self.world > M:
             self.replicas, _ = groups([[*range(i, self.world, M)] for i in range(M)], self.timeout)
 
@@ -338,12 +403,19 @@ class Ranks:
         """All ranks must have the same weights, and replicas the same columns. Compares sums in float64."""
         if self.world == 1:
             return
-        parts = {name: p.detach().split(2**16) for name, p in model.named_parameters()}  # copies are small
-        sums = {name: sum(part.double().sum().item() for part in tensors) for name, tensors in parts.items()}
+        parts = {
+            name: p.detach().split(2**16) for name, p in model.named_parameters()
+        }  # copies are small
+        sums = {
+            name: sum(part.double().sum().item() for part in tensors)
+            for name, tensors in parts.items()
+        }
         everyone = self.gather((str(sums.pop("pool.values", 0)), str(sums)))
         for rank, theirs in enumerate(everyone):
             if theirs != (everyone[rank % self.M][0], everyone[0][1]):
-                raise Refused(f"rank {rank} is out of step: its weights are not those of the others")
+                raise Refused(
+                    f"rank {rank} is out of step: its weights are not those of the others"
+                )
 
 
 def orphaned():
@@ -377,7 +449,9 @@ def train(run):
     stop, context, shown = Stop(), precision(config.dtype, device), {}
     auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
     run_model = torch.compile(model) if auto or config.compile == "true" else model
-    network = [p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
+    network = [
+        p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad
+    ]
     chosen = None
     if config.update_slots:  # the rows of these slots alone change
         chosen = torch.zeros_like(model.pool.touched)
@@ -385,10 +459,22 @@ def train(run):
     total = config.gradient_accumulation_steps  # of all ranks
     numbers = range(state["iter"] * total + ranks.rank, (config.max_iters + 1) * total, ranks.world)
     pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
-    in_bar = "loss", "tokens_per_s", "gpu_gib", "val_loss", "recall", "old_recall"  # of a line of the log
+    in_bar = (
+        "loss",
+        "tokens_per_s",
+        "gpu_gib",
+        "val_loss",
+        "recall",
+        "old_recall",
+    )  # of a line of the log
     if config.init_from and state["iter"] == 0:
         report(run, run.before, evaluating=True)
-    options = {"initial": state["iter"], "unit": "step", "dynamic_ncols": True, "disable": ranks.rank > 0}
+    options = {
+        "initial": state["iter"],
+        "unit": "step",
+        "dynamic_ncols": True,
+        "disable": ranks.rank > 0,
+    }
     bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
     clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next(pairs)
     while state["iter"] < config.max_iters:
@@ -396,7 +482,9 @@ def train(run):
         loss = torch.zeros((), device=device)
         for _ in range(total // ranks.world):
             with context:
-                micro_loss = run_model(inputs, targets)[1] * ranks.world / total  # mean of this rank
+                micro_loss = (
+                    run_model(inputs, targets)[1] * ranks.world / total
+                )  # mean of this rank
             micro_loss.backward()
             loss += micro_loss.detach()
             inputs, targets = next(pairs)
@@ -412,7 +500,9 @@ def train(run):
         if config.grad_clip > 0:
             clip_grad_norm_(network, config.grad_clip)
         lr = learning_rate(config, state["iter"], config.learning_rate)
-        for optimizer, rate in zip(run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False):
+        for optimizer, rate in zip(
+            run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("tokens", 1)
             optimizer.step()
@@ -424,7 +514,10 @@ def train(run):
         evaluating = it % config.eval_interval == 0 or it == config.max_iters
         stopped_by = max(ranks.gather(signal.SIGTERM if orphaned() else stop.number or 0))
         if it % config.log_interval == 0 or evaluating or stopped_by:
-            loss, now = sum(ranks.gather(loss.item())) / ranks.world, time.perf_counter()  # after the GPU
+            loss, now = (
+                sum(ranks.gather(loss.item())) / ranks.world,
+                time.perf_counter(),
+            )  # after the GPU
             tokens = (it - since) * total * config.batch_size * model.config.block_size
             line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": tokens / (now - clock)}
             state["seconds"] += now - clock
@@ -438,7 +531,9 @@ def train(run):
             bar.close()
             if ranks.rank == 0:
                 again = f"train.py --resume --out_dir={shlex.quote(config.out_dir)}"
-                print(f"Stopped by {signal.Signals(stopped_by).name} after step {it}; ckpt.pt is saved.")
+                print(
+                    f"Stopped by {signal.Signals(stopped_by).name} after step {it}; ckpt.pt is saved."
+                )
                 print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
             (os._exit if ranks.on else sys.exit)(128 + stopped_by)  # see main()
     bar.close()
@@ -472,7 +567,9 @@ def refuse_nan(number, run, what="loss"):
 def save(run):
     """Write ckpt.pt. Rank 0 does, but all take part: each may have a part of the table."""
     largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())  # NaN if one is
-    refuse_nan(sum(run.ranks.gather(largest)), run, "largest weight")  # the loss was that before the update
+    refuse_nan(
+        sum(run.ranks.gather(largest)), run, "largest weight"
+    )  # the loss was that before the update
     weights, pool = run.model.state_dict(), run.model.pool
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
     if pool is not None:
@@ -499,9 +596,13 @@ def start(given, ranks):
     M = M if model_config.mem_layers else 1
     width = model_config.mem_value_dim
     if steps % world:
-        raise ValueError(f"gradient_accumulation_steps={steps} must be divisible by the {world} processes")
+        raise ValueError(
+            f"gradient_accumulation_steps={steps} must be divisible by the {world} processes"
+        )
     if world % M or width % M:
-        raise ValueError(f"memory_parallel={M} must divide {world} processes and the width {width} of values")
+        raise ValueError(
+            f"memory_parallel={M} must divide {world} processes and the width {width} of values"
+        )
     if config.update == "memory" and world > 1:
         raise ValueError(f"update=memory: is for one process, not {world}")
     device = choose_device(config.device, ranks.local)
@@ -528,31 +629,49 @@ def start(given, ranks):
     if config.resume:
         state = {key: checkpoint.get(key) for key in state}
         if checkpoint["fingerprint"] != data["fingerprint"]:
-            raise ValueError(f"dataset={config.dataset}: {folder} is not what {name} was trained on")
+            raise ValueError(
+                f"dataset={config.dataset}: {folder} is not what {name} was trained on"
+            )
         if state["iter"] >= config.max_iters:
-            raise ValueError(f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters")
+            raise ValueError(
+                f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters"
+            )
     if config.init_from:
         prepare_update(model, data, config, state, device, checkpoint)
     optimizers = make_optimizers(model, config)
     if config.resume:
-        with blame(f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"):
+        with blame(
+            f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"
+        ):
             restore(optimizers, checkpoint)
     ranks.gather(None)  # nobody has found anything wrong
     if ranks.rank == 0:
         prepare_out_dir(config, state["iter"])
-    parts = {"model": model, "optimizers": optimizers, "data": data, "state": state, "before": {"iter": 0}}
+    parts = {
+        "model": model,
+        "optimizers": optimizers,
+        "data": data,
+        "state": state,
+        "before": {"iter": 0},
+    }
     return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
 
 
 def prepare_update(model, data, config, state, device, checkpoint):
     """Open what is not to be forgotten; with update=memory freeze the network, and choose slots."""
     if config.background:
-        old = data["old"] = open_dataset(find_folder(config.background), model.config.block_size, config.seed)
-        asked = {question["prompt"] for question in data["questions"] or ()}  # and answered otherwise now
+        old = data["old"] = open_dataset(
+            find_folder(config.background), model.config.block_size, config.seed
+        )
+        asked = {
+            question["prompt"] for question in data["questions"] or ()
+        }  # and answered otherwise now
         old["questions"] = [q for q in old["questions"] or () if q["prompt"] not in asked]
         own = config.background == checkpoint["train_config"]["dataset"]
         if own and old["fingerprint"] != checkpoint["fingerprint"]:
-            raise ValueError(f"background={config.background}: not what {config.init_from} was trained on")
+            raise ValueError(
+                f"background={config.background}: not what {config.init_from} was trained on"
+            )
     if not data["vocabulary"] == data.get("old", data)["vocabulary"] == checkpoint["vocabulary"]:
         what = f"dataset={config.dataset}, background={config.background}"
         raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
@@ -560,9 +679,14 @@ def prepare_update(model, data, config, state, device, checkpoint):
         check_slots(state["slots"], config, model)
         S = 0 if model.pool is None else model.pool.slots
         if config.update_slots > S or S == 0:
-            raise ValueError(f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots")
+            raise ValueError(
+                f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots"
+            )
         model.requires_grad_(False).pool.values.requires_grad_(True)
-        state["base"] = state["base"] or [identity(model.state_dict()), f"{config.init_from}/ckpt.pt"]
+        state["base"] = state["base"] or [
+            identity(model.state_dict()),
+            f"{config.init_from}/ckpt.pt",
+        ]
         if config.update_slots and state["slots"] is None:
             began = time.perf_counter()
             state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
@@ -574,8 +698,14 @@ def check_slots(slots, config, model):
     if slots is None:
         return
     path = Path(config.out_dir, "ckpt.pt")
-    if not torch.is_tensor(slots) or slots.dtype != torch.int64 or slots.shape != (config.update_slots,):
-        raise ValueError(f"{path} has no list of update_slots={config.update_slots} slots; it is damaged")
+    if (
+        not torch.is_tensor(slots)
+        or slots.dtype != torch.int64
+        or slots.shape != (config.update_slots,)
+    ):
+        raise ValueError(
+            f"{path} has no list of update_slots={config.update_slots} slots; it is damaged"
+        )
     if slots.min() < 0 or slots.max() >= model.pool.slots:
         raise ValueError(f"{path} has slots that the table does not have; it is damaged")
 
@@ -585,7 +715,11 @@ def summarize(run, result):
     tokens = steps * c.batch_size * c.gradient_accumulation_steps * model.config.block_size
     print(f"\n{steps:,} steps, {tokens:,} tokens in {run.state['seconds']:.0f} s of training")
     print(f"  {model.describe()}")
-    print("  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(**result))
+    print(
+        "  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(
+            **result
+        )
+    )
     for name, part in (("recall", data), ("old_recall", data.get("old"))):
         if name in result:
             asked = f"{len(part['questions']):,} {'old ' * (part is not data)}closed-book questions"
@@ -597,7 +731,11 @@ def summarize(run, result):
     print(f"  written to   {c.out_dir}/ckpt.pt, log.jsonl{', delta.pt' * (c.update == 'memory')}")
     words = ["sample.py", f"--out_dir={c.out_dir}", *["--recall"] * ("recall" in result)]
     if c.update == "memory":
-        words[1:2] = f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt", f"--dataset={c.dataset}"
+        words[1:2] = (
+            f"--out_dir={c.init_from}",
+            f"--delta={c.out_dir}/delta.pt",
+            f"--dataset={c.dataset}",
+        )
     print(f"\nNext: python {shlex.join(words)}")
 
 
@@ -616,23 +754,39 @@ def main(argv):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        lost = isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo" in str(error)
+        )
         if run and not lost and not isinstance(error, (Refused, OSError)):
             raise  # an error of our own keeps its traceback
-        if rank != "0":  # all may have found it: the others wait while rank 0 speaks, and torchrun ends them
+        if (
+            rank != "0"
+        ):  # all may have found it: the others wait while rank 0 speaks, and torchrun ends them
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        message = f"rank {rank}: " * (rank != "0") + "another process is lost: " * lost + explain(error)
+        message = (
+            f"rank {rank}: " * (rank != "0") + "another process is lost: " * lost + explain(error)
+        )
         kept = run and Path(run.config.out_dir, "ckpt.pt").exists()
-        hint = "The last checkpoint is whole: go on with --resume" if kept else "Start again with --overwrite"
+        hint = (
+            "The last checkpoint is whole: go on with --resume"
+            if kept
+            else "Start again with --overwrite"
+        )
         message += f". {hint}" if run else ""
-        print(f"{chr(10) * bool(run)}train.py: {message}", file=sys.stderr, flush=True)  # below the bar
-        (os._exit if dist.is_initialized() else sys.exit)(1)  # a tidy end would wait for the other processes
+        print(
+            f"{chr(10) * bool(run)}train.py: {message}", file=sys.stderr, flush=True
+        )  # below the bar
+        (os._exit if dist.is_initialized() else sys.exit)(
+            1
+        )  # a tidy end would wait for the other processes
     if rank == "0":
         summarize(run, result)
     if ranks.on:
         dist.destroy_process_group()
-        os._exit(0)  # one of gloo's threads that frees a tensor while Python ends would abort a finished run
+        os._exit(
+            0
+        )  # one of gloo's threads that frees a tensor while Python ends would abort a finished run
 
 
 if __name__ == "__main__":

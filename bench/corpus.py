@@ -64,7 +64,10 @@ def encode_all(parts):
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(part))) as files:
             documents += [files.extractfile(file).read().decode() for file in files]
     encoding, seconds = tiktoken.get_encoding("gpt2"), []
-    for encode in (encoding.encode_ordinary, partial(encoding.encode_to_numpy, disallowed_special=())):
+    for encode in (
+        encoding.encode_ordinary,
+        partial(encoding.encode_to_numpy, disallowed_special=()),
+    ):
         encode("ready")
         began = time.perf_counter()
         for document in documents:
@@ -77,12 +80,19 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, nargs="+")
     add = parser.add_argument
-    add("--megabytes", type=int, default=1900, help="repeat the text to this size (default: %(default)s)")
+    add(
+        "--megabytes",
+        type=int,
+        default=1900,
+        help="repeat the text to this size (default: %(default)s)",
+    )
     add("--workers", type=int, default=os.cpu_count(), help="(default: %(default)s)")
     add("--repeats", type=int, default=5, help="each, in turns (default: %(default)s)")
     args = parser.parse_args()
     documents = cut("".join(path.read_text(encoding="utf-8") for path in args.text))
-    documents = [b"%d\n" % i + d for i in range(20) for d in documents]  # no two equal: a hash splits them
+    documents = [
+        b"%d\n" % i + d for i in range(20) for d in documents
+    ]  # no two equal: a hash splits them
     repeats, workers = -(-args.megabytes * 10**6 // sum(map(len, documents))), args.workers
     size = repeats * sum(map(len, documents)) / 1e6
     alone, whole = [], []
@@ -102,11 +112,15 @@ def main():
             command = [sys.executable, ROOT / "data/openwebtext/prepare.py", "--subsets=0"]
             command += [f"--source={folder}", f"--workers={workers}", f"--out={folder}/{i}"]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            whole.append(float(re.search(r"text in ([\d,.]+) s", printed).group(1).replace(",", "")))
+            whole.append(
+                float(re.search(r"text in ([\d,.]+) s", printed).group(1).replace(",", ""))
+            )
     a, numpy, b = (*map(statistics.median, zip(*alone, strict=True)), statistics.median(whole))
     print(f"{size:.0f} MB of text in {repeats * len(documents):,} documents, {workers} processes")
     print(f"  tiktoken alone   {a:6.2f} s, {size / a:5.1f} MB/s (encode_ordinary)")
-    print(f"  the same         {numpy:6.2f} s, {size / numpy:5.1f} MB/s (encode_to_numpy, as prepare.py)")
+    print(
+        f"  the same         {numpy:6.2f} s, {size / numpy:5.1f} MB/s (encode_to_numpy, as prepare.py)"
+    )
     print(f"  prepare.py       {b:6.2f} s, {size / b:5.1f} MB/s: ", end="")
     print(f"{a / b:.2f} and {numpy / b:.2f} of these, start of processes included")
     print(f"  decompression    {decompression:6.2f} s, {size / decompression:5.1f} MB/s: ", end="")

@@ -53,15 +53,22 @@ def tests(device, folder):
 def lookups(device, folder):
     """Every implementation against float64; the table of python bench/lookup.py."""
     cuda = device.type == "cuda"
-    torch.set_float32_matmul_precision("highest")  # the PyTorch path has a product, which TF32 would spoil
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # the PyTorch path has a product, which TF32 would spoil
     passed = {}
     for name in ("pytorch", "triton") if cuda else ("pytorch",):
         print(f"\n{name}")
-        passed[name] = lookup.check(*lookup.PATHS[name], device, **({} if cuda else {"widths": (1, 24)}))
+        passed[name] = lookup.check(
+            *lookup.PATHS[name], device, **({} if cuda else {"widths": (1, 24)})
+        )
     if cuda:
         passed["selection"] = lookup.check_select(device)
     small = dict(n=64, k=8, dtype=torch.float32, elements=2**16, cases=[("zipf", 2**10, 16)])
-    return {"passed": passed, "table": lookup.benchmark(device, **(lookup.SHAPES["cuda"] if cuda else small))}
+    return {
+        "passed": passed,
+        "table": lookup.benchmark(device, **(lookup.SHAPES["cuda"] if cuda else small)),
+    }
 
 
 def layer(device, folder):
@@ -81,7 +88,9 @@ def generation(device, folder):
     if device.type == "cuda":
         shape, count, new_tokens = dict(vocab_size=50257), 3, 200
     memory, dense = GPTConfig(**shape, mem_count=count, mem_dtype="bfloat16"), GPTConfig(**shape)
-    return speed.generation_times(memory, dense, device, train.precision("auto", device), new_tokens)
+    return speed.generation_times(
+        memory, dense, device, train.precision("auto", device), new_tokens
+    )
 
 
 def preset_training(preset, compiled):
@@ -105,23 +114,36 @@ def preset_training(preset, compiled):
 
 def torchrun(device, folder):
     """One process started by torchrun (NCCL on a GPU) against one started by python: speed, and the loss."""
-    preset, options, steps, size = "shakespeare-memory", ["--n_layer=12", "--compile=false"], 100, (2**20,)
+    preset, options, steps, size = (
+        "shakespeare-memory",
+        ["--n_layer=12", "--compile=false"],
+        100,
+        (2**20,),
+    )
     if device.type == "cpu":
         options, steps, size = miniature(preset), 2, (2**13, 300)
     training.random_dataset(folder, *size)
-    command = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=1".split()
+    command = (
+        "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=1".split()
+    )
     launchers, result = {"python": (), "torchrun": command}, {}
     for name, launcher in launchers.items():
         out = Path(folder) / name
-        result[name] = training.throughput(preset, [*options, f"--dataset={folder}"], steps, out, launcher)
-        print(f"{name}: {result[name]['tokens_per_s']:,.0f} tokens/s, loss {result[name]['loss']:.6f}")
+        result[name] = training.throughput(
+            preset, [*options, f"--dataset={folder}"], steps, out, launcher
+        )
+        print(
+            f"{name}: {result[name]['tokens_per_s']:,.0f} tokens/s, loss {result[name]['loss']:.6f}"
+        )
     result["ratio"] = result["torchrun"]["tokens_per_s"] / result["python"]["tokens_per_s"]
     return result
 
 
 def run_script(script, *arguments):
     """Run a script of ours as a user does. Returns what it prints."""
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(map(str, arguments))}:\n{done.stderr[-2000:]}")
     return done.stdout
@@ -140,8 +162,13 @@ def facts(device, folder):
     run_script("data/facts/prepare.py", f"--people={people}", f"--new={new}", f"--out={folder}/new")
     demo = ["--preset=facts-memory", f"--dataset={folder}/facts", *where]
     for dtype in "float32", "bfloat16":
-        result[dtype] = last = training.run_training([*demo, *length, f"--dtype={dtype}"], folder / dtype)[-1]
-        print(f"{dtype}: recall {last['recall']:.1%}, {last['tokens_per_s']:,.0f} tokens/s", flush=True)
+        result[dtype] = last = training.run_training(
+            [*demo, *length, f"--dtype={dtype}"], folder / dtype
+        )[-1]
+        print(
+            f"{dtype}: recall {last['recall']:.1%}, {last['tokens_per_s']:,.0f} tokens/s",
+            flush=True,
+        )
 
     short = [*demo, f"--max_iters={steps}", f"--eval_interval={steps // 4}", "--compile=false"]
     whole, out = training.run_training(short, folder / "whole")[-1], folder / "killed"
@@ -155,7 +182,9 @@ def facts(device, folder):
     run_script("train.py", "--resume", f"--out_dir={out}")
     resumed = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     result["resumed"] = [run["val_loss"] for run in (whole, resumed)]
-    print("killed and resumed: validation loss {1:.4f} instead of {0:.4f}".format(*result["resumed"]))
+    print(
+        "killed and resumed: validation loss {1:.4f} instead of {0:.4f}".format(*result["resumed"])
+    )
     apart = abs(resumed["val_loss"] - whole["val_loss"])  # not 0: a GPU adds in any order
     if resumed["iter"] != steps or apart > 0.2:
         raise RuntimeError(f"killed and resumed: {resumed} instead of {whole}")
@@ -165,8 +194,17 @@ def facts(device, folder):
     lines = training.run_training([*update, *where], out)
     first, last = lines[0], lines[-1]
     result["update"] = {name: [first[name], last[name]] for name in ("recall", "old_recall")}
-    print("recall before and after an update: {recall} new, {old_recall} old".format(**result["update"]))
-    delta = [f"--out_dir={base}", f"--delta={out}/delta.pt", f"--dataset={folder}/new", f"--device={device}"]
+    print(
+        "recall before and after an update: {recall} new, {old_recall} old".format(
+            **result["update"]
+        )
+    )
+    delta = [
+        f"--out_dir={base}",
+        f"--delta={out}/delta.pt",
+        f"--dataset={folder}/new",
+        f"--device={device}",
+    ]
     said = run_script("sample.py", *delta, "--recall").splitlines()[-1]
     if abs(float(said.split()[1].rstrip("%")) / 100 - last["recall"]) > 0.01:
         raise RuntimeError(f"with its delta: {said}, in training {last['recall']:.1%}")
@@ -181,7 +219,9 @@ def tiles(device, folder):
     """Each kernel with other tiles than its own, the fastest first."""
     shape = dict(n=2, k=2, S=16, widths=(64,), dtype=torch.float32, N=8, K=4, repeats=1)
     if device.type == "cuda":
-        shape = dict(n=16384, k=128, S=2**20, widths=(1024, 256), dtype=torch.bfloat16, N=1024, K=32)
+        shape = dict(
+            n=16384, k=128, S=2**20, widths=(1024, 256), dtype=torch.bfloat16, N=1024, K=32
+        )
     return lookup.tiles(device, **shape)
 
 
@@ -205,7 +245,11 @@ PARTS = {  # name: (function, seconds it may take on a GPU), the most important 
 
 def versions(device):
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"card": card, "torch": torch.__version__, "triton": getattr(lookup.triton, "__version__", None)}
+    return {
+        "card": card,
+        "torch": torch.__version__,
+        "triton": getattr(lookup.triton, "__version__", None),
+    }
 
 
 def run_part(name, device, seconds):
@@ -250,14 +294,20 @@ def tables(done):
         for r in rows:
             names, bag = ("forward", "backward", "RowAdam"), r["embedding_bag"]
             cells = [f"{r[f'{name}_GB/s']:,.0f} ({r[f'{name}_share']:.0%})" for name in names]
-            cells.append("does not fit" if bag is None else " / ".join(f"{ratio:.1f}" for ratio in bag))
+            cells.append(
+                "does not fit" if bag is None else " / ".join(f"{ratio:.1f}" for ratio in bag)
+            )
             lines.append(row(f"{r['slots']}, {r['S']:,} slots of {r['D']}", cells, "{}"))
     if t := got.get("layer"):
         memory, swiglu, plain = (t[f"{name}_ms"] for name in ("memory", "swiglu", "plain"))
         lines += ["", f"A layer's training step: {memory:.2f} ms, SwiGLU's {swiglu:.2f} ms: "]
         lines[-1] += f"{memory / swiglu:.2f} times as long; straightforward {plain:.2f} ms"
     presets = "gpt2-dense", "gpt2-memory"
-    lines += ["", "| | {} | {} | {}, eager | {}, eager |".format(*presets, *presets), "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| | {} | {} | {}, eager | {}, eager |".format(*presets, *presets),
+        "|---|---|---|---|---|",
+    ]
     runs = [got.get(f"{preset} {form}", {}) for form in ("compiled", "eager") for preset in presets]
     for label, name, form in (
         ("tokens a second", "tokens_per_s", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"),
@@ -268,15 +318,27 @@ def tables(done):
         lines.append(row(part, [run.get("shares", {}).get(part) for run in runs], "{:.1%}"))
     if texts := got.get("generation"):
         lines += ["", "| tokens a second at batch 1 | first text | later texts |", "|---|---|---|"]
-        lines += [row(name, [texts[f"{name}_first"], texts[f"{name}_later"]]) for name in ("memory", "dense")]
+        lines += [
+            row(name, [texts[f"{name}_first"], texts[f"{name}_later"]])
+            for name in ("memory", "dense")
+        ]
     rates = [[run.get("tokens_per_s") for run in runs[i : i + 2]] for i in (0, 2)]
-    ratios = [f"{memory / dense:.2f}" if memory and dense else "not yet measured" for dense, memory in rates]
+    ratios = [
+        f"{memory / dense:.2f}" if memory and dense else "not yet measured"
+        for dense, memory in rates
+    ]
     lines += ["", f"gpt2-memory / gpt2-dense, tokens a second: {ratios[0]}; eager {ratios[1]}"]
     if demo := got.get("facts"):
-        recalls = ", ".join(f"{demo[dtype]['recall']:.1%} in {dtype}" for dtype in ("float32", "bfloat16"))
+        recalls = ", ".join(
+            f"{demo[dtype]['recall']:.1%} in {dtype}" for dtype in ("float32", "bfloat16")
+        )
         lines += ["", f"facts-memory: recall {recalls}"]
         new, old = demo["update"]["recall"], demo["update"]["old_recall"]  # before, after
-        lines += ["an update: new facts {:.1%}, then {:.1%}; old ones {:.1%}, then {:.1%}".format(*new, *old)]
+        lines += [
+            "an update: new facts {:.1%}, then {:.1%}; old ones {:.1%}, then {:.1%}".format(
+                *new, *old
+            )
+        ]
         lines += ["killed and resumed: loss {1:.4f} instead of {0:.4f}".format(*demo["resumed"])]
     if one := got.get("torchrun"):
         losses = ", ".join(f"{one[name]['loss']:.6f}" for name in ("python", "torchrun"))
@@ -286,7 +348,11 @@ def tables(done):
         lines += ["", f"checks against float64: {verdicts}"]
     lines += ["", f"tests: {got.get('tests', {}).get('summary', 'not run')}"]
     for name, part in done["parts"].items():
-        lines += [f"{name} FAILED: {part['failed'].strip().splitlines()[-1]}"] if "failed" in part else []
+        lines += (
+            [f"{name} FAILED: {part['failed'].strip().splitlines()[-1]}"]
+            if "failed" in part
+            else []
+        )
     return "\n".join(lines)
 
 
@@ -295,8 +361,19 @@ def main():
     add, out = parser.add_argument, ROOT / "out" / "gpu.json"
     add("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
     add("--out", type=Path, default=out, help="what has been measured (default: %(default)s)")
-    add("--minutes", type=float, default=45, help="begin no part that may end later (default: %(default)s)")
-    add("--only", choices=list(PARTS), action="append", help="this part; can be given again", metavar="PART")
+    add(
+        "--minutes",
+        type=float,
+        default=45,
+        help="begin no part that may end later (default: %(default)s)",
+    )
+    add(
+        "--only",
+        choices=list(PARTS),
+        action="append",
+        help="this part; can be given again",
+        metavar="PART",
+    )
     add("--part", choices=list(PARTS), help=SUPPRESS)  # of the process that runs one
     args = parser.parse_args()
     began = time.monotonic()
@@ -305,7 +382,9 @@ def main():
     except ValueError as error:
         sys.exit(f"gpu.py: {error}")
     if args.part:
-        with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:  # removed by who kills this process
+        with tempfile.TemporaryDirectory(
+            dir=args.out.parent
+        ) as folder:  # removed by who kills this process
             args.out.write_text(json.dumps(PARTS[args.part][0](device, folder)))
         return
 
@@ -330,7 +409,10 @@ def main():
             parts[name] = run_part(name, device, min(seconds, left))
         except KeyboardInterrupt:
             sys.exit(130)
-        print(f"=== {name}: " + parts[name].get("failed", f"took {parts[name]['took']:.0f} s"), flush=True)
+        print(
+            f"=== {name}: " + parts[name].get("failed", f"took {parts[name]['took']:.0f} s"),
+            flush=True,
+        )
         write_file(args.out, json.dumps(done, indent=1))
     print("\n" + tables(done))
     failed = [name for name, part in parts.items() if "failed" in part]

@@ -38,7 +38,9 @@ def random_problem(n, k, S, D, dtype, device, slots="uniform", seed=0):
     values = torch.randn(S, D, generator=generator, device=device).to(dtype)
     u = torch.rand(n, k, generator=generator, device=device, dtype=torch.float64)
     rank = {"uniform": u * S, "zipf": S**u - 1, "equal": 0 * u}[slots].long()
-    indices = rank * 0x9E3779B1 % S  # an odd factor scatters the popular slots over a table of 2^i rows
+    indices = (
+        rank * 0x9E3779B1 % S
+    )  # an odd factor scatters the popular slots over a table of 2^i rows
     weights = torch.randn(n, k, generator=generator, device=device).softmax(-1)
     return values, indices, weights, torch.randn(n, D, generator=generator, device=device).to(dtype)
 
@@ -55,7 +57,9 @@ def brute_force(values, indices, weights, grad):
 def brute_force_adam(values, rows, grads, rate, beta1, beta2, eps):
     """A step of RowAdam with zero moments before it, in float64, over the whole table."""
     grad = torch.zeros_like(values, dtype=torch.float64).index_add_(0, rows, grads.double())
-    return values.double() - rate * (1 - beta1) * grad / (((1 - beta2) * grad.square()).sqrt() + eps)
+    return values.double() - rate * (1 - beta1) * grad / (
+        ((1 - beta2) * grad.square()).sqrt() + eps
+    )
 
 
 def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 1024)):
@@ -76,11 +80,15 @@ def check(forward, backward, adam, device, widths=(1, 24, 64, 80, 96, 200, 768, 
             dvalues = torch.zeros_like(values).index_copy(0, rows, grad_rows)
             moved, rates = values.float().clone(), (0.1, 0.9, 0.98, 1e-15)
             moments = torch.zeros_like(moved), torch.zeros_like(moved)
-            adam(moved, *moments, rows, grad_rows, rows, *rates)  # float32 tables need no random bits
+            adam(
+                moved, *moments, rows, grad_rows, rows, *rates
+            )  # float32 tables need no random bits
             y = forward(values, indices, weights)
             got = [y, dvalues, grad_weights, moved - values.float()]
             want = [*brute_force(values, indices, weights, grad), None]
-            want[3] = brute_force_adam(values, rows, grad_rows, *rates).cpu() - values.cpu().double()
+            want[3] = (
+                brute_force_adam(values, rows, grad_rows, *rates).cpu() - values.cpu().double()
+            )
             pairs = zip(got, want, strict=True)
             errors = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in pairs]
             same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -108,7 +116,9 @@ def check_select(device):
             error = ((got - want).norm() / want.norm()).item()
             ok = error < 1e-6 and not repeated
             passed &= ok
-            verdict = "ok" if ok else f"FAILED: more than 1e-06, or {repeated} rows with a slot twice"
+            verdict = (
+                "ok" if ok else f"FAILED: more than 1e-06, or {repeated} rows with a slot twice"
+            )
             print(f"select {K:2} of {N:4} {str(dtype)[6:]:9}{error:9.1e}   {verdict}")
     return passed
 
@@ -174,7 +184,11 @@ def measure(n, k, S, D, dtype, device, slots, copy):
         }
         for name, (moved, run) in parts.items():
             t = seconds(run, device)
-            row |= {f"{name}_ms": 1e3 * t, f"{name}_GB/s": moved / t / 1e9, f"{name}_share": moved / t / copy}
+            row |= {
+                f"{name}_ms": 1e3 * t,
+                f"{name}_GB/s": moved / t / 1e9,
+                f"{name}_share": moved / t / copy,
+            }
         sort = seconds(lambda: kernels.group_by_row(indices), device)
         row["sort_share"] = 1e3 * sort / row["backward_ms"]
     del optimizer, state, rows, grads, update, parts, run  # and the moments
@@ -182,7 +196,9 @@ def measure(n, k, S, D, dtype, device, slots, copy):
     others = {"definition": definition, "embedding_bag": embedding_bag, "sparse": sparse}
     for name, run in others.items():
         try:
-            row[name] = [theirs / mine for theirs, mine in zip(times(run, repeats=3), ours, strict=True)]
+            row[name] = [
+                theirs / mine for theirs, mine in zip(times(run, repeats=3), ours, strict=True)
+            ]
         except torch.OutOfMemoryError:
             row[name] = None
     if device.type == "cuda":
@@ -219,11 +235,19 @@ def benchmark(device, n, k, dtype, elements, cases):
     Returns the rows of the table as dictionaries."""
     copy, cuda, rows = copy_speed(elements, dtype, device), device.type == "cuda", []
     names = "forward", "backward", "RowAdam"
-    print(f"\n{n:,} tokens read {k} slots each, {str(dtype)[6:]}; a copy moves {copy / 1e9:,.0f} GB/s.")
+    print(
+        f"\n{n:,} tokens read {k} slots each, {str(dtype)[6:]}; a copy moves {copy / 1e9:,.0f} GB/s."
+    )
     print(f"\n{'':28} |{'GB/s and share of that copy':^48} | ", end="")
     print("times as long as lookup: forward alone / with backward")
-    print(f"{'slots':8}{'S':>10}{'D':>5}  R/S |" + "".join(f"{name:>14}" for name in names), end="  sort |")
-    print(f"{'definition':>15}{'embedding_bag':>15}{'its sparse':>15}" + (f"{'memory':>8}" if cuda else ""))
+    print(
+        f"{'slots':8}{'S':>10}{'D':>5}  R/S |" + "".join(f"{name:>14}" for name in names),
+        end="  sort |",
+    )
+    print(
+        f"{'definition':>15}{'embedding_bag':>15}{'its sparse':>15}"
+        + (f"{'memory':>8}" if cuda else "")
+    )
     for slots, S, D in cases:
         print(f"{slots:8}{S:10,}{D:5}", end="")
         try:
@@ -236,12 +260,20 @@ def benchmark(device, n, k, dtype, elements, cases):
         line = "".join(f"{row[f'{name}_GB/s']:9,.1f}{row[f'{name}_share']:5.0%}" for name in names)
         line = f"{row['R/S']:5.0%} |{line}{row['sort_share']:6.0%} |"
         for name in ("definition", "embedding_bag", "sparse"):
-            cell = "does not fit" if row[name] is None else " / ".join(f"{ratio:.1f}" for ratio in row[name])
+            cell = (
+                "does not fit"
+                if row[name] is None
+                else " / ".join(f"{ratio:.1f}" for ratio in row[name])
+            )
             line += f"{cell:>15}"
         print(line + (f"{row['memory']:8.2f}" if cuda else ""), flush=True)
-    print("\nR/S: share of the slots that are read. sort: its share of backward. its sparse: sparse=True.")
+    print(
+        "\nR/S: share of the slots that are read. sort: its share of backward. its sparse: sparse=True."
+    )
     if cuda:
-        print("memory: peak of what lookup allocates forward and backward, in sizes of the rows read.")
+        print(
+            "memory: peak of what lookup allocates forward and backward, in sizes of the rows read."
+        )
     return rows
 
 
@@ -252,7 +284,9 @@ def tiles(device, n, k, S, widths, dtype, N, K, repeats=9):
     Prints the best, and returns {kernel: [[tile, milliseconds], ...]}, the fastest first."""
     powers, result = [2**i for i in range(6)], {}
     scores, pairs = torch.randn(2, 4, n, N, device=device), candidate_pairs(K).to(device)
-    groups = [(N, K, group, warps) for group in powers[1:] for warps in powers[:3] if N // group >= K]
+    groups = [
+        (N, K, group, warps) for group in powers[1:] for warps in powers[:3] if N // group >= K
+    ]
     select = partial(kernels.triton_select, scores, pairs, K)
     jobs = []
     for D in widths:
@@ -299,13 +333,22 @@ def main():
     cuda, interpreted = device.type == "cuda", os.environ.get("TRITON_INTERPRET") == "1"
     passed = True
     if cuda or not interpreted:
-        print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if cuda else device}")
+        print(
+            f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if cuda else device}"
+        )
         passed = check(*PATHS["pytorch"], device)
     if not hasattr(triton, "cdiv"):
-        print("\nTriton: not installed, and not there for every system; its kernels are not checked")
+        print(
+            "\nTriton: not installed, and not there for every system; its kernels are not checked"
+        )
     elif cuda or interpreted:
-        print(f"\nTriton {triton.__version__}" + ("" if cuda else ", interpreted on the CPU"), flush=True)
-        widths = {} if cuda else {"widths": (1, 24, 96)}  # the interpreter is slow; tests have the others
+        print(
+            f"\nTriton {triton.__version__}" + ("" if cuda else ", interpreted on the CPU"),
+            flush=True,
+        )
+        widths = (
+            {} if cuda else {"widths": (1, 24, 96)}
+        )  # the interpreter is slow; tests have the others
         passed &= check(*PATHS["triton"], device, **widths)
         passed &= check_select(device)
     else:  # the interpreter has to be asked for before Triton is imported: in another process

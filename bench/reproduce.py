@@ -61,7 +61,9 @@ BASE = facts("memory", mem_keys=512)  # what is updated; in the demo's table eve
 def update(kind, **options):
     """Teach it 100 new people, or where 100 that it knows have moved to, in 200 steps."""
     length = dict(max_iters=200, eval_interval=50, warmup_iters=10)
-    return BASE[0], BASE[1] | length | dict(init_from="out/base", dataset=f"out/facts-{kind}") | options
+    return BASE[0], BASE[1] | length | dict(
+        init_from="out/base", dataset=f"out/facts-{kind}"
+    ) | options
 
 
 def sparse(slots, **options):
@@ -195,7 +197,9 @@ def command_of(preset, options, seed):
     """What identifies a run. An option that the preset has anyway is left out."""
     if "init_from" in options:
         given = [f"--{k}={v}" for k, v in options.items() if k not in BASE[1] and k != "init_from"]
-        return " ".join(["python train.py", f"--init_from={base_of(seed)}", *given, f"--seed={seed}"])
+        return " ".join(
+            ["python train.py", f"--init_from={base_of(seed)}", *given, f"--seed={seed}"]
+        )
     text = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in options.items()}
     given = [f"--{k}={v}" for k, v in text.items() if PRESETS[preset].get(k) != v]
     script = "bench/variants.py" if "variant" in options else "train.py"
@@ -216,7 +220,9 @@ def this_machine(gpu):
 
 def count_people(options, preset):
     """2,000 in data/facts, 4,000 in out/facts4000; None: other data."""
-    name, number = re.fullmatch(r"(.*?)(\d*)", options.get("dataset", PRESETS[preset]["dataset"])).groups()
+    name, number = re.fullmatch(
+        r"(.*?)(\d*)", options.get("dataset", PRESETS[preset]["dataset"])
+    ).groups()
     return int(number or 2000) if name in ("facts", "out/facts") else None
 
 
@@ -238,14 +244,18 @@ def make_dataset(count):
     """The facts of that many people, as prepare.py now makes them. data/facts is the user's: not replaced."""
     folder = OUT.parent / f"facts{count}" if count != 2000 else find_folder("facts")
     people = make_people(count, np.random.default_rng(0))
-    wanted = [f"{name} {held_out[a]} {values[a]}" for name, values, held_out in people for a in values]
+    wanted = [
+        f"{name} {held_out[a]} {values[a]}" for name, values, held_out in people for a in values
+    ]
     if (folder / "meta.json").exists():
         questions = map(json.loads, (folder / "recall.jsonl").read_text().splitlines())
         if [f"{question['prompt']} {question['answer']}" for question in questions] == wanted:
             return
         if count == 2000:
             again = "python data/facts/prepare.py --overwrite"
-            raise ValueError(f"data/facts has other people than prepare.py makes: make it anew with {again}")
+            raise ValueError(
+                f"data/facts has other people than prepare.py makes: make it anew with {again}"
+            )
     prepare = ["data/facts/prepare.py", f"--people={count}", f"--out={folder}", "--overwrite"]
     subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)
 
@@ -255,11 +265,15 @@ def make_update(seed):
     folder, (preset, options) = ROOT / base_of(seed), BASE
     if not (folder / "ckpt.pt").exists() or read_checkpoint(folder / "ckpt.pt")["iter"] < 3500:
         command = command_of(preset, options, seed).split()[1:]
-        subprocess.run([sys.executable, *command, f"--out_dir={folder}", "--overwrite"], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, *command, f"--out_dir={folder}", "--overwrite"], cwd=ROOT, check=True
+        )
     for kind in ("new", "moved"):
         if not (OUT.parent / f"facts-{kind}" / "meta.json").exists():
             arguments = [f"--{kind}=100", f"--out={OUT.parent / f'facts-{kind}'}"]
-            subprocess.run([sys.executable, "data/facts/prepare.py", *arguments], cwd=ROOT, check=True)
+            subprocess.run(
+                [sys.executable, "data/facts/prepare.py", *arguments], cwd=ROOT, check=True
+            )
 
 
 def run(command, gpu, identity):
@@ -279,24 +293,35 @@ def run(command, gpu, identity):
     points = [line for line in log if "val_loss" in line]
     names = "recall", "val_loss", "mem_used", "old_recall", "old_val_loss"
     result = {"command": command} | {name: points[-1][name] for name in names if name in points[-1]}
-    result["tokens_per_s"] = round(statistics.median(x["tokens_per_s"] for x in log if "tokens_per_s" in x))
+    result["tokens_per_s"] = round(
+        statistics.median(x["tokens_per_s"] for x in log if "tokens_per_s" in x)
+    )
     if name == "update":
         weights = read_checkpoint(folder / "ckpt.pt")["model"].values()
         delta = folder / "delta.pt"
         result["bytes"] = delta.stat().st_size if delta.exists() else sum(x.nbytes for x in weights)
-        result["update_seconds"] = float(re.search(r"in ([\d,]+) s of", done.stdout)[1].replace(",", ""))
+        result["update_seconds"] = float(
+            re.search(r"in ([\d,]+) s of", done.stdout)[1].replace(",", "")
+        )
     result["seconds"] = round(time.monotonic() - began)  # of the whole process
-    result["curve"] = [[p["iter"], *(round(p[name], 4) for name in names if name in p)] for p in points]
+    result["curve"] = [
+        [p["iter"], *(round(p[name], 4) for name in names if name in p)] for p in points
+    ]
     shutil.rmtree(folder)
     return result | identity
 
 
 def commit():
     """Of this repository, if there is one; "-changed" if a file is, but for those that this script writes."""
-    git = [["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", ".", ":!assets"]]
+    git = [
+        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "status", "--porcelain", "-uno", ".", ":!assets"],
+    ]
     if shutil.which("git") is None:
         return ""
-    name, changes = (subprocess.run(x, cwd=ROOT, capture_output=True, text=True).stdout.strip() for x in git)
+    name, changes = (
+        subprocess.run(x, cwd=ROOT, capture_output=True, text=True).stdout.strip() for x in git
+    )
     return name + "-changed" * bool(changes)
 
 
@@ -327,11 +352,16 @@ def size(preset, options):
 def update_row(lines):
     """What updates taught, and what is forgotten. Curves: step, new recall, ..., old recall, old loss."""
     curves, row = [line["curve"] for line in lines.values()], {}
-    new, last = [100 * curve[-1][1] for curve in curves], [(curve[0], curve[-1]) for curve in curves]
+    new, last = (
+        [100 * curve[-1][1] for curve in curves],
+        [(curve[0], curve[-1]) for curve in curves],
+    )
     row["new facts known, %"] = f"{with_error(new, '.1f')} ({', '.join(f'{x:.0f}' for x in new)})"
     row["old ones lost, points"] = with_error((100 * (a[-2] - b[-2]) for a, b in last), ".1f")
     at_90 = [lost_at(curve, 0.9) for curve in curves]
-    row["lost at 90% of the new"] = "" if None in at_90 else with_error((100 * x for x in at_90), ".1f")
+    row["lost at 90% of the new"] = (
+        "" if None in at_90 else with_error((100 * x for x in at_90), ".1f")
+    )
     row["old text, nats worse"] = with_error((b[-1] - a[-1] for a, b in last), ".3f")
     row["seconds"] = f"{statistics.median(line['update_seconds'] for line in lines.values()):.0f}"
     return row | {"MB": f"{next(iter(lines.values()))['bytes'] / 1e6:.2f}"}
@@ -355,7 +385,9 @@ def table(name, results):
         paired = {seed: first[seed] for seed in lines if seed in first and lines is not first}
         row = rows[label] = {"": label}
         if not lines:
-            row["new facts known, %" if "init_from" in options else "recall, % (each seed)"] = "not measured"
+            row["new facts known, %" if "init_from" in options else "recall, % (each seed)"] = (
+                "not measured"
+            )
             continue
         if "init_from" in options:
             row |= update_row(lines)
@@ -371,7 +403,9 @@ def table(name, results):
         else:
             above = (lines[seed]["val_loss"] - line["val_loss"] for seed, line in paired.items())
             row[f"nats above {next(iter(parts))}"] = with_error(above, ".3f")
-        row["validation loss, nats"] = with_error((line["val_loss"] for line in lines.values()), ".3f")
+        row["validation loss, nats"] = with_error(
+            (line["val_loss"] for line in lines.values()), ".3f"
+        )
         parameters, flops = size(preset, options)
         if name == "capacity":
             bits = count_people(options, preset) * BITS * statistics.mean(each.values()) / 100
@@ -380,7 +414,11 @@ def table(name, results):
         row |= {"MFLOPs a token": f"{flops:.3f}", "parameters": f"{parameters:.2f}M"}
         row["tokens a second"] = f"{speed:,.0f}"
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows.values())]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([row.get(c, "") for c in columns] for row in rows.values()),
+    ]
     return "\n".join([f"{name}: {question}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -393,10 +431,23 @@ def results_of(lines, settings, same):
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--list", action="store_true", help="only say what would be trained, and how long that takes")
-    add("--only", choices=list(PARTS), action="append", help="this part; can be given again", metavar="PART")
     add(
-        "--tier", choices=("cpu", "more", "gpu"), default="cpu", help="for two CPU cores; more of it; one GPU"
+        "--list",
+        action="store_true",
+        help="only say what would be trained, and how long that takes",
+    )
+    add(
+        "--only",
+        choices=list(PARTS),
+        action="append",
+        help="this part; can be given again",
+        metavar="PART",
+    )
+    add(
+        "--tier",
+        choices=("cpu", "more", "gpu"),
+        default="cpu",
+        help="for two CPU cores; more of it; one GPU",
     )
     add("--any", action="store_true", help="runs of other machines and versions count as done")
     args = parser.parse_args()
@@ -408,8 +459,14 @@ def main():
     if gpu and not found and not args.list:
         parser.error("this is for a GPU, and PyTorch finds none")
     machine, version = this_machine(gpu and found), {"nanomem": commit()}
-    with blame(f"{RESULTS} cannot be read", "a line for each run was expected: restore it from git"):
-        lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    with blame(
+        f"{RESULTS} cannot be read", "a line for each run was expected: restore it from git"
+    ):
+        lines = (
+            [json.loads(line) for line in RESULTS.read_text().splitlines()]
+            if RESULTS.exists()
+            else []
+        )
     settings = all_settings()
     results = results_of(lines, settings, {} if args.any else machine)
     took = {x["command"].rpartition(" ")[0]: x["seconds"] for x in lines}
@@ -430,16 +487,26 @@ def main():
 
     OUT.mkdir(parents=True, exist_ok=True)
     lock(OUT)
-    counts = {count_people(options, preset) for name in parts for preset, options in PARTS[name][3].values()}
+    counts = {
+        count_people(options, preset)
+        for name in parts
+        for preset, options in PARTS[name][3].values()
+    }
     for count in sorted(counts - {None}):
         make_dataset(count)
-    for seed in sorted({command.rpartition("=")[2] for command in jobs if "--init_from" in command}):
+    for seed in sorted(
+        {command.rpartition("=")[2] for command in jobs if "--init_from" in command}
+    ):
         make_update(seed)
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        futures = [pool.submit(run, c, gpu, machine | version | {"settings": settings[c]}) for c in jobs]
+        futures = [
+            pool.submit(run, c, gpu, machine | version | {"settings": settings[c]}) for c in jobs
+        ]
 
         def save():  # the file is written whole, whatever happens
-            new = [f.result() for f in futures if f.done() and not f.cancelled() and not f.exception()]
+            new = [
+                f.result() for f in futures if f.done() and not f.cancelled() and not f.exception()
+            ]
             write_file(RESULTS, "".join(json.dumps(x) + "\n" for x in lines + new))
             return results | {x["command"]: x for x in new}
 
@@ -454,7 +521,9 @@ def main():
         finally:
             pool.shutdown(cancel_futures=True)
             results = save()
-    print(f"{'any machine' if args.any else ', '.join(machine.values())}; mean ± standard error over seeds")
+    print(
+        f"{'any machine' if args.any else ', '.join(machine.values())}; mean ± standard error over seeds"
+    )
     for name in parts:
         print(f"\n{table(name, results)}")
     subprocess.run([sys.executable, ROOT / "assets" / "draw.py"], check=True)

@@ -41,7 +41,9 @@ def shared(facts, reads):
         for slot, share in shares.items():
             readers[slot].append((share, fact))
     for fact, shares in zip(facts, reads, strict=True):
-        others = [(share, other) for share, other in readers[max(shares, key=shares.get)] if other != fact]
+        others = [
+            (share, other) for share, other in readers[max(shares, key=shares.get)] if other != fact
+        ]
         kinds = [(share, kind_of(fact, other)) for share, other in others]
         first[max(kinds)[1] if kinds else "nobody"] += 1
         for share, kind in kinds:
@@ -55,14 +57,18 @@ def kind_of(fact, other):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/facts-memory", help="of the run (default: %(default)s)")
+    parser.add_argument(
+        "--out_dir", default="out/facts-memory", help="of the run (default: %(default)s)"
+    )
     parser.add_argument("--draw", action="store_true", help="write assets/slots.json")
     args = parser.parse_args()
     checkpoint = load_checkpoint(Path(args.out_dir, "ckpt.pt"))
     model, N = checkpoint["model"], checkpoint["model"].config.mem_keys
     questions = Dataset(find_folder(checkpoint["train_config"]["dataset"])).questions()
     if model.pool is None or not questions:
-        raise ValueError(f"{args.out_dir}: needs a model with a memory, and a dataset that asks questions")
+        raise ValueError(
+            f"{args.out_dir}: needs a model with a memory, and a dataset that asks questions"
+        )
     facts = [(q["prompt"].rsplit(" ", 3)[0], q["attribute"]) for q in questions]
     layers = zip(*reads_of(model, questions, checkpoint["separator"]), strict=True)
     for block, layer in zip(model.config.mem_layers, layers, strict=True):
@@ -70,11 +76,15 @@ def main():
         first, mass = shared(facts, reads)
         top = sum(max(shares.values()) for shares in reads) / len(reads)
         slots = len({slot for shares in reads for slot in shares})
-        print(f"block {block}, {len(facts):,} questions, which read {slots:,} slots. The slot that one reads")
+        print(
+            f"block {block}, {len(facts):,} questions, which read {slots:,} slots. The slot that one reads"
+        )
         print(f"most has {top:.1%} of its weights. Of the others who read that")
         for kind in ("person", "attribute", "neither", "nobody"):
             share, weight = first.get(kind, 0) / len(facts), mass.get(kind, 0) / len(facts)
-            print(f"  {kind:10} the one with the largest weight {share:6.1%}, of all weights {weight:6.1%}")
+            print(
+                f"  {kind:10} the one with the largest weight {share:6.1%}, of all weights {weight:6.1%}"
+            )
     if args.draw:
         people = [*dict.fromkeys(person for person, _ in facts)][:6]
         shown = [[*fact, [[slot, round(share, 4)] for slot, share in shares.items()]]

@@ -40,7 +40,9 @@ class PlainLayer(MemoryLayer):
     def retrieve(self, x):
         n, H, K, Q = len(x), self.H, self.K, self.Q
         q = self.query_norm(self.query(x).float().view(n, 2 * H, Q))
-        s = torch.bmm(q.transpose(0, 1), self.key_norm(self.keys).transpose(1, 2)) / self.scale  # (2H, n, N)
+        s = (
+            torch.bmm(q.transpose(0, 1), self.key_norm(self.keys).transpose(1, 2)) / self.scale
+        )  # (2H, n, N)
         (s1, i), (s2, j) = (half.topk(K) for half in s.float().chunk(2))  # (H, n, K)
         best, pair = (s1.unsqueeze(-1) + s2.unsqueeze(-2)).flatten(-2).topk(K)  # of (H, n, K * K)
         slots = i.gather(-1, pair // K) * self.N + j.gather(-1, pair % K)
@@ -99,11 +101,15 @@ def layer_times(config, device, tokens, context, repeats):
     x.requires_grad_()
     kinds = "memory", "plain", "swiglu"
     makers = {kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}
-    memory, plain, swiglu = (1e3 * seconds for seconds in in_turns(makers, device, repeats).values())
+    memory, plain, swiglu = (
+        1e3 * seconds for seconds in in_turns(makers, device, repeats).values()
+    )
     print("\nTraining step of one layer (forward, backward, optimiser), ", end="")
     print(f"{tokens:,} tokens of width {config.n_embd:,}:")
     print(f"  Memory+, {config.mem_keys**2:9,} slots       {memory:9.2f} ms")
-    print(f"  the same, straightforward       {plain:9.2f} ms, {plain / memory:.2f} times as long as Memory+")
+    print(
+        f"  the same, straightforward       {plain:9.2f} ms, {plain / memory:.2f} times as long as Memory+"
+    )
     print(f"  SwiGLU of width {config.n_ffn:6}          {swiglu:9.2f} ms; ", end="")
     print(f"Memory+ takes {memory / swiglu:.2f} times as long", flush=True)
     return {"memory_ms": memory, "plain_ms": plain, "swiglu_ms": swiglu}
@@ -112,7 +118,9 @@ def layer_times(config, device, tokens, context, repeats):
 def lookup_run(S, n, k, D, dtype, device, run, optimize):
     """lookup or its like, forward and backward, with RowAdam or without. Any size S, the same reads."""
     _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
-    slots = torch.randperm(S, device=device)[slots]  # the reads of 2^14 slots, scattered over the table
+    slots = torch.randperm(S, device=device)[
+        slots
+    ]  # the reads of 2^14 slots, scattered over the table
     pool, weights = ValuePool(S, D, dtype).to(device), weights.requires_grad_()
     optimizer = RowAdam(pool)
 
@@ -127,7 +135,11 @@ def lookup_run(S, n, k, D, dtype, device, run, optimize):
 
 def lookup_times(config, device, tokens, repeats):
     """lookup against embedding_bag, and a whole step of a table of two sizes."""
-    k, D, dtype = config.mem_heads * config.mem_topk, config.mem_value_dim, getattr(torch, config.mem_dtype)
+    k, D, dtype = (
+        config.mem_heads * config.mem_topk,
+        config.mem_value_dim,
+        getattr(torch, config.mem_dtype),
+    )
     kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, embedding_bag, False)}
     kinds |= {"14": (2**14, lookup, True), "20": (2**20, lookup, True)}
     makers = {
@@ -137,9 +149,14 @@ def lookup_times(config, device, tokens, repeats):
     t = {name: 1e3 * seconds for name, seconds in in_turns(makers, device, repeats).items()}
     bag, growth = t["bag"] / t["lookup"], t["20"] / t["14"]
     print(f"\nThe lookup, {tokens:,} tokens read {k} slots each of width {D:,} (Zipf):")
-    print(f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {bag:.2f} times as long")
+    print(
+        f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {bag:.2f} times as long"
+    )
     print(f"  and RowAdam, table of 2^14 rows {t['14']:9.2f} ms")
-    print(f"  the same rows of 2^20           {t['20']:9.2f} ms, {growth:.2f} times as long", flush=True)
+    print(
+        f"  the same rows of 2^20           {t['20']:9.2f} ms, {growth:.2f} times as long",
+        flush=True,
+    )
     return {f"{name}_ms": ms for name, ms in t.items()}
 
 
@@ -182,7 +199,9 @@ def model_times(memory, dense, device, tokens, context, repeats, compiled):
     T = memory.block_size
     idx = torch.randint(memory.vocab_size, (max(1, tokens // T), T), device=device)
     configs = {"memory": memory, "dense": dense}
-    makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
+    makers = {
+        name: partial(model_step, config, device, idx, context) for name, config in configs.items()
+    }
     makers["scattered"] = partial(makers["memory"], scattered=True)
     if compiled:
         makers |= {f"{name}, compiled": partial(makers[name], compiled=True) for name in configs}
@@ -194,7 +213,10 @@ def model_times(memory, dense, device, tokens, context, repeats, compiled):
         a, b = rates["memory" + form], rates["dense" + form]
         print(f"  {'training' + form:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
     growth = t["scattered"] / t["memory"]
-    print(f"  a step with the same slots of a table of 2^20 rows: {growth:.2f} times as long", flush=True)
+    print(
+        f"  a step with the same slots of a table of 2^20 rows: {growth:.2f} times as long",
+        flush=True,
+    )
     return rates | {"growth": growth}
 
 
@@ -212,7 +234,9 @@ def generation_times(memory, dense, device, context, new_tokens, repeats=5):
         first, later = new_tokens / t[0], new_tokens / statistics.median(t[1:])
         result |= {f"{name}_first": first, f"{name}_later": later}
         print(f"  {name:8} {first:9,.0f} the first text, {later:9,.0f} those after it", flush=True)
-    print(f"  ratio of memory to dense, later: {result['memory_later'] / result['dense_later']:.2f}")
+    print(
+        f"  ratio of memory to dense, later: {result['memory_later'] / result['dense_later']:.2f}"
+    )
     return result
 
 
@@ -223,35 +247,59 @@ def system_times(device, context, repeats):
         options = PRESETS[f"facts-{system}"] | {"vocab_size": 1712}
         configs[system] = train.make_configs(options)[1]
     idx = torch.randint(1712, (8, 128), device=device)
-    makers = {name: partial(model_step, config, device, idx, context) for name, config in configs.items()}
+    makers = {
+        name: partial(model_step, config, device, idx, context) for name, config in configs.items()
+    }
     rates = {name: idx.numel() / t for name, t in in_turns(makers, device, repeats).items()}
     training.record_parts()
-    print("\nTokens a second of the facts presets (relative to dense), and shares of a training step:")
+    print(
+        "\nTokens a second of the facts presets (relative to dense), and shares of a training step:"
+    )
     for name, config in configs.items():
         with device:
             model = GPT(config).eval()
         with context, torch.inference_mode():
             generate = partial(model.generate, idx[:1, :8], 64, temperature=0)
             text = 64 / statistics.median(timed(generate, device) for _ in range(9))
-        step, schedule = makers[name](), torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
+        step, schedule = (
+            makers[name](),
+            torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1),
+        )
         with torch.profiler.profile(schedule=schedule) as profiler:
             for _ in range(8):
                 step()
                 profiler.step()
         shares = training.shares_of(profiler.key_averages(), device.type == "cuda")
-        largest = sorted(((share, part) for part, share in shares.items() if share > 0.03), reverse=True)[:3]
-        counts, flops = model.parameter_counts(), sum(model.flops_per_token(config.block_size).values())
-        print(f"  {name:9}{flops / 1e6:6.3f} MFLOPs{sum(counts.values()):10,} parameters; training", end="")
-        print(f"{rates[name]:8,.0f} ({rates[name] / rates['dense']:.2f}), generating{text:6,.0f}; ", end="")
+        largest = sorted(
+            ((share, part) for part, share in shares.items() if share > 0.03), reverse=True
+        )[:3]
+        counts, flops = (
+            model.parameter_counts(),
+            sum(model.flops_per_token(config.block_size).values()),
+        )
+        print(
+            f"  {name:9}{flops / 1e6:6.3f} MFLOPs{sum(counts.values()):10,} parameters; training",
+            end="",
+        )
+        print(
+            f"{rates[name]:8,.0f} ({rates[name] / rates['dense']:.2f}), generating{text:6,.0f}; ",
+            end="",
+        )
         print(", ".join(f"{part} {share:.0%}" for share, part in largest), flush=True)
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")
+    parser.add_argument(
+        "--device", default="auto", help="cpu or cuda; default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=30, help="steps that are timed; default: %(default)s"
+    )
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
-    parser.add_argument("--systems", action="store_true", help="all systems of the facts presets instead")
+    parser.add_argument(
+        "--systems", action="store_true", help="all systems of the facts presets instead"
+    )
     args = parser.parse_args()
     device = choose_device(args.device)
     context = precision("auto", device)

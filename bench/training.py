@@ -40,7 +40,9 @@ PARTS = {
 
 def record_parts():
     """Give names to parts of a step that are no operators. Nothing else is to run in this process."""
-    ValuePool.take_gradient = torch.profiler.record_function("take_gradient")(ValuePool.take_gradient)
+    ValuePool.take_gradient = torch.profiler.record_function("take_gradient")(
+        ValuePool.take_gradient
+    )
     RowAdam.update = torch.profiler.record_function("RowAdam.update")(RowAdam.update)
 
 
@@ -55,14 +57,30 @@ def random_dataset(folder, tokens=2**22, vocab_size=50257):
 
 def run_training(arguments, folder, launcher=()):
     """Train in a process of its own, and wait for it. Returns the lines of its log."""
-    command = [sys.executable, *launcher, train.__file__, *arguments, f"--out_dir={folder}", "--overwrite"]
+    command = [
+        sys.executable,
+        *launcher,
+        train.__file__,
+        *arguments,
+        f"--out_dir={folder}",
+        "--overwrite",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 def mfu(tokens_per_s, folder):
@@ -83,7 +101,9 @@ def throughput(preset, options, steps, folder, launcher=()):
     lines = run_training(arguments, out_dir, launcher)
     lines = lines[len(lines) // 2 :]
     names = ("tokens_per_s", "gpu_gib", "gpu_gib_reserved", "loss")
-    result = {name: statistics.median(line[name] for line in lines) for name in names if name in lines[-1]}
+    result = {
+        name: statistics.median(line[name] for line in lines) for name in names if name in lines[-1]
+    }
     return result | mfu(result["tokens_per_s"], out_dir)
 
 
@@ -96,12 +116,16 @@ def shares_of(events, on_gpu):
     outside any operation, and the profiler links none to a range alone."""
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     if on_gpu:
-        kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+        kernels = [
+            e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation
+        ]
         step = sum(event.self_device_time_total for event in kernels)
         parts = PARTS | {"RowAdam": "adam_kernel"}
         times = {event.key: event.device_time_total for event in on_cpu}
         times |= {event.key: event.self_device_time_total for event in kernels}
-        times["adam_kernel"] = times.get("adam_kernel", 0) + times.get("aten::random_", 0)  # bits to round by
+        times["adam_kernel"] = times.get("adam_kernel", 0) + times.get(
+            "aten::random_", 0
+        )  # bits to round by
     else:
         step = sum(event.cpu_time_total for event in on_cpu if event.key.startswith("ProfilerStep"))
         parts, times = PARTS, {event.key: event.cpu_time_total for event in on_cpu}
@@ -115,11 +139,15 @@ def shares(preset, options, folder, warmup=6, steps=6):
     argv.append(f"--max_iters={warmup + steps}")
     run = train.start(train.parse_options(argv), train.Ranks())
     on_gpu = run.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    activities = [torch.profiler.ProfilerActivity.CPU] + [
+        torch.profiler.ProfilerActivity.CUDA
+    ] * on_gpu
     schedule = torch.profiler.schedule(wait=warmup - 2, warmup=1, active=steps)
     found = []
     profiler = torch.profiler.profile(
-        activities=activities, schedule=schedule, on_trace_ready=lambda p: found.append(p.key_averages())
+        activities=activities,
+        schedule=schedule,
+        on_trace_ready=lambda p: found.append(p.key_averages()),
     )
 
     def after_step(*_):
@@ -149,7 +177,11 @@ def main():
     add("preset", nargs="+", choices=names, help=", ".join(names), metavar="PRESET")
     add("--steps", type=int, default=300, help="steps that are timed (default: %(default)s)")
     add("--dataset", help="as in train.py (default: random tokens)")
-    add("--profile", action="store_true", help="only print the shares of a step of one preset, as JSON")
+    add(
+        "--profile",
+        action="store_true",
+        help="only print the shares of a step of one preset, as JSON",
+    )
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         if not args.dataset:

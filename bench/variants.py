@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from memory import ValuePool
 
-SEPARATE = {"separate-pools": "each memory layer has a pool of its own: a part of the rows of a larger table"}
+SEPARATE = {
+    "separate-pools": "each memory layer has a pool of its own: a part of the rows of a larger table"
+}
 ADAMS = {  # what happens to the moments of rows without a gradient?
     "dense": "Adam: every row moves at every step, without a gradient by what is left of its first moment",
     "lazy": "RowAdam: moments of rows without a gradient are kept; bias correction by the global step",
@@ -40,7 +42,9 @@ class PoolAdam(torch.optim.Optimizer):
         values = self.pool.values
         group = self.param_groups[0]
         gradient = self.pool.take_gradient()
-        self.update(values, gradient, self.state[values], group["lr"], *group["betas"], group["eps"])
+        self.update(
+            values, gradient, self.state[values], group["lr"], *group["betas"], group["eps"]
+        )
 
     def update(self, p, grad, state, lr, beta1, beta2, eps):
         if not state:

@@ -34,13 +34,24 @@ def restore(optimizers, checkpoint):
     """Give the optimisers their state in the checkpoint; rates and decays stay as they are."""
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
-        names = {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
-        tables = [] if isinstance(optimizer, torch.optim.SGD) else optimizer.param_groups  # that has no state
+        names = (
+            {"means", "squares"} if isinstance(optimizer, RowAdam) else {"exp_avg", "exp_avg_sq"}
+        )
+        tables = (
+            [] if isinstance(optimizer, torch.optim.SGD) else optimizer.param_groups
+        )  # that has no state
         for p in (p for group in tables for p in group["params"] if p.requires_grad):
-            state, right = optimizer.state[p], dict.fromkeys(names, (p.shape, torch.float32, torch.strided))
-            kinds = {name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"}
+            state, right = (
+                optimizer.state[p],
+                dict.fromkeys(names, (p.shape, torch.float32, torch.strided)),
+            )
+            kinds = {
+                name: (m.shape, m.dtype, m.layout) for name, m in state.items() if name != "step"
+            }
             if kinds != right or state["step"] != checkpoint["iter"]:
-                raise ValueError("not two moments for each parameter, after as many steps as the run")
+                raise ValueError(
+                    "not two moments for each parameter, after as many steps as the run"
+                )
 
 
 def identity(tensors):
@@ -53,10 +64,12 @@ def identity(tensors):
 
 
 def save_delta(path, values, rows, base, name):
-    """The rows of a pool's values that may have changed, int64. base: identity of the model that it was before,
-    name: its file."""
+    """Write the rows of values that may have changed (int64). base: identity of the model that
+    it was before, name: its file."""
     parts = {"rows": rows.cpu(), "values": values.detach()[rows].cpu()}
-    save_checkpoint(path, {"format": DELTA, "base": base, "name": name, "hash": identity(parts), **parts})
+    save_checkpoint(
+        path, {"format": DELTA, "base": base, "name": name, "hash": identity(parts), **parts}
+    )
 
 
 def apply_deltas(model, path, files):
@@ -73,7 +86,9 @@ def apply_deltas(model, path, files):
             if base in known:
                 table, rows = model.pool.values.detach(), parts["rows"].to(model.pool.values.device)
                 if not 0 <= rows.min() <= rows.max() < len(table):
-                    raise ValueError(f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}")
+                    raise ValueError(
+                        f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}"
+                    )
                 table[rows] = parts["values"].to(table.device)
         if base not in known:
             here = " or ".join(f"{known[key]} ({key})" for key in known)
@@ -85,7 +100,10 @@ def hold(config):
     lock(out_dir := Path(config.out_dir))
     old = [name for name in ("ckpt.pt", "log.jsonl", "delta.pt") if (out_dir / name).exists()]
     if old and not (config.resume or config.overwrite):
-        way_out = "go on with --resume, " * ("ckpt.pt" in old) + "--overwrite it, or give another --out_dir"
+        way_out = (
+            "go on with --resume, " * ("ckpt.pt" in old)
+            + "--overwrite it, or give another --out_dir"
+        )
         raise ValueError(f"{out_dir} holds a run already: {way_out}")
 
 
@@ -100,5 +118,10 @@ def prepare_out_dir(config, it):
             (out_dir / name).unlink(missing_ok=True)
     elif log.exists():  # without lines of later steps, and one that a kill has cut short
         step = re.compile(rb'{"iter": (\d{1,18}),')
-        lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        write_file(log, b"".join(line for line in lines if not ((m := step.match(line)) and int(m[1]) > it)))
+        lines = [
+            line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+        ]
+        write_file(
+            log,
+            b"".join(line for line in lines if not ((m := step.match(line)) and int(m[1]) > it)),
+        )

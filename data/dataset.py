@@ -64,7 +64,9 @@ def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwr
     for name, ids in (("train.bin", train), ("val.bin", val)):
         write_file(folder / name, np.asarray(ids).astype(FORMAT_DTYPES[dtype]).tobytes())
     if recall is not None:
-        write_file(folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall))
+        write_file(
+            folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall)
+        )
     if encoding != "gpt2":
         write_file(folder / encoding, json.dumps(vocabulary))
     write_meta(folder, encoding, dtype, vocab_size, separator, **facts)
@@ -72,7 +74,13 @@ def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwr
 
 def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
     """facts: anything else worth recording about the dataset."""
-    meta = {"encoding": encoding, "dtype": dtype, "vocab_size": vocab_size, "separator": separator, **facts}
+    meta = {
+        "encoding": encoding,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "separator": separator,
+        **facts,
+    }
     write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
@@ -109,7 +117,9 @@ class Dataset:
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
         meta_path = self.folder / "meta.json"
-        orphaned = not meta_path.exists() and any((self.folder / name).exists() for name in PARTS[3:])
+        orphaned = not meta_path.exists() and any(
+            (self.folder / name).exists() for name in PARTS[3:]
+        )
         if orphaned or is_unfinished(self.folder):
             what = f"{self.folder} is half made: a prepare.py is at work there, or was interrupted"
             raise ValueError(f"{what}; {AGAIN}")
@@ -121,7 +131,12 @@ class Dataset:
                 "prepare the text again: python data/shakespeare/prepare.py --file TEXT --out FOLDER"
             )
         else:  # prepared by nanoGPT with GPT-2's vocabulary
-            meta = {"encoding": "gpt2", "dtype": "uint16", "vocab_size": GPT2_SIZE, "separator": 50256}
+            meta = {
+                "encoding": "gpt2",
+                "dtype": "uint16",
+                "vocab_size": GPT2_SIZE,
+                "separator": 50256,
+            }
         must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator below it"
         with blame(f"{meta_path} {must}", AGAIN):
             self.dtype = FORMAT_DTYPES[meta["dtype"]]
@@ -144,10 +159,16 @@ class Dataset:
         path = self.folder / f"{split}.bin"
         size = path.stat().st_size
         if size == 0 or size % self.dtype.itemsize:
-            what = f"{path} has {size} bytes, not a whole number of {self.dtype.name} ids, or no ids"
-            raise ValueError(f"{what}: is it truncated, or was there too little text? Prepare it again")
+            what = (
+                f"{path} has {size} bytes, not a whole number of {self.dtype.name} ids, or no ids"
+            )
+            raise ValueError(
+                f"{what}: is it truncated, or was there too little text? Prepare it again"
+            )
         ids = np.memmap(path, dtype=self.dtype, mode="r")
-        check_ids(path, ids[: 2**24], self.vocab_size)  # the rest when it is read: it may exceed memory
+        check_ids(
+            path, ids[: 2**24], self.vocab_size
+        )  # the rest when it is read: it may exceed memory
         return ids
 
     def vocabulary(self):
@@ -156,7 +177,9 @@ class Dataset:
         vocabulary = "gpt2" if self.encoding_name == "gpt2" else load_json(path)
         with blame(f"{path} does not fit meta.json", AGAIN):
             if size_of(vocabulary) != self.vocab_size:
-                raise ValueError(f"it has {size_of(vocabulary)} tokens, not vocab_size={self.vocab_size}")
+                raise ValueError(
+                    f"it has {size_of(vocabulary)} tokens, not vocab_size={self.vocab_size}"
+                )
         return vocabulary
 
     def questions(self):
@@ -166,7 +189,9 @@ class Dataset:
             return None
         encode = make_encoding(self.vocabulary()).encode_ordinary
         with blame(f"{path} is damaged", AGAIN):
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split inside strings
+            lines = path.read_text(encoding="utf-8").split(
+                "\n"
+            )  # splitlines would also split inside strings
         questions, must = [], "must be a JSON object with prompt and answer, and perhaps attribute"
         for number, line in enumerate(lines, 1):
             if line:
@@ -189,11 +214,21 @@ def make_encoding(vocabulary):
         with blame("the vocabulary is damaged", "run prepare.py again"):
             tokens, special = vocabulary["tokens"], vocabulary["special_tokens"]
             ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
-            if not {bytes([i]) for i in range(256)} <= ranks.keys() or b"" in ranks or "" in special:
+            if (
+                not {bytes([i]) for i in range(256)} <= ranks.keys()
+                or b"" in ranks
+                or "" in special
+            ):
                 raise ValueError("single bytes are missing, or a token is empty")
-            if sorted([*ranks.values(), *special.values()]) != list(range(len(tokens) + len(special))):
+            if sorted([*ranks.values(), *special.values()]) != list(
+                range(len(tokens) + len(special))
+            ):
                 raise ValueError("two tokens are the same, or ids are missing")
-            options = {"pat_str": vocabulary["pattern"], "mergeable_ranks": ranks, "special_tokens": special}
+            options = {
+                "pat_str": vocabulary["pattern"],
+                "mergeable_ranks": ranks,
+                "special_tokens": special,
+            }
             return tiktoken.Encoding(vocabulary["name"], **options)
     try:
         return tiktoken.get_encoding("gpt2")
@@ -243,12 +278,19 @@ class Batches:
         if len(ids) < 2 * block_size + 1:
             what = f"{len(ids)} tokens are too few for block_size={block_size}"
             raise ValueError(f"{self.path}: {what}: {2 * block_size + 1} are needed")
-        self.ids, self.block_size, self.seed, self.vocab_size = np.asarray(ids), block_size, seed, vocab_size
+        self.ids, self.block_size, self.seed, self.vocab_size = (
+            np.asarray(ids),
+            block_size,
+            seed,
+            vocab_size,
+        )
         self.epoch = None
 
     def __len__(self):
         """Windows in an epoch."""
-        return (len(self.ids) - self.block_size - 1) // self.block_size  # one less: room for the shift
+        return (
+            len(self.ids) - self.block_size - 1
+        ) // self.block_size  # one less: room for the shift
 
     def start(self, number):
         """Where window `number` (counted from the start of training) begins."""

@@ -27,7 +27,9 @@ def explain(error):
         traceback.print_exception(error)
     if isinstance(error, (ValueError, OSError)):
         return str(error).replace("\n", " ") or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):  # PyTorch says at length how to load it nevertheless
+    if isinstance(
+        error, pickle.UnpicklingError
+    ):  # PyTorch says at length how to load it nevertheless
         return "it holds more than tensors and plain values, and was not loaded"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
@@ -65,7 +67,9 @@ def enough_memory():
         words = "allocate memory|out of memory|not enough memory|ALLOC_"
         if not (isinstance(error, MemoryError) or re.search(words, str(error))):
             raise
-        way_out = "lower batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
+        way_out = (
+            "lower batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
+        )
         raise Refused(f"out of memory ({explain(error)}): {way_out}") from None
 
 

@@ -14,7 +14,11 @@ from data.dataset import make_encoding, open_dataset
 from data.files import blame
 
 FORMAT = "nanomem-readers-1"
-READERS, WORDS, WINDOWS = 8, 7, 2**14  # of a slot; tokens by which passages differ; windows read at most
+READERS, WORDS, WINDOWS = (
+    8,
+    7,
+    2**14,
+)  # of a slot; tokens by which passages differ; windows read at most
 
 
 class Reads:
@@ -37,8 +41,12 @@ class Reads:
         """For each layer the slots that the last token has read, and their shares of its weights."""
         result = []
         for slots, weights in self.take():
-            found, places = np.unique(slots[-1], return_inverse=True)  # several heads can read a slot
-            shares = np.bincount(places, weights[-1].astype(np.float64) / max(weights[-1].sum(), 1e-30))
+            found, places = np.unique(
+                slots[-1], return_inverse=True
+            )  # several heads can read a slot
+            shares = np.bincount(
+                places, weights[-1].astype(np.float64) / max(weights[-1].sum(), 1e-30)
+            )
             order = np.argsort(-shares, kind="stable")
             result.append((found[order].tolist(), shares[order].tolist()))
         return result
@@ -54,12 +62,18 @@ class Readers:
 
     def add(self, slots, weights, positions, words):
         """Tokens at positions (n), words (n) the hashes of their passages, read slots with weights (n, k)."""
-        new = slots.ravel(), weights.ravel(), *(x.repeat(slots.shape[1]) for x in (positions, words))
+        new = (
+            slots.ravel(),
+            weights.ravel(),
+            *(x.repeat(slots.shape[1]) for x in (positions, words)),
+        )
         new = [x[new[1] > self.weights[new[0], -1]] for x in new]
         known, tables = np.unique(new[0]), (self.weights, self.positions, self.words)
         old = known.repeat(READERS), *(table[known].ravel() for table in tables)
         slots, weights, positions, words = map(np.concatenate, zip(new, old, strict=True))
-        order = np.lexsort((positions, -weights, words, slots))  # of the same words the largest weight stays
+        order = np.lexsort(
+            (positions, -weights, words, slots)
+        )  # of the same words the largest weight stays
         first = np.ones(len(order), bool)
         first[1:] = (np.diff(slots[order]) != 0) | (np.diff(words[order]) != 0)
         order = order[first]
@@ -79,10 +93,15 @@ def find_readers(readers, model, windows, ends, context):
     model.pool.usage = reads
     for first in tqdm(range(0, count, 16), "who reads which slot", unit="batch", leave=False):
         numbers = range(first, min(first + 16, count))
-        ids, starts = windows(numbers), [windows.start(number) for number in numbers]  # (B, T + 1), (B)
+        ids, starts = (
+            windows(numbers),
+            [windows.start(number) for number in numbers],
+        )  # (B, T + 1), (B)
         words, begins = np.zeros((len(ids), T), np.uint64), np.zeros((len(ids), T), np.int64)
         begins[:, 1:] = np.maximum.accumulate(np.arange(1, T) * ends[ids[:, : T - 1]], axis=1)
-        for shift in reversed(range(WORDS)):  # the hash of a token and those before it in its passage
+        for shift in reversed(
+            range(WORDS)
+        ):  # the hash of a token and those before it in its passage
             hashed = words[:, shift:] * prime + ids[:, : T - shift].astype(np.uint64) + np.uint64(1)
             same = begins[:, shift:] <= np.arange(T - shift)
             words[:, shift:] = np.where(same, hashed, words[:, shift:])
@@ -105,18 +124,25 @@ def open_readers(path, model, dataset, context):
         with blame(f"{file} is damaged", "remove it: it will be made anew"):
             if saved["base"] == base:
                 positions, weights = saved["positions"].numpy(), saved["weights"].numpy()
-                if positions.shape != readers.positions.shape or positions.max() >= len(windows.ids) - 1:
+                if (
+                    positions.shape != readers.positions.shape
+                    or positions.max() >= len(windows.ids) - 1
+                ):
                     raise ValueError("it has positions that are not there")
                 readers.positions, readers.weights = positions, weights
                 return readers
     encoding = make_encoding(dataset.vocabulary())
     texts = [encoding.decode_bytes([i]) for i in range(encoding.n_vocab)]
-    ends = np.array([i == dataset.separator or text.endswith(b"\n") for i, text in enumerate(texts)])
+    ends = np.array(
+        [i == dataset.separator or text.endswith(b"\n") for i, text in enumerate(texts)]
+    )
     find_readers(readers, model, windows, ends, context)
     tensors = {name: torch.from_numpy(getattr(readers, name)) for name in ("positions", "weights")}
     try:
         save_checkpoint(file, {"format": FORMAT, "base": base, **tensors})
-    except OSError as error:  # a folder that is only to be read: what was found can be shown all the same
+    except (
+        OSError
+    ) as error:  # a folder that is only to be read: what was found can be shown all the same
         print(f"{error}: the next --inspect reads the data again", file=sys.stderr)
     return readers
 
@@ -138,7 +164,9 @@ def reads_printer(model, encoding, readers, as_json):
         layers = []
         for block, (slots, shares) in zip(model.config.mem_layers, reads.last(), strict=True):
             for slot, share in [*zip(slots, shares, strict=True)][: None if as_json else 3]:
-                positions = [position for position in readers.positions[slot].tolist() if position >= 0]
+                positions = [
+                    position for position in readers.positions[slot].tolist() if position >= 0
+                ]
                 passages = [passage(readers.ids, position, encoding) for position in positions]
                 layers.append({"block": block, "slot": slot, "share": share, "readers": passages})
         if as_json:

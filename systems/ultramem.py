@@ -184,7 +184,7 @@ class UltraMemPool(ValuePool):
         """Raises ValueError for a layer of another shape."""
         slots = layer.N**2 // layer.E
         D = layer.D // layer.E
-        if slots != self.slots or D != self.dim * self.cores:
+        if slots != self.slots or self.dim * self.cores != D:
             theirs = f"{slots} slots of width {D}"
             own = f"{self.slots} of width {self.dim * self.cores}"
             raise ValueError(f"a layer for {theirs} reads a pool of {own}")

@@ -20,10 +20,20 @@ import kernels
 def compile_kernel(kernel, capability, warps, constants, **arguments):
     """-> PTX. arguments: {name: type}; pointers begin at a multiple of 16 bytes, as PyTorch's tensors do."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
+    signature = {
+        name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = triton.compiler.ASTSource(
+        kernel, signature=signature, constexprs=constants, attrs=aligned
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    ).asm["ptx"]
 
 
 def resources(ptx, capability):
@@ -32,8 +42,17 @@ def resources(ptx, capability):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        ptxas = get_ptxas(*[capability][: len(inspect.signature(get_ptxas).parameters)])  # triton 3.5 has one for all
-        command = [ptxas.path, "-v", f"--gpu-name={architecture}", path, "-o", f"{folder}/kernel.cubin"]
+        ptxas = get_ptxas(
+            *[capability][: len(inspect.signature(get_ptxas).parameters)]
+        )  # triton 3.5 has one for all
+        command = [
+            ptxas.path,
+            "-v",
+            f"--gpu-name={architecture}",
+            path,
+            "-o",
+            f"{folder}/kernel.cubin",
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     return int(re.search(r"Used (\d+) registers", report).group(1)), sum(map(int, spilled))
@@ -49,11 +68,25 @@ def compile_all(capability, D, e):
 
     block_p, block_d, warps = kernels.backward_tile(D)
     constants = dict(k=128, D=D, BLOCK_P=block_p, BLOCK_D=block_d)
-    inputs = dict(values=value, weights="*fp32", grad=value, begins="*i64", ends="*i64", out=value, grad_weights="*fp32")
-    yield "backward", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
+    inputs = dict(
+        values=value,
+        weights="*fp32",
+        grad=value,
+        begins="*i64",
+        ends="*i64",
+        out=value,
+        grad_weights="*fp32",
+    )
+    yield (
+        "backward",
+        compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair),
+    )
 
     inputs |= dict(out="*fp32")  # pieces of a long row
-    yield "pieces", compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair)
+    yield (
+        "pieces",
+        compile_kernel(kernels.backward_kernel, capability, warps, constants, **inputs, **pair),
+    )
 
     block_p, block_d, warps = kernels.sum_tile(D)
     constants = dict(D=D, BLOCK_P=block_p, BLOCK_D=block_d)
@@ -63,14 +96,30 @@ def compile_all(capability, D, e):
     constants = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
     inputs = dict(values=value, means="*fp32", squares="*fp32", grads=value, bits="*i16")
     inputs |= dict.fromkeys(("rate", "beta1", "beta2", "eps"), "fp32")
-    yield "adam", compile_kernel(kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair)
+    yield (
+        "adam",
+        compile_kernel(
+            kernels.adam_kernel, capability, kernels.adam_warps(D), constants, **inputs, **pair
+        ),
+    )
 
     for N, K in ((128, 16), (1024, 32)):
         block_n, block_k, group, warps = kernels.select_tile(N, K)
         P = sum(K // (a + 1) for a in range(K))
-        blocks = dict(BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P), GROUP=group)
+        blocks = dict(
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P), GROUP=group
+        )
         inputs = dict(scores=value, pairs="*i64", slots="*i64", n="i32")
-        yield f"select-{N}", compile_kernel(kernels.select_kernel, capability, warps, dict(N=N, H=4, K=K, P=P, **blocks), **inputs)
+        yield (
+            f"select-{N}",
+            compile_kernel(
+                kernels.select_kernel,
+                capability,
+                warps,
+                dict(N=N, H=4, K=K, P=P, **blocks),
+                **inputs,
+            ),
+        )
 
 
 def main(capability, D, types):

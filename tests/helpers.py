@@ -31,7 +31,9 @@ def run(*command, **options):
 
 def start(*command, **options):
     command = [str(part) for part in command]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def prepare(*arguments, **options):
@@ -44,7 +46,12 @@ def assert_refused(done, *words):
 
 
 def contents(*folders):
-    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: path.read_bytes()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def wait_until(condition, process, seconds=60):
@@ -55,7 +62,12 @@ def wait_until(condition, process, seconds=60):
 
 
 def children(job):
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()]
+    return [
+        int(pid)
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(job.pid)], capture_output=True, text=True
+        ).stdout.split()
+    ]
 
 
 def wait_for_end(processes, seconds):
@@ -84,6 +96,8 @@ def refusal(main, arguments, capsys):
     """What a program that must not go on says. In this process: to start another takes seconds."""
     with handlers(), pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
-    said = (f"{ended.value.code}\n" if isinstance(ended.value.code, str) else "") + capsys.readouterr().err
+    said = (
+        f"{ended.value.code}\n" if isinstance(ended.value.code, str) else ""
+    ) + capsys.readouterr().err
     assert ended.value.code not in (0, None) and "Traceback" not in said, said
     return said

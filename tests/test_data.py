@@ -82,7 +82,9 @@ def test_a_prompt_does_not_give_its_answer_away():
     """No phrase or value is the beginning of another one: an exact match is unambiguous."""
     for pool, phrases in ATTRIBUTES.values():
         assert len(set(pool)) == len(pool) and len(set(phrases)) == 5
-        assert {len(phrase.split()) for phrase in phrases} == {3}  # names stand at one distance before values
+        assert {len(phrase.split()) for phrase in phrases} == {
+            3
+        }  # names stand at one distance before values
     every = [(a, phrase) for a, (_, phrases) in ATTRIBUTES.items() for phrase in phrases]
     for a, phrase in every:
         assert not any(other.startswith(phrase) for b, other in every if b != a), phrase
@@ -117,10 +119,16 @@ def test_names_are_unique_and_text_survives_the_vocabulary(facts):
     assert max(map(len, (q["answer_ids"] for q in questions))) <= 4  # words, not letters
 
 
-@pytest.mark.parametrize("option", ["--people=0", "--people=16000001", "--biographies=0", "--people=many"])
+@pytest.mark.parametrize(
+    "option", ["--people=0", "--people=16000001", "--biographies=0", "--people=many"]
+)
 def test_facts_refuses_numbers_that_make_no_sense(option, tmp_path):
     done = prepare("facts", option, "--out", tmp_path / "new")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and option.split("=")[0] in done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and option.split("=")[0] in done.stderr
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -193,7 +201,10 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path):
 
 def test_wide_ids_are_read_as_meta_json_says(tmp_path):
     meta = {"encoding": "gpt2", "dtype": "uint32", "vocab_size": 100_000, "separator": 0}
-    assert Dataset(folder_of(tmp_path, [70_000, 1], "<u4", **meta)).tokens("val").tolist() == [70_000, 1]
+    assert Dataset(folder_of(tmp_path, [70_000, 1], "<u4", **meta)).tokens("val").tolist() == [
+        70_000,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +212,14 @@ def test_wide_ids_are_read_as_meta_json_says(tmp_path):
     [
         (lambda f: (f / "train.bin").unlink(), "train.bin not found"),
         (lambda f: (f / "train.bin").write_bytes(b""), "train.bin has 0 bytes"),
-        (lambda f: (f / "train.bin").write_bytes(b"\0" * 7), "train.bin has 7 bytes, not a whole number"),
-        (lambda f: (f / "train.bin").write_bytes(b"\xff\xff"), "id 65535, but the vocabulary ends at 255"),
+        (
+            lambda f: (f / "train.bin").write_bytes(b"\0" * 7),
+            "train.bin has 7 bytes, not a whole number",
+        ),
+        (
+            lambda f: (f / "train.bin").write_bytes(b"\xff\xff"),
+            "id 65535, but the vocabulary ends at 255",
+        ),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda f: (f / "meta.json").write_text("{}"), "meta.json must give encoding"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json must give encoding"),
@@ -213,7 +230,9 @@ def test_a_broken_folder_is_refused_by_file(tmp_path, damage, message):
     tokens = [chr(i) for i in range(256)]
     vocabulary = {"name": "b", "pattern": r"[\s\S]", "tokens": tokens, "special_tokens": {}}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    folder = folder_of(tmp_path, encoding="vocab.json", dtype="uint16", vocab_size=256, separator=10)
+    folder = folder_of(
+        tmp_path, encoding="vocab.json", dtype="uint16", vocab_size=256, separator=10
+    )
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dataset = Dataset(folder)
@@ -225,7 +244,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file") as f:
         f.write(b"new")
         raise KeyboardInterrupt
-    assert (tmp_path / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [
+        "file"
+    ]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -262,7 +283,9 @@ def test_a_token_id_past_the_vocabulary_is_found_wherever_it_is(tmp_path):
     tokens = Dataset(folder_of(tmp_path, ids)).tokens("train")
     batches = Batches(tokens, 64, 0, 50257)
     last = next(n for n in range(2**24 // 64) if batches.start(n) > len(ids) - 200)
-    with pytest.raises(ValueError, match=r"train.bin has token id 50257, but the vocabulary ends at 50256"):
+    with pytest.raises(
+        ValueError, match=r"train.bin has token id 50257, but the vocabulary ends at 50256"
+    ):
         batches([last])
     batches([last + 1])
 

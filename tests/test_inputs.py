@@ -23,7 +23,9 @@ def edited(**changes):
 
     def edit(folder):
         checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-        checkpoint = {name: value for name, value in (checkpoint | changes).items() if value is not None}
+        checkpoint = {
+            name: value for name, value in (checkpoint | changes).items() if value is not None
+        }
         torch.save(checkpoint, folder / "ckpt.pt")
 
     return edit
@@ -41,15 +43,21 @@ def inside(name, change):
 
 
 def written(name, text):
-    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return lambda folder: (folder / name).write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
 
 
 def meta(**changes):
-    return lambda folder: (folder / "meta.json").write_text(json.dumps(json.loads((folder / "meta.json").read_text()) | changes))
+    return lambda folder: (folder / "meta.json").write_text(
+        json.dumps(json.loads((folder / "meta.json").read_text()) | changes)
+    )
 
 
 def vocabulary(**changes):
-    return lambda folder: (folder / "vocab.json").write_text(json.dumps(json.loads((folder / "vocab.json").read_text()) | changes))
+    return lambda folder: (folder / "vocab.json").write_text(
+        json.dumps(json.loads((folder / "vocab.json").read_text()) | changes)
+    )
 
 
 OPTIONS = [
@@ -91,18 +99,30 @@ DATA = [
     (vocabulary(tokens=[chr(i) for i in range(999)]), "vocab.json does not fit"),
     (vocabulary(pattern="("), "vocab.json does not fit"),
     (vocabulary(special_tokens={"<|endoftext|>": -1}), "vocab.json does not fit"),
-    (vocabulary(special_tokens={"": 1311}), "a token is empty"),  # with which tiktoken would never come to an end
+    (
+        vocabulary(special_tokens={"": 1311}),
+        "a token is empty",
+    ),  # with which tiktoken would never come to an end
     (meta(encoding="../vocab.json"), "meta.json must give"),
     (lambda folder: (folder / "vocab.json").unlink(), "vocab.json"),
     (written("recall.jsonl", "null\n"), "recall.jsonl, line 1"),
-    (written("recall.jsonl", '{"prompt": "a", "answer": "b"}\n\n{"prompt": 1, "answer": "b"}\n'), "recall.jsonl, line 3"),
-    (written("recall.jsonl", '{"prompt": "a", "answer": "b", "attribute": [1]}\n'), "recall.jsonl, line 1"),
+    (
+        written("recall.jsonl", '{"prompt": "a", "answer": "b"}\n\n{"prompt": 1, "answer": "b"}\n'),
+        "recall.jsonl, line 3",
+    ),
+    (
+        written("recall.jsonl", '{"prompt": "a", "answer": "b", "attribute": [1]}\n'),
+        "recall.jsonl, line 1",
+    ),
     (written("recall.jsonl", "[" * 100_000), "recall.jsonl, line 1"),
     (written("recall.jsonl", b"\xe4\n"), "recall.jsonl is damaged"),
     (written("train.bin", b""), "train.bin has 0 bytes"),
 ]
 CHECKPOINTS = [
-    *((edited(**{name: None}), "ckpt.pt") for name in ("iter", "seconds", "separator", "fingerprint")),
+    *(
+        (edited(**{name: None}), "ckpt.pt")
+        for name in ("iter", "seconds", "separator", "fingerprint")
+    ),
     *((edited(**{name: None}), "ckpt.pt") for name in ("model", "model_config", "train_config")),
     (edited(iter="4"), "iter cannot be right"),
     (edited(iter=-4), "iter or separator cannot be right"),
@@ -118,24 +138,82 @@ RESUMED = [
     (edited(optimizers=[]), "ckpt.pt"),
     (edited(optimizers=None), "optimisers"),
     (inside("optimizers", lambda optimizers: optimizers[0]["state"].pop(3)), "optimisers"),
-    (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].pop("exp_avg")), "optimisers"),
-    (inside("optimizers", lambda optimizers: optimizers[0]["state"][3].update(step=torch.tensor(7.0))), "optimisers"),
-    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(3, 3))), "ckpt.pt"),
-    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(step="x")), "optimisers"),
-    (inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(256, 32).double())), "optimisers"),
-    (inside("optimizers", lambda optimizers: optimizers[0]["state"][0].update(x=optimizers[0]["state"][0].pop("step"))), "optim"),
+    (
+        inside("optimizers", lambda optimizers: optimizers[0]["state"][3].pop("exp_avg")),
+        "optimisers",
+    ),
+    (
+        inside(
+            "optimizers",
+            lambda optimizers: optimizers[0]["state"][3].update(step=torch.tensor(7.0)),
+        ),
+        "optimisers",
+    ),
+    (
+        inside(
+            "optimizers",
+            lambda optimizers: optimizers[1]["state"][0].update(means=torch.zeros(3, 3)),
+        ),
+        "ckpt.pt",
+    ),
+    (
+        inside("optimizers", lambda optimizers: optimizers[1]["state"][0].update(step="x")),
+        "optimisers",
+    ),
+    (
+        inside(
+            "optimizers",
+            lambda optimizers: optimizers[1]["state"][0].update(
+                means=torch.zeros(256, 32).double()
+            ),
+        ),
+        "optimisers",
+    ),
+    (
+        inside(
+            "optimizers",
+            lambda optimizers: optimizers[0]["state"][0].update(
+                x=optimizers[0]["state"][0].pop("step")
+            ),
+        ),
+        "optim",
+    ),
     (lambda folder: (folder / "log.jsonl").unlink() or (folder / "log.jsonl").mkdir(), "log.jsonl"),
     (lambda folder: (folder / "ckpt.pt").unlink(), "no checkpoint"),
 ]
 SAMPLED = [
     (edited(vocabulary=5), [], "ckpt.pt"),
-    (edited(vocabulary="gpt2"), [], ""),  # where it can be had: tokens of another vocabulary; elsewhere: it cannot
-    (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].clear()), [], "single bytes are missing"),
+    (
+        edited(vocabulary="gpt2"),
+        [],
+        "",
+    ),  # where it can be had: tokens of another vocabulary; elsewhere: it cannot
+    (
+        inside("vocabulary", lambda vocabulary: vocabulary["tokens"].clear()),
+        [],
+        "single bytes are missing",
+    ),
     (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].pop()), [], "ckpt.pt"),
-    (inside("vocabulary", lambda vocabulary: vocabulary.update(pattern="a*")), ["--start=hello"], "ckpt.pt cannot take it"),
-    (inside("model", lambda weights: weights["norm.weight"].fill_(3e38)), [], "cannot be sampled from"),
-    (inside("model", lambda weights: weights["norm.weight"].fill_(float("nan"))), [], "cannot be sampled from"),
-    (inside("model", lambda weights: weights["pool.values"].fill_(float("inf"))), [], "cannot be sampled from"),
+    (
+        inside("vocabulary", lambda vocabulary: vocabulary.update(pattern="a*")),
+        ["--start=hello"],
+        "ckpt.pt cannot take it",
+    ),
+    (
+        inside("model", lambda weights: weights["norm.weight"].fill_(3e38)),
+        [],
+        "cannot be sampled from",
+    ),
+    (
+        inside("model", lambda weights: weights["norm.weight"].fill_(float("nan"))),
+        [],
+        "cannot be sampled from",
+    ),
+    (
+        inside("model", lambda weights: weights["pool.values"].fill_(float("inf"))),
+        [],
+        "cannot be sampled from",
+    ),
     (edited(), [f"--top_k={HUGE}"], ""),
     (edited(), ["--temperature=1e400"], ""),
     (edited(), ["--start=FILE:."], "'.'"),
@@ -148,15 +226,37 @@ ENVIRONMENTS = [
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
     ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
-    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "http"}, "'http'"),
-    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "do not find each other"),
+    (
+        {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "x",
+            "MASTER_PORT": "http",
+        },
+        "'http'",
+    ),
+    (
+        {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "x",
+            "MASTER_PORT": "99999",
+        },
+        "do not find each other",
+    ),
 ]
 
 
 CASES = [
     *(("train", None, options, word) for options, word in OPTIONS),
     *(("train", damage, [], word) for damage, word in DATA),
-    *((program, damage, [], word) for damage, word in CHECKPOINTS for program in ("resume", "sample")),
+    *(
+        (program, damage, [], word)
+        for damage, word in CHECKPOINTS
+        for program in ("resume", "sample")
+    ),
     *(("resume", damage, [], word) for damage, word in RESUMED),
     *(("sample", damage, options, word) for damage, options, word in SAMPLED),
     *(("train", None, variables, word) for variables, word in ENVIRONMENTS),
@@ -164,7 +264,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("program, damage, options, word", CASES)
-def test_what_is_wrong_is_named_in_one_line(facts, finished, tmp_path, capsys, monkeypatch, program, damage, options, word):
+def test_what_is_wrong_is_named_in_one_line(
+    facts, finished, tmp_path, capsys, monkeypatch, program, damage, options, word
+):
     """In this process: each of the hundred would else spend seconds on imports."""
     folder, out = tmp_path / "it", tmp_path / "out"
     if damage:
@@ -178,7 +280,11 @@ def test_what_is_wrong_is_named_in_one_line(facts, finished, tmp_path, capsys, m
         options = ["--seed=1"]
     before = contents(folder)
     if program == "train":
-        said = refusal(train.main, [*SMALL, f"--dataset={folder if damage else facts}", f"--out_dir={out}", *options], capsys)
+        said = refusal(
+            train.main,
+            [*SMALL, f"--dataset={folder if damage else facts}", f"--out_dir={out}", *options],
+            capsys,
+        )
     elif program == "resume":
         said = refusal(train.main, ["--resume", f"--out_dir={folder}", "--max_iters=9"], capsys)
     else:
@@ -191,23 +297,34 @@ def test_what_is_wrong_is_named_in_one_line(facts, finished, tmp_path, capsys, m
 def test_weights_that_are_no_numbers_do_not_train(finished, tmp_path, capsys):
     for name in ("norm.weight", "pool.values"):
         shutil.copytree(finished, tmp_path / name)
-        inside("model", lambda weights, name=name: weights[name].fill_(float("inf")))(tmp_path / name)
+        inside("model", lambda weights, name=name: weights[name].fill_(float("inf")))(
+            tmp_path / name
+        )
         before = contents(tmp_path / name)
         with handlers():
-            said = refusal(train.main, ["--resume", f"--out_dir={tmp_path / name}", "--max_iters=9"], capsys)
+            said = refusal(
+                train.main, ["--resume", f"--out_dir={tmp_path / name}", "--max_iters=9"], capsys
+            )
         assert "training has diverged" in said and contents(tmp_path / name) == before
 
 
-@pytest.mark.parametrize("line", [b"\n", b"\xff\x00\n", b"null\n", b"{}\n", b"[" * 100_000 + b"\n", b'{"iter": "9"}\n'])
+@pytest.mark.parametrize(
+    "line", [b"\n", b"\xff\x00\n", b"null\n", b"{}\n", b"[" * 100_000 + b"\n", b'{"iter": "9"}\n']
+)
 def test_a_damaged_log_does_not_stop_a_resume_and_keeps_what_is_in_it(finished, tmp_path, line):
     log = tmp_path / "out" / "log.jsonl"
     shutil.copytree(finished, log.parent)
     whole = log.read_bytes()
-    log.write_bytes(whole[:-40] + b"\n" + line + whole + b'{"iter": 9}\n{"iter": 5, "lo')  # of a later step, and cut by a kill
+    log.write_bytes(
+        whole[:-40] + b"\n" + line + whole + b'{"iter": 9}\n{"iter": 5, "lo'
+    )  # of a later step, and cut by a kill
     with handlers():
         train.main(["--resume", f"--out_dir={log.parent}", "--max_iters=5"])
     assert log.read_bytes().startswith(whole[:-40] + b"\n" + line + whole)
-    assert json.loads(log.read_bytes().splitlines()[-1])["iter"] == 5 and log.read_bytes().count(b'"iter": 5,') == 1
+    assert (
+        json.loads(log.read_bytes().splitlines()[-1])["iter"] == 5
+        and log.read_bytes().count(b'"iter": 5,') == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["facts", "shakespeare", "openwebtext"])
@@ -215,9 +332,16 @@ def test_prepare_py_names_a_folder_that_it_cannot_write_to(request, tmp_path, na
     if name == "openwebtext":
         request.getfixturevalue("gpt2")
     (tmp_path / "file").write_text("a text that is long enough to train on")
-    options = {"shakespeare": [f"--file={tmp_path / 'file'}"], "openwebtext": [f"--source={tmp_path}", "--subsets=0"]}.get(name, [])
+    options = {
+        "shakespeare": [f"--file={tmp_path / 'file'}"],
+        "openwebtext": [f"--source={tmp_path}", "--subsets=0"],
+    }.get(name, [])
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert_refused(run(f"data/{name}/prepare.py", *options, "--out", out), "prepare.py: ", str(tmp_path / "file"))
+        assert_refused(
+            run(f"data/{name}/prepare.py", *options, "--out", out),
+            "prepare.py: ",
+            str(tmp_path / "file"),
+        )
     assert (tmp_path / "file").read_text() == "a text that is long enough to train on"
 
 
@@ -229,12 +353,21 @@ def test_a_negative_seed_is_named(tmp_path):
 def test_a_very_low_temperature_is_greedy(finished, capsys):
     said = []
     for temperature in ("0", "1e-46", "1e-30"):
-        sample.main([f"--out_dir={finished}", "--device=cpu", "--num_samples=1", f"--temperature={temperature}"])
+        sample.main(
+            [
+                f"--out_dir={finished}",
+                "--device=cpu",
+                "--num_samples=1",
+                f"--temperature={temperature}",
+            ]
+        )
         said.append(capsys.readouterr().out)
     assert len(said[0]) > 20 and said[0] == said[1] == said[2]
 
 
-def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(facts, tmp_path, capsys, monkeypatch):
+def test_tracebacks_are_there_for_who_asks_and_for_errors_of_our_own(
+    facts, tmp_path, capsys, monkeypatch
+):
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"]
     with monkeypatch.context() as patch:
         patch.setenv("NANOMEM_DEBUG", "1")
@@ -252,15 +385,24 @@ def test_a_resume_and_recall_refuse_another_vocabulary(facts, finished, tmp_path
     shutil.copytree(finished, tmp_path / "out")
     words = json.loads((tmp_path / "data" / "vocab.json").read_text())["tokens"]
     vocabulary(tokens=words[:256] + words[:255:-1])(tmp_path / "data")
-    inside("train_config", lambda config: config.update(dataset=str(tmp_path / "data")))(tmp_path / "out")
-    assert "trained on" in refusal(train.main, ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"], capsys)
-    assert "trained on" in refusal(sample.main, ["--recall", f"--out_dir={tmp_path / 'out'}"], capsys)
+    inside("train_config", lambda config: config.update(dataset=str(tmp_path / "data")))(
+        tmp_path / "out"
+    )
+    assert "trained on" in refusal(
+        train.main, ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"], capsys
+    )
+    assert "trained on" in refusal(
+        sample.main, ["--recall", f"--out_dir={tmp_path / 'out'}"], capsys
+    )
 
 
 def test_a_path_is_a_path_and_a_name_is_a_folder_of_data(facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(facts, tmp_path / "shakespeare")
-    assert find_folder("./shakespeare").resolve() == tmp_path / "shakespeare" and find_folder(".").resolve() == tmp_path
+    assert (
+        find_folder("./shakespeare").resolve() == tmp_path / "shakespeare"
+        and find_folder(".").resolve() == tmp_path
+    )
     assert find_folder("shakespeare") == ROOT / "data" / "shakespeare"
 
 
@@ -268,16 +410,29 @@ def test_a_resume_may_repeat_an_option_that_stands_for_another_value(finished, t
     """0 hidden units are a default, and blocks are put in order."""
     shutil.copytree(finished, tmp_path / "out")
     with handlers():
-        train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", "--n_ffn=0", "--mem_layers=1,1", "--mem_count=2"])
+        train.main(
+            [
+                "--resume",
+                f"--out_dir={tmp_path / 'out'}",
+                "--max_iters=5",
+                "--n_ffn=0",
+                "--mem_layers=1,1",
+                "--mem_count=2",
+            ]
+        )
     assert train.load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter"] == 5
 
 
 def test_questions_may_hold_any_character(facts, tmp_path):
     shutil.copytree(facts, tmp_path / "data")
     question = {"prompt": "a\u2028b \ud83d\ude00\x85", "answer": "c\u2029"}
-    (tmp_path / "data" / "recall.jsonl").write_bytes(json.dumps(question, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    (tmp_path / "data" / "recall.jsonl").write_bytes(
+        json.dumps(question, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
     question["prompt"] = "a\u2028b \U0001f600\x85"
-    (tmp_path / "data" / "recall.jsonl").write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "data" / "recall.jsonl").write_text(
+        json.dumps(question, ensure_ascii=False), encoding="utf-8"
+    )
     assert [q["prompt"] for q in Dataset(tmp_path / "data").questions()] == [question["prompt"]]
 
 
@@ -290,22 +445,83 @@ def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(facts, finished,
 
 # --- a hundred random mutations ---------------------------------------------------------------------------------------
 
-ODD = ["", " ", "0", "-1", "1", "3", "1.5", "nan", "-inf", "1e300", "1e-46", HUGE, "99999999999", "true", "x", "../x", "☃", "1,1"]
-VALUES = [None, True, 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, "", "x", "1", [], [1], {}, {"a": 1}, (0,), b"x"]
-LONG = {"max_iters", "eval_iters", "batch_size", "gradient_accumulation_steps", "compile", "out_dir"}  # some would run for long
+ODD = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    "3",
+    "1.5",
+    "nan",
+    "-inf",
+    "1e300",
+    "1e-46",
+    HUGE,
+    "99999999999",
+    "true",
+    "x",
+    "../x",
+    "☃",
+    "1,1",
+]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "x",
+    "1",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    (0,),
+    b"x",
+]
+LONG = {
+    "max_iters",
+    "eval_iters",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "compile",
+    "out_dir",
+}  # some would run for long
 
 
 def mutations(facts, finished, folder):
     """Yield what to call, with which arguments: seeds fixed."""
     generator = random.Random(12)
-    names = sorted({f.name for cls in (train.TrainConfig, train.GPTConfig) for f in dataclasses.fields(cls)} - LONG)
+    names = sorted(
+        {f.name for cls in (train.TrainConfig, train.GPTConfig) for f in dataclasses.fields(cls)}
+        - LONG
+    )
     for number in range(100):
         mine = folder / f"{number}"
         mine.mkdir(parents=True)
         options, kind = [], number % 3
         if kind == 0:
-            options = [f"--{name}={generator.choice(ODD)}" for name in generator.sample(names, generator.choice([1, 1, 2]))]
-            yield train.main, [*SMALL, f"--dataset={facts}", f"--out_dir={mine / 'out'}", "--max_iters=1", *options], mine
+            options = [
+                f"--{name}={generator.choice(ODD)}"
+                for name in generator.sample(names, generator.choice([1, 1, 2]))
+            ]
+            yield (
+                train.main,
+                [
+                    *SMALL,
+                    f"--dataset={facts}",
+                    f"--out_dir={mine / 'out'}",
+                    "--max_iters=1",
+                    *options,
+                ],
+                mine,
+            )
         elif kind == 1:
             shutil.copytree(facts, mine / "data")
             values = json.loads((mine / "data" / "meta.json").read_text())
@@ -316,24 +532,52 @@ def mutations(facts, finished, folder):
                 place = generator.randrange(len(text))
                 text = text[:place] + generator.choice(["", "\x00", '"', "}"]) + text[place + 1 :]
             (mine / "data" / "meta.json").write_text(text)
-            yield train.main, [*SMALL, f"--dataset={mine / 'data'}", f"--out_dir={mine / 'out'}", "--max_iters=1"], mine
+            yield (
+                train.main,
+                [
+                    *SMALL,
+                    f"--dataset={mine / 'data'}",
+                    f"--out_dir={mine / 'out'}",
+                    "--max_iters=1",
+                ],
+                mine,
+            )
         else:
             shutil.copytree(finished, mine / "out")
             checkpoint = torch.load(mine / "out" / "ckpt.pt", weights_only=True)
             place = checkpoint
             while True:  # down into the plain values
-                key = generator.choice(sorted(place, key=str)) if isinstance(place, dict) else generator.randrange(len(place))
-                if not isinstance(place[key], (dict, list)) or not place[key] or generator.random() < 0.2:
+                key = (
+                    generator.choice(sorted(place, key=str))
+                    if isinstance(place, dict)
+                    else generator.randrange(len(place))
+                )
+                if (
+                    not isinstance(place[key], (dict, list))
+                    or not place[key]
+                    or generator.random() < 0.2
+                ):
                     break
                 place = place[key]
             if key not in ("max_iters", "eval_iters", "dataset"):
                 place[key] = generator.choice(VALUES)
             torch.save(checkpoint, mine / "out" / "ckpt.pt")
-            yield sample.main, [f"--out_dir={mine / 'out'}", "--device=cpu", "--max_new_tokens=3", "--num_samples=1"], mine
+            yield (
+                sample.main,
+                [
+                    f"--out_dir={mine / 'out'}",
+                    "--device=cpu",
+                    "--max_new_tokens=3",
+                    "--num_samples=1",
+                ],
+                mine,
+            )
             yield train.main, ["--resume", f"--out_dir={mine / 'out'}", "--max_iters=5"], mine
 
 
-def test_random_mutations_end_in_one_line_and_write_to_out_dir_only(facts, finished, tmp_path, capsys, monkeypatch):
+def test_random_mutations_end_in_one_line_and_write_to_out_dir_only(
+    facts, finished, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     others, ended, went_on = contents(facts, finished, ROOT / "data"), 0, 0
@@ -347,6 +591,11 @@ def test_random_mutations_end_in_one_line_and_write_to_out_dir_only(facts, finis
                 assert error.code != 0, arguments
                 ended += 1
         assert "Traceback" not in capsys.readouterr().err, arguments
-        assert contents(mine / "data") == data and {path.name for path in mine.iterdir()} <= {"out", "data"}, arguments
-    assert contents(facts, finished, ROOT / "data") == others and not list((tmp_path / "here").iterdir())
+        assert contents(mine / "data") == data and {path.name for path in mine.iterdir()} <= {
+            "out",
+            "data",
+        }, arguments
+    assert contents(facts, finished, ROOT / "data") == others and not list(
+        (tmp_path / "here").iterdir()
+    )
     assert ended > 60 and went_on > 10

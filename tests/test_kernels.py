@@ -42,7 +42,11 @@ def problem(n=29, k=11, S=53, D=64, dtype=torch.float32, index_dtype=torch.int64
 def brute_force(values, indices, weights, grad):
     """Loops over bags and slots in float64."""
     values, weights, grad = values.double(), weights.double(), grad.double()
-    y, dvalues, dweights = torch.zeros_like(grad), torch.zeros_like(values), torch.zeros_like(weights)
+    y, dvalues, dweights = (
+        torch.zeros_like(grad),
+        torch.zeros_like(values),
+        torch.zeros_like(weights),
+    )
     for i, row in enumerate(indices.tolist()):
         for j, slot in enumerate(row):
             y[i] += weights[i, j] * values[slot]
@@ -66,7 +70,9 @@ def assert_near(got, want, tolerance):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("D", WIDTHS)
 def test_lookup_and_gradients_equal_brute_force(path, D, dtype):
-    inputs = list(problem(D=D, dtype=dtype, index_dtype=(torch.int32, torch.int64)[WIDTHS.index(D) % 2]))
+    inputs = list(
+        problem(D=D, dtype=dtype, index_dtype=(torch.int32, torch.int64)[WIDTHS.index(D) % 2])
+    )
     for got, want in zip(run(*inputs), brute_force(*inputs), strict=True):
         assert_near(got.to_dense(), want, TOLERANCE[dtype])
 
@@ -75,7 +81,11 @@ def test_lookup_and_gradients_equal_brute_force(path, D, dtype):
 def test_lookup_is_exact_in_float64():
     values, indices, weights, grad = problem(n=5, k=4, S=13, D=3, dtype=torch.float64)
     weights = weights.double()
-    for got, want in zip(run(values, indices, weights, grad), brute_force(values, indices, weights, grad), strict=True):
+    for got, want in zip(
+        run(values, indices, weights, grad),
+        brute_force(values, indices, weights, grad),
+        strict=True,
+    ):
         assert_near(got.to_dense(), want, 1e-12)
 
 
@@ -102,10 +112,14 @@ def test_rows_that_very_many_pairs_read_are_cut_into_pieces(path, monkeypatch):
     for a, b in zip(first, run(values, indices, weights, grad), strict=True):
         assert torch.equal(a.to_dense(), b.to_dense())
     one = torch.zeros_like(indices)  # all of them read one row
-    for got, want in zip(run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True):
+    for got, want in zip(
+        run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True
+    ):
         assert_near(got.to_dense(), want, 1e-5)
     monkeypatch.setattr(kernels, "PIECE", 3)  # a sum of 400 pieces
-    for got, want in zip(run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True):
+    for got, want in zip(
+        run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True
+    ):
         assert_near(got.to_dense(), want, 1e-5)
 
 
@@ -134,7 +148,10 @@ def test_gradients_that_are_collected_are_the_sum_of_the_sparse_ones(path):
             wants.append(brute_force(values, indices, weights, grad))
         for _ in range(2):
             leaf = values.clone().requires_grad_()
-            into = torch.zeros_like(values), torch.zeros(len(values), dtype=torch.uint8, device=DEVICE)
+            into = (
+                torch.zeros_like(values),
+                torch.zeros(len(values), dtype=torch.uint8, device=DEVICE),
+            )
             for (_, indices, weights, grad), (y, _, dweights) in zip(problems, wants, strict=True):
                 weights = weights.clone().requires_grad_()
                 out = collecting_lookup(leaf, indices, weights, *into)
@@ -161,12 +178,17 @@ def test_the_pytorch_path_adds_up_in_a_fixed_order():
     for dtype in (torch.float32, torch.bfloat16):
         values, indices, weights, grad = problem(dtype=dtype)
         inputs = values, indices, weights
-        for run in (partial(kernels.torch_forward, *inputs), partial(kernels.torch_backward, *inputs, grad)):
+        for run in (
+            partial(kernels.torch_forward, *inputs),
+            partial(kernels.torch_backward, *inputs, grad),
+        ):
             seen = set()
             with Watch():
                 run()
             assert any("embedding_bag" in name or "sum" in name for name in seen), seen
-            assert not any(name in "".join(seen) for name in ("index_add", "scatter_add", "index_put")), seen
+            assert not any(
+                name in "".join(seen) for name in ("index_add", "scatter_add", "index_put")
+            ), seen
 
 
 def test_slots_out_of_range_are_named_in_debug_mode(path, monkeypatch):
@@ -208,9 +230,13 @@ def drawn(*shape, seed=0):
 def sparse_gradient(table, seed, n=20, dtype=None):
     """Not coalesced: some rows have several gradients, some none."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(table) - 3, (n,), generator=generator)  # the last three rows are never read
+    rows = torch.randint(
+        len(table) - 3, (n,), generator=generator
+    )  # the last three rows are never read
     grads = torch.randn(n, table.size(1), generator=generator).to(table.dtype)
-    return torch.sparse_coo_tensor(rows[None], grads, table.shape, check_invariants=False).to(DEVICE)
+    return torch.sparse_coo_tensor(rows[None], grads, table.shape, check_invariants=False).to(
+        DEVICE
+    )
 
 
 def test_row_adam_equals_its_formulas_in_float64(path):
@@ -219,7 +245,11 @@ def test_row_adam_equals_its_formulas_in_float64(path):
     pool = pool_of(drawn(30, D))
     table = pool.values
     start = table.detach().clone()
-    want, (m, v), last = start.double(), torch.zeros(2, 30, D, dtype=torch.float64, device=DEVICE), [0] * 30
+    want, (m, v), last = (
+        start.double(),
+        torch.zeros(2, 30, D, dtype=torch.float64, device=DEVICE),
+        [0] * 30,
+    )
     optimizer = RowAdam(pool, lr=lr, betas=(beta1, beta2), eps=eps)
     for t in range(1, 9):
         gradient = sparse_gradient(table, seed=t)
@@ -254,7 +284,10 @@ def test_row_adam_does_not_depend_on_the_scale_of_the_loss(path, scale):
 
 def test_row_adam_is_sparse_adam_and_adam_when_no_row_sleeps(path):
     for other in (torch.optim.SparseAdam, torch.optim.Adam):
-        pool, table = pool_of(torch.ones(30, 40)), torch.nn.Parameter(torch.ones(30, 40, device=DEVICE))
+        pool, table = (
+            pool_of(torch.ones(30, 40)),
+            torch.nn.Parameter(torch.ones(30, 40, device=DEVICE)),
+        )
         options = dict(lr=0.1, betas=(0.9, 0.98), eps=1e-8)
         optimizers = [RowAdam(pool, **options), other([table], **options)]
         for t in range(6):
@@ -274,12 +307,18 @@ def test_row_adam_rounds_at_random_without_bias(path):
     table, optimizer = pool.values, RowAdam(pool, lr=1e-3, betas=(0.0, 0.0))
     give(pool, torch.ones_like(table).to_sparse(1))
     optimizer.step()  # beta = 0: each element moves by exactly lr
-    share = (table == 1).float().mean().item()  # the others went to the next number below, 2^-8 away
+    share = (
+        (table == 1).float().mean().item()
+    )  # the others went to the next number below, 2^-8 away
     assert set(table.unique().tolist()) == {1.0, 1 - 2**-8}
     error = (1 - 1e-3 * 2**8) - share
-    assert abs(error) < 4 * (share * (1 - share) / table.numel()) ** 0.5  # four standard deviations of a fair coin
+    assert (
+        abs(error) < 4 * (share * (1 - share) / table.numel()) ** 0.5
+    )  # four standard deviations of a fair coin
     columns = (table == 1).float().mean(0)
-    assert columns.std() < 2 * (share * (1 - share) / 400) ** 0.5  # neither rows nor columns share their draws
+    assert (
+        columns.std() < 2 * (share * (1 - share) / 400) ** 0.5
+    )  # neither rows nor columns share their draws
     assert (table == 1).float().mean(1).std() < 2 * (share * (1 - share) / 64) ** 0.5
 
 
@@ -299,7 +338,9 @@ def test_row_adam_noise_depends_on_seed_and_step_only(path):
 def test_row_adam_does_not_hide_numbers_that_are_not_finite(path):
     pool = pool_of(torch.ones(2, 24).bfloat16())
     table, optimizer = pool.values, RowAdam(pool)
-    table.data.view(torch.int16)[0, 0] = 0x7FFF  # the NaN of NVIDIA's arithmetic; with bits added to it, it would turn to -0
+    table.data.view(torch.int16)[0, 0] = (
+        0x7FFF  # the NaN of NVIDIA's arithmetic; with bits added to it, it would turn to -0
+    )
     table.data[1, 0] = float("inf")
     give(pool, torch.ones_like(table).to_sparse(1))
     optimizer.step()
@@ -320,7 +361,10 @@ def test_row_adam_on_both_paths_and_through_a_checkpoint(dtype, monkeypatch, tmp
                 optimizer = RowAdam(pool, lr=0.01)
                 optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
                 state = optimizer.state[table]
-                assert state["means"].dtype == state["squares"].dtype == torch.float32 and state["step"] == 3
+                assert (
+                    state["means"].dtype == state["squares"].dtype == torch.float32
+                    and state["step"] == 3
+                )
             give(pool, sparse_gradient(table, seed=t))
             optimizer.step()
         tables.append(table.detach())
@@ -352,7 +396,9 @@ def test_the_other_adams_of_the_readme_do_what_they_are_compared_for():
     def variant(name):
         return train(lambda pool: PoolAdam(name, pool, 0.01, (0.9, 0.98), eps=1e-8), dense=False)
 
-    adam, state = train(lambda pool: torch.optim.Adam([pool.values], lr=0.01, betas=(0.9, 0.98)), dense=True)
+    adam, state = train(
+        lambda pool: torch.optim.Adam([pool.values], lr=0.01, betas=(0.9, 0.98)), dense=True
+    )
     lazy, _ = train(lambda pool: RowAdam(pool, lr=0.01, betas=(0.9, 0.98), eps=1e-8), dense=False)
     torch.testing.assert_close(variant("dense")[0], adam)
     torch.testing.assert_close(variant("lazy")[0], lazy)
@@ -360,7 +406,9 @@ def test_the_other_adams_of_the_readme_do_what_they_are_compared_for():
         torch.testing.assert_close(variant(name)[1]["mean"], state["exp_avg"])
         torch.testing.assert_close(variant(name)[1]["square"], state["exp_avg_sq"])
     torch.testing.assert_close(variant("square-decayed")[1]["square"], state["exp_avg_sq"])
-    torch.testing.assert_close(variant("deferred")[0], adam, rtol=0, atol=0.01 * 0.2)  # but for the correction of the bias
+    torch.testing.assert_close(
+        variant("deferred")[0], adam, rtol=0, atol=0.01 * 0.2
+    )  # but for the correction of the bias
     assert (lazy - adam)[0].abs().min() > 0.01 and (lazy - adam)[1].abs().max() < 1e-5
 
 
@@ -377,9 +425,13 @@ def test_row_adam_takes_the_gradient_out_of_its_pool_and_refuses_what_is_no_pool
     optimizer.zero_grad()  # drops it
     after = table.detach().clone()
     optimizer.step()
-    assert torch.equal(table[10:], after[10:]) and pool.gradient.abs().max() == 0 and optimizer.state[table]["step"] == 2
+    assert (
+        torch.equal(table[10:], after[10:])
+        and pool.gradient.abs().max() == 0
+        and optimizer.state[table]["step"] == 2
+    )
     assert torch.equal(table, after)  # lazy: rows without a gradient stay
-    with pytest.raises(ValueError, match="wants a memory.ValuePool, not a list"):
+    with pytest.raises(ValueError, match=r"wants a memory\.ValuePool, not a list"):
         RowAdam([table])
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         RowAdam(ValuePool(4, 4, torch.float16))
@@ -387,7 +439,10 @@ def test_row_adam_takes_the_gradient_out_of_its_pool_and_refuses_what_is_no_pool
 
 def test_sparse_adam_of_pytorch_takes_the_gradient_of_a_lookup_alone():
     tables = [torch.nn.Parameter(drawn(50, 8).to(DEVICE)) for _ in range(2)]
-    optimizers = [torch.optim.SparseAdam(tables[:1], 0.1, eps=1e-12), torch.optim.Adam(tables[1:], 0.1, eps=1e-12)]
+    optimizers = [
+        torch.optim.SparseAdam(tables[:1], 0.1, eps=1e-12),
+        torch.optim.Adam(tables[1:], 0.1, eps=1e-12),
+    ]
     slots, weights = torch.arange(50, device=DEVICE).view(10, 5), torch.rand(10, 5, device=DEVICE)
     for _ in range(3):
         (lookup(tables[0], slots, weights) ** 2).sum().backward()
@@ -423,7 +478,9 @@ def test_rows_of_weight_0_add_nothing_and_their_weights_have_a_gradient(path, co
 def test_nothing_to_look_up_gives_zeros(path, n, k):
     values = torch.randn(10, 24, device=DEVICE)
     empty = torch.zeros(n, k, dtype=torch.int64, device=DEVICE)
-    y, dvalues, dweights = run(values, empty, torch.zeros(n, k, device=DEVICE), torch.ones(n, 24, device=DEVICE))
+    y, dvalues, dweights = run(
+        values, empty, torch.zeros(n, k, device=DEVICE), torch.ones(n, 24, device=DEVICE)
+    )
     assert torch.equal(y, torch.zeros_like(y)) and y.shape == (n, 24)
     assert dvalues._nnz() == 0 and dweights.shape == (n, k)
 
@@ -454,17 +511,42 @@ def test_rows_past_2_to_31_elements_are_addressed_right(path, index_dtype):
     [
         (dict(values=torch.zeros(4)), r"values \(4,\) .* must be \(S, D\)"),
         (dict(values=torch.zeros(4, 8, dtype=torch.int64)), "values .* floating point"),
-        (dict(indices=torch.zeros(3, dtype=torch.int64), weights=torch.zeros(3)), r"indices \(3,\) .* must be \(n, k\)"),
-        (dict(indices=torch.zeros(2, 4, dtype=torch.int64)), r"weights \(2, 3\) .* shape of indices"),
+        (
+            dict(indices=torch.zeros(3, dtype=torch.int64), weights=torch.zeros(3)),
+            r"indices \(3,\) .* must be \(n, k\)",
+        ),
+        (
+            dict(indices=torch.zeros(2, 4, dtype=torch.int64)),
+            r"weights \(2, 3\) .* shape of indices",
+        ),
         (dict(indices=torch.zeros(2, 3)), "indices .* torch.float32 on cpu: .* int32 or int64"),
-        (dict(weights=torch.zeros(2, 3, dtype=torch.int64)), "weights .* torch.int64 on cpu: must be floating point"),
+        (
+            dict(weights=torch.zeros(2, 3, dtype=torch.int64)),
+            "weights .* torch.int64 on cpu: must be floating point",
+        ),
         (dict(values=torch.zeros(4, 8, device="meta")), "one device, not meta, cpu, cpu"),
-        (dict(values=torch.zeros(1).expand(2**31, 1)), r"values \(2147483648, 1\) .* fewer than 2\^31 rows"),
-        (dict(indices=torch.zeros(1).long().expand(2**31, 1), weights=torch.zeros(1).expand(2**31, 1)), "n \\* k must be below 2"),
+        (
+            dict(values=torch.zeros(1).expand(2**31, 1)),
+            r"values \(2147483648, 1\) .* fewer than 2\^31 rows",
+        ),
+        (
+            dict(
+                indices=torch.zeros(1).long().expand(2**31, 1),
+                weights=torch.zeros(1).expand(2**31, 1),
+            ),
+            "n \\* k must be below 2",
+        ),
     ],
 )
 def test_wrong_inputs_are_refused_with_a_reason(change, message):
-    inputs = dict(values=torch.zeros(4, 8), indices=torch.zeros(2, 3, dtype=torch.int64), weights=torch.zeros(2, 3)) | change
+    inputs = (
+        dict(
+            values=torch.zeros(4, 8),
+            indices=torch.zeros(2, 3, dtype=torch.int64),
+            weights=torch.zeros(2, 3),
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         lookup(**inputs)
     with pytest.raises(ValueError, match=message):
@@ -475,14 +557,24 @@ def test_wrong_inputs_are_refused_with_a_reason(change, message):
 def test_kernels_compile_without_spills_and_load_16_bytes(capability, D, types):
     """A second process, because the interpreter is on in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests" / "compile_report.py", str(capability), str(D), *types]
+    command = [
+        sys.executable,
+        ROOT / "tests" / "compile_report.py",
+        str(capability),
+        str(D),
+        *types,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)  # registers and loads of each kernel: pytest -rP shows them
     report = [line.split() for line in done.stdout.splitlines()]
-    assert {"forward", "backward", "pieces", "sum", "adam", "select-1024"} <= {line[0] for line in report}
+    assert {"forward", "backward", "pieces", "sum", "adam", "select-1024"} <= {
+        line[0] for line in report
+    }
     for name, dtype, registers, spilled, wide, narrow in report:
         assert int(registers) <= 168 and spilled == "0", f"{name} of {dtype} spills {spilled} bytes"
         if "select" not in name:
             few = "1" if name == "sum" else "0"  # a program of which reads a row of the table, once
-            assert int(wide) > 0 and narrow <= few, f"{name} of {dtype} has {wide} loads of 16 bytes, and {narrow} of 2"
+            assert int(wide) > 0 and narrow <= few, (
+                f"{name} of {dtype} has {wide} loads of 16 bytes, and {narrow} of 2"
+            )

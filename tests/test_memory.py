@@ -49,12 +49,18 @@ def test_candidate_list_is_pruned_and_complete():
     assert len(a) == 119
     # A pair that is left out is beaten, or equalled, by at least K others: all those of lower ranks.
     listed = set(zip(a.tolist(), b.tolist(), strict=True))
-    assert all(((x + 1) * (y + 1) - 1 >= 32) == ((x, y) not in listed) for x in range(32) for y in range(32))
+    assert all(
+        ((x + 1) * (y + 1) - 1 >= 32) == ((x, y) not in listed)
+        for x in range(32)
+        for y in range(32)
+    )
 
 
 def test_topk_indices_equals_torch_topk():
     for shape, K in (((5, 7, 128), 16), ((3, 4), 4), ((2, 1), 1), ((4, 1000), 32), ((4, 300), 300)):
-        x = scores(*shape) * 10 ** scores(*shape[:-1], 1, seed=3)  # large and small numbers, both signs
+        x = scores(*shape) * 10 ** scores(
+            *shape[:-1], 1, seed=3
+        )  # large and small numbers, both signs
         assert torch.equal(topk_indices(x, K), x.topk(K).indices)
     tied = torch.zeros(2, 9)
     assert all(len(set(row)) == 4 for row in topk_indices(tied, 4).tolist())
@@ -63,7 +69,10 @@ def test_topk_indices_equals_torch_topk():
 
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
-@pytest.mark.parametrize("n, H, N, K", [(7, 2, 24, 5), (3, 1, 128, 16), (2, 3, 33, 32), (2, 1, 7, 1), (1, 1, 1, 1), (0, 2, 8, 4)])
+@pytest.mark.parametrize(
+    "n, H, N, K",
+    [(7, 2, 24, 5), (3, 1, 128, 16), (2, 3, 33, 32), (2, 1, 7, 1), (1, 1, 1, 1), (0, 2, 8, 4)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     """Against a top-k over all N * N sums in float64. Rounded scores are full of ties: then the slots may differ, the sums not."""
@@ -74,8 +83,12 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     slots = select(s, candidate_pairs(K).to(DEVICE), K)
     if dtype == torch.float32:
         assert torch.equal(slots, want_slots)
-    torch.testing.assert_close(s1.gather(-1, slots // N) + s2.gather(-1, slots % N), want, rtol=1e-6, atol=1e-6)
-    assert slots.shape == (H, n, K) and all(len(set(row)) == K for row in slots.flatten(0, 1).tolist())
+    torch.testing.assert_close(
+        s1.gather(-1, slots // N) + s2.gather(-1, slots % N), want, rtol=1e-6, atol=1e-6
+    )
+    assert slots.shape == (H, n, K) and all(
+        len(set(row)) == K for row in slots.flatten(0, 1).tolist()
+    )
 
 
 def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
@@ -94,7 +107,13 @@ def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
 
 def brute_force_layer(x, p, config):
     """The page at the top of memory.py, a token, a head and a slot at a time, over all S slots. x (n, C); p: parameters."""
-    n, H, N, K, Q = len(x), config.mem_heads, config.mem_keys, config.mem_topk, config.mem_key_dim // 2
+    n, H, N, K, Q = (
+        len(x),
+        config.mem_heads,
+        config.mem_keys,
+        config.mem_topk,
+        config.mem_key_dim // 2,
+    )
 
     def rms(v, gain):
         return v / (v.square().mean() + 1e-6).sqrt() * gain
@@ -134,7 +153,9 @@ def brute_force_layer(x, p, config):
 def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
     torch.manual_seed(0)
     model = GPT(config)
-    with torch.no_grad():  # norm weights that are not 1, so that a norm without them would be noticed
+    with (
+        torch.no_grad()
+    ):  # norm weights that are not 1, so that a norm without them would be noticed
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     layer, pool = model.blocks[1].ffn.to(dtype), model.pool.to(dtype)
@@ -142,7 +163,9 @@ def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
     x = torch.randn(2, 3, config.n_embd, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 3, config.n_embd, dtype=dtype)
 
-    names = {f"{name.removesuffix('.weight')}": p for name, p in layer.named_parameters()} | {"values": pool.values}
+    names = {f"{name.removesuffix('.weight')}": p for name, p in layer.named_parameters()} | {
+        "values": pool.values
+    }
     exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
     exact_x = x.detach().double().requires_grad_()
     want = brute_force_layer(exact_x.view(6, -1), exact, config).view(2, 3, -1)
@@ -152,12 +175,18 @@ def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
     pool.values.grad = pool.take_gradient()
 
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
-    assert set(names) >= {"query", "keys", "values"} | ({"gate", "out"} if config.mem_gate else set())
-    pairs = {"output": (got, want), "x": (x.grad, exact_x.grad)} | {name: (p.grad, exact[name].grad) for name, p in names.items()}
+    assert set(names) >= {"query", "keys", "values"} | (
+        {"gate", "out"} if config.mem_gate else set()
+    )
+    pairs = {"output": (got, want), "x": (x.grad, exact_x.grad)} | {
+        name: (p.grad, exact[name].grad) for name, p in names.items()
+    }
     for name, (a, b) in pairs.items():
         a = a.to_dense() if a.is_sparse else a
         assert b.norm() > 0, name
-        assert (a.double() - b).norm() <= tolerance * b.norm(), f"{name}: {(a.double() - b).norm() / b.norm():.1e}"
+        assert (a.double() - b).norm() <= tolerance * b.norm(), (
+            f"{name}: {(a.double() - b).norm() / b.norm():.1e}"
+        )
 
 
 def test_layers_share_one_pool_and_its_gradient_is_the_sum_over_them():
@@ -193,7 +222,9 @@ def test_more_slots_do_not_cost_more_gradient():
 
 def test_usage_statistics_equal_counts_by_hand():
     usage = Usage(200, "cpu")
-    usage.add(torch.tensor([[0, 0, 1], [2, 0, 1]]), torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]))
+    usage.add(
+        torch.tensor([[0, 0, 1], [2, 0, 1]]), torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    )
     usage.add(torch.tensor([[0]]), torch.tensor([[1.0]]))
     got = usage.summary()
     reads, mass = np.array([4, 2, 1]) / 7, np.array([1.75, 0.25, 1.0]) / 3
@@ -204,7 +235,9 @@ def test_usage_statistics_equal_counts_by_hand():
 
     even = Usage(100, "cpu")
     even.add(torch.arange(100)[None], torch.full((1, 100), 0.01))
-    assert even.summary() == pytest.approx({"used": 1.0, "kl": 0.0, "kl_weighted": 0.0, "top1": 0.01}, abs=1e-6)
+    assert even.summary() == pytest.approx(
+        {"used": 1.0, "kl": 0.0, "kl_weighted": 0.0, "top1": 0.01}, abs=1e-6
+    )
 
 
 def test_usage_is_recorded_on_request_only():
@@ -215,7 +248,9 @@ def test_usage_is_recorded_on_request_only():
         model(idx)
     reads = usage.reads.clone()
     model(idx)
-    assert reads.sum() == 2 * 2 * 16 * 3 * 4 and torch.equal(usage.reads, reads)  # two layers, 32 tokens, 12 slots each
+    assert reads.sum() == 2 * 2 * 16 * 3 * 4 and torch.equal(
+        usage.reads, reads
+    )  # two layers, 32 tokens, 12 slots each
     assert usage.mass.sum().item() == pytest.approx(2 * 2 * 16 * 3, rel=1e-4)  # a softmax a head
 
 
@@ -283,7 +318,10 @@ def test_the_plan_counts_what_tensors_take():
         optimizer.step()
         state = optimizer.state[model.pool.values]
         p = plan(81, 24, layers=2, heads=2, topk=4, tokens=32, bytes_per_number=size)
-        assert p["parameters"] == model.parameter_counts()["pool"] and p["values"] == model.pool.values.nbytes
+        assert (
+            p["parameters"] == model.parameter_counts()["pool"]
+            and p["values"] == model.pool.values.nbytes
+        )
         assert p["moments"] == state["means"].nbytes + state["squares"].nbytes
         assert 0.9 * p["gradient"] < sum(tensor.nbytes for tensor in gradient) <= p["gradient"]
     # bytes that memory must move: k rows of a token read forward and again backward, y written and dY read, in each layer
@@ -292,13 +330,30 @@ def test_the_plan_counts_what_tensors_take():
 
 def test_the_papers_largest_table_is_planned_and_built_without_memory():
     with torch.device("meta"):
-        model = GPT(GPTConfig(n_layer=24, n_head=16, n_embd=2048, mem_count=3, mem_keys=8192, mem_dtype="bfloat16"))
-    assert model.pool.values.shape == (67_108_864, 2048) and model.parameter_counts()["pool"] == 137_438_953_472
-    command = [sys.executable, ROOT / "bench" / "plan.py", "--slots=67108864", "--width=2048", "--gpus=64"]
+        model = GPT(
+            GPTConfig(
+                n_layer=24, n_head=16, n_embd=2048, mem_count=3, mem_keys=8192, mem_dtype="bfloat16"
+            )
+        )
+    assert (
+        model.pool.values.shape == (67_108_864, 2048)
+        and model.parameter_counts()["pool"] == 137_438_953_472
+    )
+    command = [
+        sys.executable,
+        ROOT / "bench" / "plan.py",
+        "--slots=67108864",
+        "--width=2048",
+        "--gpus=64",
+    ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "137.4e9 parameters" in printed and "each GPU 32 of the 2048 columns" in printed
-    assert re.search(r"values +4.29 GB\n  moments +17.18 GB", printed) and "fits in 80 GB" in printed
-    alone = subprocess.run([*command, "--gpus=1"], capture_output=True, text=True, check=True).stdout
+    assert (
+        re.search(r"values +4.29 GB\n  moments +17.18 GB", printed) and "fits in 80 GB" in printed
+    )
+    alone = subprocess.run(
+        [*command, "--gpus=1"], capture_output=True, text=True, check=True
+    ).stdout
     assert "DOES NOT FIT" in alone and re.search(r"exchange +0.0 KB", alone)
 
 
@@ -312,5 +367,11 @@ def test_the_papers_largest_table_is_planned_and_built_without_memory():
     ],
 )
 def test_the_plan_names_what_cannot_be(options, words):
-    done = subprocess.run([sys.executable, ROOT / "bench" / "plan.py", *options], capture_output=True, text=True)
-    assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "plan.py", *options], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and all(word in done.stderr for word in words)
+        and "Traceback" not in done.stderr
+    )

@@ -15,15 +15,26 @@ from kernels import RowAdam
 from model import GPT, GPTConfig, sample_token
 
 DENSE = GPTConfig(vocab_size=61, block_size=24, n_layer=3, n_head=2, n_embd=16)
-MEMORY = replace(DENSE, mem_layers=(0, 2), mem_keys=9, mem_heads=3, mem_topk=4, mem_key_dim=10, mem_value_dim=12)
-PKM = replace(DENSE, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4, mem_gate=False, mem_qk_norm=False)
+MEMORY = replace(
+    DENSE, mem_layers=(0, 2), mem_keys=9, mem_heads=3, mem_topk=4, mem_key_dim=10, mem_value_dim=12
+)
+PKM = replace(
+    DENSE, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4, mem_gate=False, mem_qk_norm=False
+)
 MOE = replace(DENSE, system="moe", mem_layers=(0, 1, 2), moe_experts=4, moe_topk=2)
 PEER = replace(MEMORY, system="peer", mem_gate=False, mem_value_dim=16)
 ULTRAMEM = replace(
     MEMORY, system="ultramem", mem_layers=(0, 1), mem_key_dim=12, mem_gate=False, mem_value_dim=8, mem_rank=2, mem_cores=2,
     mem_softmax=False, mem_expand=4, mem_skip=1,
 )  # fmt: skip
-SYSTEMS = {"dense": DENSE, "memory": MEMORY, "pkm": PKM, "moe": MOE, "peer": PEER, "ultramem": ULTRAMEM}
+SYSTEMS = {
+    "dense": DENSE,
+    "memory": MEMORY,
+    "pkm": PKM,
+    "moe": MOE,
+    "peer": PEER,
+    "ultramem": ULTRAMEM,
+}
 BOTH = pytest.mark.parametrize("config", [DENSE, MEMORY], ids=["dense", "memory"])
 ALL = pytest.mark.parametrize("config", SYSTEMS.values(), ids=SYSTEMS)
 
@@ -88,7 +99,9 @@ def test_rows_that_pad_the_vocabulary_stay_zero_and_are_never_drawn(config):
     loss.backward()
     assert logits.size(-1) == 61 and model.embedding.weight.grad[61:].abs().max() == 0
     with torch.no_grad():
-        model.embedding.weight[61:] = 100 * model.norm(torch.ones(16))  # even if they had the largest logits
+        model.embedding.weight[61:] = 100 * model.norm(
+            torch.ones(16)
+        )  # even if they had the largest logits
     assert model.generate(tokens(4, 5), 30, temperature=100.0).max() < 61
 
 
@@ -150,7 +163,10 @@ def test_positions_matter_and_are_relative():
 def test_torch_compile_changes_nothing_and_has_one_graph(config):
     """Traced, with gradients, but without a C++ compiler; fullgraph=True refuses a break. Two micro-steps: gradients add up."""
     model, idx, targets = collecting(make(config)), tokens(2, 24), tokens(2, 24, 1)
-    gradients, autocast = [], torch.autocast("cpu", torch.bfloat16, enabled=config.system == "moe")  # see grouped_product
+    gradients, autocast = (
+        [],
+        torch.autocast("cpu", torch.bfloat16, enabled=config.system == "moe"),
+    )  # see grouped_product
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         for part in (slice(0, 1), slice(1, 2)):
@@ -159,7 +175,9 @@ def test_torch_compile_changes_nothing_and_has_one_graph(config):
             loss.backward()
         gradients.append(taken(model).values())
     for plain, compiled in zip(*gradients, strict=True):
-        assert (plain - compiled).norm() <= (0.05 if config.system == "moe" else 1e-4) * plain.norm()
+        assert (plain - compiled).norm() <= (
+            0.05 if config.system == "moe" else 1e-4
+        ) * plain.norm()
 
 
 def test_torch_compile_takes_one_slot_a_head():
@@ -177,7 +195,9 @@ def test_torch_compile_takes_a_model_whose_values_alone_learn(system):
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         run(idx, idx)[1].backward()
         gradients.append(model.pool.take_gradient().to_dense())
-    assert gradients[0].norm() > 0 and all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert gradients[0].norm() > 0 and all(
+        p.grad is None for p in model.parameters() if not p.requires_grad
+    )
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -189,7 +209,9 @@ def test_torch_compile_takes_a_model_with_frozen_values(system):
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         run(idx, idx)[1].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        )
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -207,7 +229,9 @@ def test_torch_compile_takes_experts_in_float32():
 def test_a_model_can_be_copied_after_a_training_step(config):
     """copy.deepcopy refuses tensors that autograd made: nothing is kept of a forward pass."""
     model, idx = collecting(make(config)), tokens(2, 24)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     model(idx, idx)[1].backward()
     for other in (copy.deepcopy(model), average.module):
         torch.testing.assert_close(other(idx)[0], model(idx)[0])
@@ -264,10 +288,17 @@ def test_a_training_step_on_a_gpu_mixes_no_devices(config, device):
             torch.optim.AdamW(network, fused=False).step()
         if model.pool is not None:  # a resume: the state comes from a file
             optimizer = RowAdam(model.pool)
-            state = {"step": 1} | {name: torch.zeros(model.pool.values.shape) for name in ("means", "squares")}
-            optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+            state = {"step": 1} | {
+                name: torch.zeros(model.pool.values.shape) for name in ("means", "squares")
+            }
+            optimizer.load_state_dict(
+                {"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
             loaded = optimizer.state[model.pool.values]
-            assert loaded["means"].device == torch.device(device) and loaded["means"].dtype == torch.float32
+            assert (
+                loaded["means"].device == torch.device(device)
+                and loaded["means"].dtype == torch.float32
+            )
 
 
 def test_generation_asks_for_attention_that_needs_no_plan(monkeypatch):
@@ -299,7 +330,12 @@ def test_counts_of_a_dense_model_equal_those_by_hand():
     model = GPT(DENSE)
     assert model.parameter_counts() == {"dense": 64 * 16 + 3 * (1024 + 2304 + 32) + 16, "pool": 0}
     # A multiply-add is 2 FLOPs. In a sequence of 9, attention sees 5 positions on average: 2 * (q.k and p.v) 2 * 16 * 5.
-    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 3 * 2 * 2304, "memory": 0, "head": 2 * 16 * 64}
+    want = {
+        "attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5),
+        "ffn": 3 * 2 * 2304,
+        "memory": 0,
+        "head": 2 * 16 * 64,
+    }
     assert model.flops_per_token(9) == want
 
 
@@ -311,11 +347,18 @@ def test_counts_of_a_memory_model_equal_those_by_hand():
     assert model.parameter_counts() == {"dense": dense, "pool": 81 * 12}
     # Query 480; scores 2 * 3 * 9 * 5 = 270; lookup 12 slots * 12; gate and output 192 each.
     memory = 2 * 2 * (480 + 270 + 144 + 192 + 192)
-    want = {"attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5), "ffn": 2 * 2304, "memory": memory, "head": 2 * 16 * 64}
+    want = {
+        "attention": 3 * (2 * 1024 + 2 * 2 * 16 * 5),
+        "ffn": 2 * 2304,
+        "memory": memory,
+        "head": 2 * 16 * 64,
+    }
     assert model.flops_per_token(9) == want
 
 
-@pytest.mark.parametrize("config", [DENSE, MEMORY, PKM, PEER], ids=["dense", "memory", "pkm", "peer"])
+@pytest.mark.parametrize(
+    "config", [DENSE, MEMORY, PKM, PEER], ids=["dense", "memory", "pkm", "peer"]
+)
 def test_flops_equal_what_pytorch_counts_while_running(config):
     """All but the lookup, which PyTorch does not count, and attention, for which it counts positions that causality leaves out."""
     B, T = 2, 24
@@ -326,7 +369,14 @@ def test_flops_equal_what_pytorch_counts_while_running(config):
     products = sum(flops for op, flops in counted.items() if "attention" not in op)
     flops = model.flops_per_token(T)
     c = config
-    lookup = len(c.mem_layers) * 2 * c.mem_heads * c.mem_topk * c.mem_value_dim * (2 if c.system == "peer" else 1)
+    lookup = (
+        len(c.mem_layers)
+        * 2
+        * c.mem_heads
+        * c.mem_topk
+        * c.mem_value_dim
+        * (2 if c.system == "peer" else 1)
+    )
     attention = c.n_layer * 2 * c.n_embd * (T + 1)
     assert products == B * T * (sum(flops.values()) - lookup - attention)
 
@@ -348,10 +398,19 @@ def test_memory_layers_are_centred_with_a_stride():
     def layers(n_layer, count):
         return GPTConfig(n_layer=n_layer, mem_count=count).mem_layers
 
-    assert layers(24, 3) == (4, 12, 20) and layers(12, 3) == (2, 6, 10)  # the paper's, and design by the same rule
+    assert layers(24, 3) == (4, 12, 20) and layers(12, 3) == (
+        2,
+        6,
+        10,
+    )  # the paper's, and design by the same rule
     assert layers(4, 1) == (2,) and layers(3, 3) == (0, 1, 2) and layers(12, 0) == ()
     model = GPT(replace(DENSE, n_layer=4, mem_layers=(3, 1)))
-    assert [type(block.ffn).__name__ for block in model.blocks] == ["SwiGLU", "MemoryPlus", "SwiGLU", "MemoryPlus"]
+    assert [type(block.ffn).__name__ for block in model.blocks] == [
+        "SwiGLU",
+        "MemoryPlus",
+        "SwiGLU",
+        "MemoryPlus",
+    ]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -396,7 +455,9 @@ def test_past_the_block_the_last_half_is_the_context(config):
 
 def test_prompt_longer_than_the_block_is_cut_to_its_end():
     model, idx = make(MEMORY), tokens(1, 40)
-    assert torch.equal(model.generate(idx, 1, temperature=0)[:, -1], model(idx[:, -24:])[0][:, -1].argmax(-1))
+    assert torch.equal(
+        model.generate(idx, 1, temperature=0)[:, -1], model(idx[:, -24:])[0][:, -1].argmax(-1)
+    )
     with pytest.raises(ValueError, match="40 tokens are more than block_size=24"):
         model(idx)
 
@@ -409,7 +470,9 @@ def test_complete_equals_one_prompt_at_a_time():
         model.generate(torch.tensor([prompt]), length, temperature=0)[0, len(prompt) :].tolist()
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    assert model.complete(prompts, lengths, batch_size=2) == model.complete(prompts, lengths) == alone
+    assert (
+        model.complete(prompts, lengths, batch_size=2) == model.complete(prompts, lengths) == alone
+    )
 
 
 def draws(logits, number=4000, **options):
@@ -423,17 +486,29 @@ def test_draws_follow_temperature_top_k_and_top_p():
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])
     logits = p.log().tolist()
     torch.testing.assert_close(draws(logits), p, rtol=0, atol=0.03)
-    torch.testing.assert_close(draws(logits, temperature=0.5), p**2 / (p**2).sum(), rtol=0, atol=0.03)
-    torch.testing.assert_close(draws(logits, top_k=2), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        draws(logits, temperature=0.5), p**2 / (p**2).sum(), rtol=0, atol=0.03
+    )
+    torch.testing.assert_close(
+        draws(logits, top_k=2), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03
+    )
     torch.testing.assert_close(draws(logits, top_k=99), p, rtol=0, atol=0.03)
-    torch.testing.assert_close(draws(logits, top_p=0.65), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        draws(logits, top_p=0.65), torch.tensor([0, 0.4, 0, 0.3]) / 0.7, rtol=0, atol=0.03
+    )
     assert draws(logits, temperature=1e-40)[1] == 1
-    assert draws(logits, top_p=0.0)[1] == 1 and draws(logits, temperature=0)[1] == 1 and draws(logits, top_k=1)[1] == 1
+    assert (
+        draws(logits, top_p=0.0)[1] == 1
+        and draws(logits, temperature=0)[1] == 1
+        and draws(logits, top_k=1)[1] == 1
+    )
 
 
 def test_generation_is_repeatable_from_its_generator():
     model, idx = make(MEMORY), tokens(2, 4)
-    first, second = (model.generate(idx, 30, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    first, second = (
+        model.generate(idx, 30, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
     other = model.generate(idx, 30, generator=torch.Generator().manual_seed(6))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
@@ -449,7 +524,10 @@ def test_generation_is_repeatable_from_its_generator():
         (dict(n_layer=0), "n_layer=0: must be at least 1"),
         (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: at most 8 with mem_keys=8"),
         (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
-        (dict(mem_layers=(1,), mem_dtype="float16"), "mem_dtype=float16: must be one of float32, bfloat16"),
+        (
+            dict(mem_layers=(1,), mem_dtype="float16"),
+            "mem_dtype=float16: must be one of float32, bfloat16",
+        ),
         (dict(mem_layers=(1, 12)), "no block 12; n_layer=12 has blocks 0 to 11"),
         (dict(mem_layers=(-1,)), "no block -1"),
         (dict(mem_count=13), "mem_count=13"),

@@ -89,7 +89,9 @@ def assert_result(out, want):
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.json"
-    path.write_text(json.dumps(describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})))
+    path.write_text(
+        json.dumps(describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {}))
+    )
     return [sys.executable, "-c", DRIVER, str(path)]
 
 
@@ -109,7 +111,9 @@ def run(command, *arguments, **options):
 def start(command):
     """In a session of its own, to which signals can be sent as a terminal does."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def assert_refused(done, *words):
@@ -135,7 +139,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", f"/storage/{name}")
             self.send_header("X-Linked-Size", trouble.linked_size or len(body))
-            self.send_header("X-Linked-Etag", f'"{trouble.sha256 or hashlib.sha256(body).hexdigest()}"')
+            self.send_header(
+                "X-Linked-Etag", f'"{trouble.sha256 or hashlib.sha256(body).hexdigest()}"'
+            )
             self.send_header("Content-Length", "0")
             return self.end_headers()
         asked_for = re.findall(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -149,7 +155,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if trouble.length:
             self.send_header("Content-Length", len(body) - begin)
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the program looked at the size only, or was killed
+        with contextlib.suppress(
+            ConnectionError
+        ):  # the program looked at the size only, or was killed
             self.wfile.write(body[begin : begin + next(trouble.cuts, len(body))])
 
 
@@ -163,7 +171,13 @@ def random_cuts():
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.trouble = types.SimpleNamespace(
-            cuts=iter(()), ranges=True, length=True, page=False, refuse=(), linked_size=None, sha256=None
+            cuts=iter(()),
+            ranges=True,
+            length=True,
+            page=False,
+            refuse=(),
+            linked_size=None,
+            sha256=None,
         )
         server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}/hub"
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -175,14 +189,18 @@ def server():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_dropped_connections_and_kills_at_any_moment_change_nothing(driver, server, tmp_path, whole, workers):
+def test_dropped_connections_and_kills_at_any_moment_change_nothing(
+    driver, server, tmp_path, whole, workers
+):
     server.trouble.cuts = random_cuts()
     generator, kills, finished = random.Random(workers), 0, []
     for seconds in [generator.uniform(0, 0.7) for _ in range(5)] + [60]:
         server.asked.clear()
         command = [*driver, f"--source={server.url}", "--subsets=0-2"]
         process = start([*command, f"--workers={workers}", f"--out={tmp_path}"])
-        while len(server.asked) <= 3 - len(finished) and process.poll() is None:  # it looks at the sizes
+        while (
+            len(server.asked) <= 3 - len(finished) and process.poll() is None
+        ):  # it looks at the sizes
             time.sleep(0.01)
         try:
             _, errors = process.communicate(timeout=seconds)
@@ -192,14 +210,18 @@ def test_dropped_connections_and_kills_at_any_moment_change_nothing(driver, serv
             kills += 1
         process.communicate()
         end = time.monotonic() + 20
-        with pytest.raises(ProcessLookupError):  # its workers end, too: nobody of the process group is left
+        with pytest.raises(
+            ProcessLookupError
+        ):  # its workers end, too: nobody of the process group is left
             while time.monotonic() < end:
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
         for split, data in whole.items():  # what has the name of a finished file is one
             file = tmp_path / f"{split}.bin"
             assert not file.exists() or file.read_bytes() == data
-        assert not any(name in server.asked for name in finished)  # what is done is not even asked for
+        assert not any(
+            name in server.asked for name in finished
+        )  # what is done is not even asked for
         progress = tmp_path / "progress.json"
         finished = list(json.loads(progress.read_text())) if progress.exists() else []
     assert process.returncode == 0, errors
@@ -229,7 +251,11 @@ def test_ctrl_c_stops_and_the_next_call_goes_on(driver, server, tmp_path, whole)
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors and "the same command continues" in errors
+    assert (
+        process.returncode == 130
+        and "Traceback" not in errors
+        and "the same command continues" in errors
+    )
     assert run(driver, *arguments).returncode == 0
     assert_result(tmp_path, whole)
 
@@ -237,7 +263,9 @@ def test_ctrl_c_stops_and_the_next_call_goes_on(driver, server, tmp_path, whole)
 def test_an_early_ctrl_c_is_quiet(driver, folder, tmp_path):
     for seconds in (0, 0.1, 0.2, 0.3):  # while workers start
         out = tmp_path / str(seconds)
-        process = start([*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={out}"])
+        process = start(
+            [*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={out}"]
+        )
         while not out.exists():
             assert process.poll() is None
             time.sleep(0.01)
@@ -254,7 +282,9 @@ def test_what_is_kept_is_what_was_sent_and_a_source(driver, server, tmp_path, wh
     assert done.returncode == 0 and f"{len(corpus()[1])} documents" in done.stdout, done.stderr
     assert_result(out, whole)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == corpus()[0]
-    done = run(driver, f"--source={kept}", "--subsets=0-2", "--workers=3", f"--out={tmp_path / 'again'}")
+    done = run(
+        driver, f"--source={kept}", "--subsets=0-2", "--workers=3", f"--out={tmp_path / 'again'}"
+    )
     assert done.returncode == 0
     assert_result(tmp_path / "again", whole)
 
@@ -272,13 +302,17 @@ def test_one_archive_can_be_followed_by_more(driver, folder, tmp_path, whole):
     assert run(driver, f"--source={folder}", "--subsets=0", f"--out={out}").returncode == 0
     assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
     done = run(driver, f"--source={folder}", "--subsets=1,2", f"--out={out}")
-    assert_refused(done, "begins with urlsf_subset00.tar", "--subsets must name these, too", "--out")
+    assert_refused(
+        done, "begins with urlsf_subset00.tar", "--subsets must name these, too", "--out"
+    )
     assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
     (folder / NAMES[0]).unlink()  # it is not needed again
     damaged = (folder / NAMES[2]).read_bytes()[:-30_000]
     (folder / NAMES[2]).write_bytes(damaged)
     assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}"), NAMES[2])
-    done = run(driver, f"--source={folder}", "--subsets=0-1", f"--out={out}")  # gives back what there was
+    done = run(
+        driver, f"--source={folder}", "--subsets=0-1", f"--out={out}"
+    )  # gives back what there was
     assert done.returncode == 0, done.stderr
     assert_result(out, {split: as_bytes(corpus()[1][:160], split) for split in ("train", "val")})
     (folder / NAMES[2]).write_bytes(corpus()[0][NAMES[2]])
@@ -286,7 +320,9 @@ def test_one_archive_can_be_followed_by_more(driver, folder, tmp_path, whole):
     assert done.returncode == 0, done.stderr
     assert_result(out, whole)
     shutil.rmtree(folder)
-    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}")  # there is nothing left to do
+    done = run(
+        driver, f"--source={folder}", "--subsets=0-2", f"--out={out}"
+    )  # there is nothing left to do
     assert done.returncode == 0, done.stderr
     assert_result(out, whole)
 
@@ -340,18 +376,29 @@ FLIP = 2_000  # a byte in the middle of a compressed member
         (lambda a: a[:200], ["incomplete", "truncated header (200 of 200 bytes read)"]),
         (lambda a: a[: end_of_first_member(a)], ["incomplete", "empty header ("]),
         (lambda a: b"", ["incomplete", "empty header (0 of 0 bytes read)"]),
-        (lambda a: b"<html>" + bytes(600), ["not an archive of OpenWebText: bad checksum (512 of 606"]),
+        (
+            lambda a: b"<html>" + bytes(600),
+            ["not an archive of OpenWebText: bad checksum (512 of 606"],
+        ),
         (lambda a: a[:100] + b"9" + a[101:], ["damaged", "bad checksum (512 of"]),
         (damage_second_header, ["damaged", "bad checksum ("]),
         (lambda a: a[:FLIP] + bytes([a[FLIP] ^ 1]) + a[FLIP + 1 :], ["urlsf_subset01-1_data.xz"]),
         (lambda a: with_member(3, lambda xz: xz[:-20]), ["urlsf_subset01-4_data.xz"]),
-        (lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad": b"\xff"}))), ["bad is not UTF-8"]),
-        (lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)), ["urlsf_subset01-9_data.xz"]),
+        (
+            lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad": b"\xff"}))),
+            ["bad is not UTF-8"],
+        ),
+        (
+            lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)),
+            ["urlsf_subset01-9_data.xz"],
+        ),
         (lambda a: tar({"readme.txt": b"hello"}), ["no documents"]),
         (lambda a: tar({"a" * 120 + "_data.xz": b"hello"}), ["a long name"]),
     ],
 )
-def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(driver, folder, tmp_path, whole, damage, words):
+def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(
+    driver, folder, tmp_path, whole, damage, words
+):
     good, out = corpus()[0][NAMES[1]], tmp_path / "out"
     (folder / NAMES[1]).write_bytes(damage(good))
     done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}")
@@ -391,15 +438,24 @@ def test_a_server_without_checksums_will_do(driver, server, tmp_path, whole):
     assert_result(tmp_path, whole)
     server.trouble.page = True  # a page instead of data, and nothing to compare its size with
     done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
-    assert_refused(done, "urlsf_subset00.tar is incomplete, damaged, or not an archive", "invalid header")
+    assert_refused(
+        done, "urlsf_subset00.tar is incomplete, damaged, or not an archive", "invalid header"
+    )
     server.trouble.length = False
     done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
     assert_refused(done, "urlsf_subset00.tar: it should have one size, not none")
 
 
 def test_a_busy_server_is_asked_again_and_then_given_up(driver, server, tmp_path, whole):
-    server.trouble.cuts = itertools.repeat(50_000)  # two requests an archive, after three for the sizes
-    arguments = (f"--source={server.url}", "--subsets=0-2", f"--keep={tmp_path}", f"--out={tmp_path}")
+    server.trouble.cuts = itertools.repeat(
+        50_000
+    )  # two requests an archive, after three for the sizes
+    arguments = (
+        f"--source={server.url}",
+        "--subsets=0-2",
+        f"--keep={tmp_path}",
+        f"--out={tmp_path}",
+    )
     server.trouble.refuse = range(5, 100)
     done = run(driver, *arguments)
     assert_refused(done, "attempt 3 of 4", "at byte 50,000")
@@ -435,7 +491,9 @@ def test_no_server_and_no_such_file_are_said_at_once(driver, server, tmp_path):
     assert not list(tmp_path.glob("*.bin*"))
 
 
-def test_a_full_disk_is_foreseen_and_one_that_fills_up_loses_nothing(driver, server, folder, tmp_path, whole):
+def test_a_full_disk_is_foreseen_and_one_that_fills_up_loses_nothing(
+    driver, server, folder, tmp_path, whole
+):
     server.trouble.linked_size, server.trouble.length = 10**16, False
     out = tmp_path / "out"
     done = run(driver, f"--source={server.url}", "--subsets=0", f"--out={out}")
@@ -446,7 +504,9 @@ def test_a_full_disk_is_foreseen_and_one_that_fills_up_loses_nothing(driver, ser
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}", preexec_fn=little_room)
+    done = run(
+        driver, f"--source={folder}", "--subsets=0-2", f"--out={out}", preexec_fn=little_room
+    )
     assert_refused(done, "File too large", str(out))
     assert list(json.loads((out / "progress.json").read_text())) == NAMES[:2]
     assert not (out / "train.bin").exists()
@@ -460,7 +520,9 @@ def test_a_vocabulary_that_cannot_be_fetched_is_said_before_anything_else(folder
     environment = os.environ | nowhere | {"NO_PROXY": "", "no_proxy": ""}
     environment["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
     command = [sys.executable, "data/openwebtext/prepare.py"]
-    done = run(command, f"--source={folder}", "--subsets=0", f"--out={tmp_path / 'out'}", env=environment)
+    done = run(
+        command, f"--source={folder}", "--subsets=0", f"--out={tmp_path / 'out'}", env=environment
+    )
     assert_refused(done, "GPT-2's vocabulary could not be fetched", "TIKTOKEN_CACHE_DIR")
     assert not (tmp_path / "out").exists()
 

@@ -27,7 +27,9 @@ class Transformer(nn.Module):
         options = dict(heads=2, topk=4) | options
         self.embedding = nn.Embedding(V, C)
         self.positions = nn.Parameter(torch.randn(T, C))
-        self.attention = nn.ModuleList(nn.MultiheadAttention(C, 4, batch_first=True) for _ in range(2))
+        self.attention = nn.ModuleList(
+            nn.MultiheadAttention(C, 4, batch_first=True) for _ in range(2)
+        )
         self.memory = nn.ModuleList(MemoryLayer(dim=C, slots=slots, **options) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(4))
         self.pool = ValuePool(slots=slots, dim=options.get("value_dim", C))
@@ -85,7 +87,9 @@ def test_it_learns_a_table_of_576_entries_by_heart():
     model_without.pool.requires_grad_(False).values.zero_()  # no memory
     start = model.pool.values.detach().clone()
     losses = train(model, make_optimizers(model), range(120))
-    without = train(model_without, [torch.optim.AdamW(model_without.network(), lr=3e-3)], range(120))
+    without = train(
+        model_without, [torch.optim.AdamW(model_without.network(), lr=3e-3)], range(120)
+    )
     tokens, targets = batch(1000)
     with torch.no_grad():
         right = (model(tokens)[:, -1].argmax(-1) == targets).float().mean().item()
@@ -141,7 +145,9 @@ def test_it_equals_a_float64_program_with_all_slots(options, dtype):
     gradients["pool.values"] = model.pool.take_gradient().to_dense()
     for name, p in exact.named_parameters():
         if "in_proj_bias" not in name:  # that of keys has no gradient
-            assert p.grad.norm() > 0 and (gradients[name] - p.grad).norm() <= tolerance * p.grad.norm(), name
+            assert (
+                p.grad.norm() > 0 and (gradients[name] - p.grad).norm() <= tolerance * p.grad.norm()
+            ), name
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 2), (0,), (2, 0)])
@@ -161,7 +167,10 @@ def test_layer_and_pool_draw_their_own_values(options):
     """A fresh layer gives an output of a size that depends on its input."""
     torch.manual_seed(0)
     options = dict(topk=4) | options
-    layer, pool = MemoryLayer(dim=C, slots=SLOTS, **options), ValuePool(slots=SLOTS, dim=options.get("value_dim", C))
+    layer, pool = (
+        MemoryLayer(dim=C, slots=SLOTS, **options),
+        ValuePool(slots=SLOTS, dim=options.get("value_dim", C)),
+    )
     y = layer(torch.randn(200, C), pool)
     assert y.isfinite().all() and 1e-4 < y.std() < 1 and y.std(0).min() > 1e-5
     for p in (*layer.parameters(), *pool.parameters()):
@@ -176,8 +185,13 @@ def test_state_dict_and_optimizers_continue_to_the_same_bits(tmp_path):
     optimizers = make_optimizers(model)
     train(model, optimizers, range(4))
     names = list(model.state_dict())
-    assert names.count("pool.values") == 1 and not any("gradient" in name or "touched" in name for name in names)
-    torch.save([model.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)], tmp_path / "it.pt")
+    assert names.count("pool.values") == 1 and not any(
+        "gradient" in name or "touched" in name for name in names
+    )
+    torch.save(
+        [model.state_dict(), *(optimizer.state_dict() for optimizer in optimizers)],
+        tmp_path / "it.pt",
+    )
     want = train(model, optimizers, range(4, 8))
     other = make(seed=1)
     others = make_optimizers(other)
@@ -185,7 +199,9 @@ def test_state_dict_and_optimizers_continue_to_the_same_bits(tmp_path):
     for part, state in zip((other, *others), saved, strict=True):
         part.load_state_dict(state)
     assert train(other, others, range(4, 8)) == want
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_micro_steps_add_up_and_a_gradient_can_be_dropped():
@@ -200,7 +216,12 @@ def test_micro_steps_add_up_and_a_gradient_can_be_dropped():
     optimizer.zero_grad()
     for part in tokens.split(2):
         model(part).square().sum().backward()
-    torch.testing.assert_close(model.pool.take_gradient().to_dense(), whole.pool.take_gradient().to_dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.pool.take_gradient().to_dense(),
+        whole.pool.take_gradient().to_dense(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 # --- each mistake ---------------------------------------------------------------------------------------------------------
@@ -234,7 +255,9 @@ def test_a_gradient_that_is_never_taken_out_is_refused_at_the_second_step(adam, 
     optimizer.zero_grad()
     with torch.no_grad():
         loss_of(model, 1)  # evaluation is possible
-    with pytest.raises(RuntimeError, match=r"gradient of an earlier step: call step\(\) of RowAdam\(pool\)"):
+    with pytest.raises(
+        RuntimeError, match=r"gradient of an earlier step: call step\(\) of RowAdam\(pool\)"
+    ):
         loss_of(model, 1)
 
 
@@ -242,7 +265,9 @@ def test_adamw_that_has_the_values_beside_row_adam_does_not_move_them():
     model, other = make(), make()
     first = train(model, make_optimizers(model), range(5))
     _, rows = make_optimizers(other)
-    adam = torch.optim.AdamW([{"params": other.network()}, {"params": [other.pool.values]}], lr=3e-3)
+    adam = torch.optim.AdamW(
+        [{"params": other.network()}, {"params": [other.pool.values]}], lr=3e-3
+    )
     assert train(other, [adam, rows], range(5)) == first
     assert torch.equal(model.pool.values, other.pool.values)
 
@@ -273,7 +298,11 @@ def test_activation_checkpointing_is_no_mistake():
     [
         (dict(slots=16**2), dict(slots=15**2, dim=C), "slots=256 reads a pool of 225"),
         (dict(slots=15**2), dict(slots=16**2, dim=C), "slots=225 reads a pool of 256"),
-        (dict(slots=16**2, value_dim=8), dict(slots=16**2, dim=C), "value_dim=8 reads values of width 32"),
+        (
+            dict(slots=16**2, value_dim=8),
+            dict(slots=16**2, dim=C),
+            "value_dim=8 reads values of width 32",
+        ),
     ],
 )
 def test_a_pool_of_another_shape_is_refused(layer, pool, message):
@@ -313,7 +342,14 @@ def test_torch_compile_takes_it_in_one_graph():
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         run(tokens).square().sum().backward()
-        gradients.append(torch.cat([model.pool.take_gradient().to_dense().flatten(), *(p.grad.flatten() for p in model.network())]))
+        gradients.append(
+            torch.cat(
+                [
+                    model.pool.take_gradient().to_dense().flatten(),
+                    *(p.grad.flatten() for p in model.network()),
+                ]
+            )
+        )
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 

@@ -28,7 +28,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 def run(command, **options):
     command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENVIRONMENT, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=ENVIRONMENT, **options
+    )
 
 
 def torchrun(ranks, *arguments):
@@ -42,8 +44,16 @@ def start_ranks(count, *arguments, without=()):
         port = str(s.getsockname()[1])
     processes = []
     for rank in range(count):
-        environment = ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        environment |= {name: value for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)) if name not in without}
+        environment = ENVIRONMENT | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+        }
+        environment |= {
+            name: value
+            for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port))
+            if name not in without
+        }
         command = [sys.executable, "train.py", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
@@ -54,13 +64,27 @@ def together(ranks, *arguments):
     """What all of them have said: returns the exit status of each, standard output and errors."""
     processes = start_ranks(ranks, *arguments)
     said = [process.communicate(timeout=200) for process in processes]
-    return [process.returncode for process in processes], *("".join(texts) for texts in zip(*said, strict=True))
+    return [process.returncode for process in processes], *(
+        "".join(texts) for texts in zip(*said, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "facts"
-    assert run([sys.executable, "data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder]).returncode == 0
+    assert (
+        run(
+            [
+                sys.executable,
+                "data/facts/prepare.py",
+                "--people=20",
+                "--biographies=30",
+                "--out",
+                folder,
+            ]
+        ).returncode
+        == 0
+    )
     return folder
 
 
@@ -85,10 +109,16 @@ def assert_equal_runs(one, other):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), f"step {a['iter']}"
         assert a.get("val_loss") == pytest.approx(b.get("val_loss"), abs=1e-5)
     one, other = (load_checkpoint(out / "ckpt.pt") for out in (one, other))
-    pairs = {name: (tensor, other["model"].state_dict()[name]) for name, tensor in one["model"].state_dict().items()}
+    pairs = {
+        name: (tensor, other["model"].state_dict()[name])
+        for name, tensor in one["model"].state_dict().items()
+    }
     for i, optimizer in enumerate(one["optimizers"]):
         for p, state in optimizer["state"].items():
-            pairs |= {f"{name} {i} {p}": (state[name], other["optimizers"][i]["state"][p][name]) for name in state}
+            pairs |= {
+                f"{name} {i} {p}": (state[name], other["optimizers"][i]["state"][p][name])
+                for name in state
+            }
     assert sum("means" in name or "exp_avg" in name for name in pairs) > 10
     for name, (a, b) in pairs.items():
         a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -97,37 +127,68 @@ def assert_equal_runs(one, other):
 
 def wait_for_step(out, step, processes, seconds=120):
     end = time.monotonic() + seconds
-    while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= step):
-        assert all(p.poll() is None for p in processes) and time.monotonic() < end, [p.communicate() for p in processes]
+    while not (
+        (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= step
+    ):
+        assert all(p.poll() is None for p in processes) and time.monotonic() < end, [
+            p.communicate() for p in processes
+        ]
         time.sleep(0.01)
 
 
 # --- several processes equal one --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks, M", [(4, 1), (2, 2), (4, 2)])  # two ranks with a table each: the test of a killed rank
+@pytest.mark.parametrize(
+    "ranks, M", [(4, 1), (2, 2), (4, 2)]
+)  # two ranks with a table each: the test of a killed rank
 def test_several_ranks_equal_one(facts, alone, tmp_path, ranks, M):
-    status, said, errors = together(ranks, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}")
+    status, said, errors = together(
+        ranks, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={M}"
+    )
     assert status == [0] * ranks, errors
     assert_equal_runs(alone, tmp_path)
-    assert said.count("MFLOPs a token") == 2 and said.count("Next:") == 1  # said once, not once a rank
+    assert (
+        said.count("MFLOPs a token") == 2 and said.count("Next:") == 1
+    )  # said once, not once a rank
     if ranks == M == 2:  # one process samples from what several have written
-        done = run([sys.executable, "sample.py", f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=5"])
+        done = run(
+            [
+                sys.executable,
+                "sample.py",
+                f"--out_dir={tmp_path}",
+                "--num_samples=1",
+                "--max_new_tokens=5",
+            ]
+        )
         assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("system", ["moe", "peer", "ultramem"])
 def test_two_ranks_equal_one_for_each_system(facts, tmp_path, system):
-    options = [*OPTIONS, *SYSTEMS[system], "--max_iters=8", "--eval_interval=4", f"--dataset={facts}"]
+    options = [
+        *OPTIONS,
+        *SYSTEMS[system],
+        "--max_iters=8",
+        "--eval_interval=4",
+        f"--dataset={facts}",
+    ]
     for ranks, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         status, _, errors = together(ranks, *options, f"--out_dir={out}")
         assert status == [0] * ranks, errors
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     if system == "ultramem":  # its permutation is not drawn anew
-        status, _, errors = together(1, "--resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=9")
+        status, _, errors = together(
+            1, "--resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=9"
+        )
         assert status == [0], errors
-        weights = [load_checkpoint(tmp_path / name / "ckpt.pt")["model"].pool.permutation for name in ("one", "two")]
-        assert torch.equal(*weights) and torch.equal(weights[0].long().sort().values, torch.arange(4 * 256))
+        weights = [
+            load_checkpoint(tmp_path / name / "ckpt.pt")["model"].pool.permutation
+            for name in ("one", "two")
+        ]
+        assert torch.equal(*weights) and torch.equal(
+            weights[0].long().sort().values, torch.arange(4 * 256)
+        )
 
 
 CHECK = """
@@ -200,27 +261,42 @@ def test_a_sharded_lookup_and_a_combined_gradient_equal_those_of_one_table(tmp_p
 
 
 @pytest.mark.parametrize("before, after", [((4, 2), (1, 1)), ((1, 1), (4, 2))])
-def test_a_resume_with_another_number_of_ranks_equals_one_run(facts, alone, tmp_path, before, after):
+def test_a_resume_with_another_number_of_ranks_equals_one_run(
+    facts, alone, tmp_path, before, after
+):
     """Killed after its first checkpoint, whatever its rest was doing."""
-    options = [*OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", f"--memory_parallel={before[1]}"]
+    options = [
+        *OPTIONS,
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+        f"--memory_parallel={before[1]}",
+    ]
     processes = start_ranks(before[0], *options)
     wait_for_step(tmp_path, 10, processes)
     for process in processes:
         process.kill()
         process.communicate()
-    status, _, errors = together(after[0], "--resume", f"--out_dir={tmp_path}", f"--memory_parallel={after[1]}")
+    status, _, errors = together(
+        after[0], "--resume", f"--out_dir={tmp_path}", f"--memory_parallel={after[1]}"
+    )
     assert status == [0] * after[0], errors
     assert_equal_runs(alone, tmp_path)
 
 
 def test_a_killed_rank_ends_the_others_with_a_message_and_the_run_goes_on(facts, alone, tmp_path):
-    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", "--timeout=20")
+    processes = start_ranks(
+        2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", "--timeout=20"
+    )
     wait_for_step(tmp_path, 10, processes)
     processes[1].kill()
     began = time.monotonic()
     errors = processes[0].communicate(timeout=40)[1]
     assert time.monotonic() - began < 30 and processes[0].returncode == 1
-    assert errors.count("train.py: another process is lost") == 1 and "--resume" in errors and "Traceback" not in errors
+    assert (
+        errors.count("train.py: another process is lost") == 1
+        and "--resume" in errors
+        and "Traceback" not in errors
+    )
     processes[1].communicate()
     status, _, errors = together(2, "--resume", f"--out_dir={tmp_path}")
     assert status == [0, 0], errors
@@ -228,28 +304,59 @@ def test_a_killed_rank_ends_the_others_with_a_message_and_the_run_goes_on(facts,
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(facts, tmp_path):
-    processes = start_ranks(2, *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}", "--timeout=5", "--max_iters=100000")
+    processes = start_ranks(
+        2,
+        *OPTIONS,
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+        "--timeout=5",
+        "--max_iters=100000",
+    )
     wait_for_step(tmp_path, 10, processes)
     processes[0].send_signal(signal.SIGSTOP)
     errors = processes[1].communicate(timeout=40)[1]
-    assert processes[1].returncode == 1 and "rank 1: another process is lost" in errors and "Traceback" not in errors
+    assert (
+        processes[1].returncode == 1
+        and "rank 1: another process is lost" in errors
+        and "Traceback" not in errors
+    )
     processes[0].kill()
     processes[0].communicate()
 
 
 def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
-    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path}"]
+    command = [
+        *TORCHRUN,
+        "--nproc_per_node=2",
+        "train.py",
+        *OPTIONS,
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+    ]
     command += ["--memory_parallel=2", "--eval_interval=1000"]
-    job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_step(tmp_path, 5, [job])
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=60)[0]
     step = int(re.search(r"Stopped by SIGTERM after step (\d+)", said).group(1))
     checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
-    assert 5 <= step < 20 and checkpoint["iter"] == step and checkpoint["optimizers"][1]["state"][0]["step"] == step
+    assert (
+        5 <= step < 20
+        and checkpoint["iter"] == step
+        and checkpoint["optimizers"][1]["state"][0]["step"] == step
+    )
     status, _, errors = together(2, "--resume", f"--out_dir={tmp_path}", "--eval_interval=8")
     assert status == [0, 0], errors
-    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([line["loss"] for line in log_of(alone)], abs=1e-5)
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx(
+        [line["loss"] for line in log_of(alone)], abs=1e-5
+    )
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -267,10 +374,16 @@ def test_sigterm_to_the_job_saves_one_step_on_all_ranks(facts, alone, tmp_path):
     ],
 )
 def test_wrong_input_is_said_once_and_by_name(facts, tmp_path, options, words):
-    done = torchrun(2, "train.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *options)
+    done = torchrun(
+        2, "train.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *options
+    )
     lines = [line for line in done.stderr.splitlines() if "train.py: " in line]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
-    assert done.returncode != 0 and "train.py\", line" not in done.stderr and not (tmp_path / "out").exists()
+    assert (
+        done.returncode != 0
+        and 'train.py", line' not in done.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_compiled_model_trains_on_several_ranks_as_alone(facts, alone, tmp_path):
@@ -280,14 +393,25 @@ def test_a_compiled_model_trains_on_several_ranks_as_alone(facts, alone, tmp_pat
         "torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
         "train.main(sys.argv[1:])\n"
     )
-    (tmp_path / "compiled.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
-    done = torchrun(2, tmp_path / "compiled.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--compile=true")
+    (tmp_path / "compiled.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"
+    )
+    done = torchrun(
+        2,
+        tmp_path / "compiled.py",
+        *OPTIONS,
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--compile=true",
+    )
     assert done.returncode == 0, done.stderr
     assert_equal_runs(alone, tmp_path / "out")
 
 
 def test_missing_rendezvous_variables_are_named_once(facts, tmp_path):
-    processes = start_ranks(2, *OPTIONS, f"--out_dir={tmp_path / 'out'}", without=("MASTER_ADDR", "MASTER_PORT"))
+    processes = start_ranks(
+        2, *OPTIONS, f"--out_dir={tmp_path / 'out'}", without=("MASTER_ADDR", "MASTER_PORT")
+    )
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
     assert all(word in said[0] for word in ("MASTER_ADDR", "torchrun"))
@@ -308,5 +432,7 @@ def test_a_rank_out_of_step_is_found(facts, tmp_path):
         "train.main(sys.argv[1:])\n"
     )
     (tmp_path / "spoiled.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}")
-    done = torchrun(2, tmp_path / "spoiled.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}")
+    done = torchrun(
+        2, tmp_path / "spoiled.py", *OPTIONS, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"
+    )
     assert done.returncode != 0 and done.stderr.count("train.py: rank 1 is out of step") == 1

@@ -15,8 +15,8 @@ from helpers import SMALL, assert_refused, run
 from kernels import lookup
 from memory import ValuePool, candidate_pairs, product_topk
 from model import GPT, GPTConfig, SwiGLU
-from systems import MemoryPlus
 from systems import SYSTEMS as LAYERS
+from systems import MemoryPlus
 from systems.moe import MoE
 from systems.peer import PEER, dot
 from systems.ultramem import UltraMem, tucker_topk
@@ -69,8 +69,14 @@ def compare_with_loops(layer, pool, loops, auxiliary=0.0, tolerance=1e-11, n=6):
     ((got * grad).sum() + auxiliary * aux).backward()
     if pool is not None:
         pool.values.grad = pool.take_gradient()
-    results = {"output": got.view_as(want), "x": x.grad} | {name: p.grad for name, p in names.items()}
-    assert_equal(results, {"output": want, "x": exact_x.grad} | {name: p.grad for name, p in exact.items()}, tolerance)
+    results = {"output": got.view_as(want), "x": x.grad} | {
+        name: p.grad for name, p in names.items()
+    }
+    assert_equal(
+        results,
+        {"output": want, "x": exact_x.grad} | {name: p.grad for name, p in exact.items()},
+        tolerance,
+    )
     if auxiliary:
         assert float(aux) == pytest.approx(float(loss), rel=1e-5)
 
@@ -101,9 +107,17 @@ def test_dot_and_its_gradients_equal_loops(path, D, dtype, tolerance):
     values, generator = table(D=D, dtype=dtype), torch.Generator().manual_seed(1)
     indices = torch.randint(30, (9, 5), generator=generator)
     indices[0], indices[1, :3] = 3, 7
-    x, grad = torch.randn(9, D, generator=generator).to(dtype), torch.randn(9, 5, generator=generator)
+    x, grad = (
+        torch.randn(9, D, generator=generator).to(dtype),
+        torch.randn(9, 5, generator=generator),
+    )
     exact, exact_x = values.double().requires_grad_(), x.double().requires_grad_()
-    want = torch.stack([torch.stack([exact[slot] @ row for slot in slots]) for slots, row in zip(indices, exact_x, strict=True)])
+    want = torch.stack(
+        [
+            torch.stack([exact[slot] @ row for slot in slots])
+            for slots, row in zip(indices, exact_x, strict=True)
+        ]
+    )
     want.backward(grad.double())
     pool = pool_of(values)
     x.requires_grad_()
@@ -112,7 +126,9 @@ def test_dot_and_its_gradients_equal_loops(path, D, dtype, tolerance):
     results = {"z": got, "x": x.grad.clone()}
     dot(pool, indices, x).backward(grad)
     results["values"] = pool.take_gradient()
-    assert got.dtype == torch.float32 and torch.equal(results["values"].indices()[0], indices.unique())
+    assert got.dtype == torch.float32 and torch.equal(
+        results["values"].indices()[0], indices.unique()
+    )
     assert_equal(results, {"z": want, "x": exact_x.grad, "values": 2 * exact.grad}, tolerance)
 
 
@@ -131,7 +147,10 @@ def test_tensors_need_not_be_contiguous(path):
 
 def test_nothing_to_multiply_and_wrong_slots(path):
     pool = pool_of(table())
-    for x, indices in ((torch.zeros(3, 5), torch.zeros(3, 2).long()), (torch.zeros(2, 24), torch.zeros(3, 2).long())):
+    for x, indices in (
+        (torch.zeros(3, 5), torch.zeros(3, 2).long()),
+        (torch.zeros(2, 24), torch.zeros(3, 2).long()),
+    ):
         with pytest.raises(ValueError, match=r"x \(\d, \d+\): must be \(n, 24\)"):
             dot(pool, indices, x)
     with pytest.raises(ValueError, match="int32 or int64"):
@@ -153,7 +172,10 @@ def test_a_neuron_without_an_optimizer_is_refused():
 
 def test_one_expert_is_the_dense_network():
     torch.manual_seed(0)
-    dense, moe = SwiGLU(DENSE.n_embd, DENSE.n_ffn), MoE(DENSE.n_embd, DENSE.n_ffn, experts=1, topk=1)
+    dense, moe = (
+        SwiGLU(DENSE.n_embd, DENSE.n_ffn),
+        MoE(DENSE.n_embd, DENSE.n_ffn, experts=1, topk=1),
+    )
     with torch.no_grad():
         moe.gate_up[0] = torch.cat((dense.gate.weight.T, dense.up.weight.T), dim=1)
         moe.down[0] = dense.out.weight.T
@@ -168,7 +190,10 @@ def test_one_expert_is_the_dense_network():
     gate_up = torch.cat((dense.gate.weight.grad.T, dense.up.weight.grad.T), dim=1)
     torch.testing.assert_close(moe.gate_up.grad[0], gate_up)
     torch.testing.assert_close(moe.down.grad[0], dense.out.weight.grad.T)
-    assert moe.with_loss(x)[1].item() == pytest.approx(0.01) and moe.router.weight.grad.abs().max() == 0  # softmax of one is 1
+    assert (
+        moe.with_loss(x)[1].item() == pytest.approx(0.01)
+        and moe.router.weight.grad.abs().max() == 0
+    )  # softmax of one is 1
 
 
 def loop_over_experts(x, p, k):
@@ -193,7 +218,9 @@ def loop_over_experts(x, p, k):
 @pytest.mark.parametrize("E", [5, 40])  # 40: most of them get no token
 def test_every_pair_of_token_and_expert_is_computed(k, E):
     layer = make(replace(MOE, moe_topk=k, moe_experts=E), torch.float32).blocks[1].ffn
-    compare_with_loops(layer, None, lambda x, p: loop_over_experts(x, p, k), auxiliary=3.0, tolerance=1e-5, n=60)
+    compare_with_loops(
+        layer, None, lambda x, p: loop_over_experts(x, p, k), auxiliary=3.0, tolerance=1e-5, n=60
+    )
 
 
 def test_imbalance_is_1_where_all_is_even_and_more_elsewhere():
@@ -229,7 +256,9 @@ def test_the_auxiliary_loss_is_in_the_gradient_and_not_in_the_value(config):
         layer.with_loss = watch
         loss = model(idx, idx)[1]
         (loss if own else loss + losses[0]).backward()
-        cross_entropy = F.cross_entropy(model.logits(model.hidden(idx)).flatten(0, 1), idx.flatten())
+        cross_entropy = F.cross_entropy(
+            model.logits(model.hidden(idx)).flatten(0, 1), idx.flatten()
+        )
         assert losses[0] > 0 and loss.item() == pytest.approx(cross_entropy.item(), abs=1e-6)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         if model.pool is not None:
@@ -248,7 +277,9 @@ def test_flops_of_experts_equal_what_pytorch_counts(k):
     counts = []
     for run_layer in (
         lambda: model.blocks[1].ffn(x),
-        lambda: loop_over_experts(x[0], {name: p.detach() for name, p in model.blocks[1].ffn.named_parameters()}, k),
+        lambda: loop_over_experts(
+            x[0], {name: p.detach() for name, p in model.blocks[1].ffn.named_parameters()}, k
+        ),
     ):
         with FlopCounterMode(display=False, custom_mapping=grouped) as counter:
             run_layer()
@@ -269,7 +300,11 @@ def scores_by_loops(x, p, config, H, r=1):
         if f"{name}.weight" not in p:
             return v
         if config.mem_rank:  # LayerNorm
-            return (v - v.mean()) / ((v - v.mean()).square().mean() + 1e-6).sqrt() * p[f"{name}.weight"]
+            return (
+                (v - v.mean())
+                / ((v - v.mean()).square().mean() + 1e-6).sqrt()
+                * p[f"{name}.weight"]
+            )
         return v / (v.square().mean() + 1e-6).sqrt() * p[f"{name}.weight"]
 
     scale = math.sqrt(Q) if config.mem_qk_norm else 1.0
@@ -319,7 +354,13 @@ def test_peer_equals_loops():
 
 def ultramem_by_loops(x, p, config, permutation):
     """Over the whole virtual grid. -> y, auxiliary loss"""
-    H, K, r, h, E = config.mem_heads, config.mem_topk, max(1, config.mem_rank), config.mem_cores, config.mem_expand
+    H, K, r, h, E = (
+        config.mem_heads,
+        config.mem_topk,
+        max(1, config.mem_rank),
+        config.mem_cores,
+        config.mem_expand,
+    )
     N, S, D, y = config.mem_keys * math.isqrt(E), config.mem_keys**2, config.mem_value_dim, []
     core = p["core"].sum(0) if config.mem_rank else None
     values = p["values"].view(h, S, D // h)
@@ -329,17 +370,27 @@ def ultramem_by_loops(x, p, config, permutation):
         for head in range(H):
             a, b = s_row[head], s_col[head]  # (r, N)
             if core is None:
-                grids = [torch.stack([torch.stack([a[0, i] + b[0, j] for j in range(N)]) for i in range(N)])]
+                grids = [
+                    torch.stack(
+                        [torch.stack([a[0, i] + b[0, j] for j in range(N)]) for i in range(N)]
+                    )
+                ]
                 allowed = torch.ones(N, N, dtype=torch.bool)
             else:
                 grids = [
-                    torch.stack([torch.stack([a[:, i] @ one @ b[:, j] for j in range(N)]) for i in range(N)]) for one in p["core"]
+                    torch.stack(
+                        [torch.stack([a[:, i] @ one @ b[:, j] for j in range(N)]) for i in range(N)]
+                    )
+                    for one in p["core"]
                 ]
                 u, _, w = torch.linalg.svd(core.detach())
                 first, second = u[:, 0] @ a.detach(), w[0] @ b.detach()
                 allowed = torch.zeros(N, N, dtype=torch.bool)
                 for largest in (True, False):
-                    i, j = first.topk(K, largest=largest).indices, second.topk(K, largest=largest).indices
+                    i, j = (
+                        first.topk(K, largest=largest).indices,
+                        second.topk(K, largest=largest).indices,
+                    )
                     allowed[i.unsqueeze(1), j] = True
             total = sum(grids).detach().masked_fill(~allowed, -math.inf).flatten()
             best = total.argsort(descending=True)[:K]
@@ -349,14 +400,18 @@ def ultramem_by_loops(x, p, config, permutation):
                 block, slot = divmod(permutation[virtual], S)
                 for i in range(h):
                     part = slice(i * D // h, (i + 1) * D // h)
-                    blocks[block] = blocks[block].index_add(0, torch.arange(D)[part], weight[i] * values[i, slot])
+                    blocks[block] = blocks[block].index_add(
+                        0, torch.arange(D)[part], weight[i] * values[i, slot]
+                    )
         y.append(torch.cat(blocks))
     y = torch.stack(y)
     y = y @ p["out.weight"].T if "out.weight" in p else y
     if core is None:
         return y, torch.zeros(())
     sigma = torch.linalg.svdvals(core)
-    return y, 1e-3 / max(1, r - 1) * sum((max(sigma[i] - 0.15, 0 * sigma[i])) ** 2 for i in range(1, r))
+    return y, 1e-3 / max(1, r - 1) * sum(
+        (max(sigma[i] - 0.15, 0 * sigma[i])) ** 2 for i in range(1, r)
+    )
 
 
 @pytest.mark.parametrize(
@@ -373,11 +428,21 @@ def test_ultramem_equals_loops_over_the_virtual_grid(change):
     permutation = model.pool.permutation.tolist() if config.mem_expand > 1 else range(36)
     auxiliary = 100.0 if config.mem_rank else 0.0
     layer = model.blocks[1].skip
-    compare_with_loops(layer, model.pool, lambda x, p: ultramem_by_loops(x, p, config, permutation), auxiliary)
+    compare_with_loops(
+        layer, model.pool, lambda x, p: ultramem_by_loops(x, p, config, permutation), auxiliary
+    )
 
 
 def test_with_all_parts_off_ultramem_is_pkm():
-    off = dict(mem_rank=0, mem_cores=1, mem_softmax=True, mem_expand=1, mem_skip=0, mem_value_dim=16, mem_qk_norm=False)
+    off = dict(
+        mem_rank=0,
+        mem_cores=1,
+        mem_softmax=True,
+        mem_expand=1,
+        mem_skip=0,
+        mem_value_dim=16,
+        mem_qk_norm=False,
+    )
     ultra = make(replace(ULTRAMEM, **off))
     pkm = GPT(replace(DENSE, **SHAPE | dict(mem_qk_norm=False))).double()
     assert type(pkm.blocks[1].ffn) is MemoryPlus and type(ultra.blocks[1].ffn) is UltraMem
@@ -403,27 +468,46 @@ def test_the_pass_of_rank_1_misses_nothing_if_the_core_has_rank_1():
         core = torch.outer(*torch.randn(2, 2, generator=generator, dtype=torch.float64))
         every = grid(s, core)
         slots = tucker_topk(s, 8, core)
-        torch.testing.assert_close(every.gather(-1, slots), every.topk(8).values, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            every.gather(-1, slots), every.topk(8).values, rtol=0, atol=1e-12
+        )
         assert all(len(set(row)) == 8 for row in slots.flatten(0, 1).tolist())
-    full = torch.randn(2, 2, generator=generator, dtype=torch.float64)  # elsewhere it is an approximation
-    missed = grid(s, full).topk(8).values.sum(-1) - grid(s, full).gather(-1, tucker_topk(s, 8, full)).sum(-1)
+    full = torch.randn(
+        2, 2, generator=generator, dtype=torch.float64
+    )  # elsewhere it is an approximation
+    missed = grid(s, full).topk(8).values.sum(-1) - grid(s, full).gather(
+        -1, tucker_topk(s, 8, full)
+    ).sum(-1)
     assert missed.min() > -1e-9 and missed.max() > 0
 
 
 def test_a_core_of_1_is_product_key_retrieval_with_products_for_sums():
-    s = torch.rand(2, 3, 1, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    s = (
+        torch.rand(2, 3, 1, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        + 0.1
+    )
     slots = tucker_topk(s, 8, torch.ones(1, 1, dtype=torch.float64))
     s1, s2 = s[:, :, 0].log()
     assert torch.equal(slots, product_topk(s1, s2, 8, candidate_pairs(8)))
 
 
 def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
-    s = torch.randn(2, 3, 2, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = torch.randn(
+        2, 3, 2, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     core = torch.tensor([[1.0, 0.4], [-0.3, 0.6]], dtype=torch.float64)
     svd, want = torch.linalg.svd, tucker_topk(s, 8, core)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.linalg, "svd", lambda matrix: tuple(sign * part for sign, part in zip((-1, 1, -1), svd(matrix), strict=True)))
-        assert torch.equal(grid(s, core).gather(-1, want), grid(s, core).gather(-1, tucker_topk(s, 8, core)))
+        patch.setattr(
+            torch.linalg,
+            "svd",
+            lambda matrix: tuple(
+                sign * part for sign, part in zip((-1, 1, -1), svd(matrix), strict=True)
+            ),
+        )
+        assert torch.equal(
+            grid(s, core).gather(-1, want), grid(s, core).gather(-1, tucker_topk(s, 8, core))
+        )
 
 
 def test_the_permutation_is_a_bijection_and_is_kept(tmp_path):
@@ -440,7 +524,14 @@ def test_the_permutation_is_a_bijection_and_is_kept(tmp_path):
 
 
 def test_the_rate_of_the_values_falls_to_that_of_the_network():
-    config = TrainConfig(mem_decay=4.0, max_iters=100, warmup_iters=10, learning_rate=1e-3, mem_learning_rate=1e-3, min_lr=1e-4)
+    config = TrainConfig(
+        mem_decay=4.0,
+        max_iters=100,
+        warmup_iters=10,
+        learning_rate=1e-3,
+        mem_learning_rate=1e-3,
+        min_lr=1e-4,
+    )
     ratios = [memory_rate(config, it) / learning_rate(config, it, 1e-3) for it in (0, 50, 100)]
     assert ratios == pytest.approx([4, 2.5, 1])
     assert memory_rate(replace(config, mem_decay=0.0), 50) == config.mem_learning_rate
@@ -459,18 +550,42 @@ def test_the_layers_output_comes_after_a_later_block():
 
 # --- all of them --------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "facts"
-    assert run("data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder).returncode == 0
+    assert (
+        run("data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder).returncode
+        == 0
+    )
     return folder
 
 
 @pytest.mark.parametrize("system", ["pkm", "moe", "peer", "ultramem"])
 def test_each_system_learns_the_facts_of_20_people(twenty, tmp_path, system):
-    options = ["--n_layer=2", "--n_embd=48", "--n_ffn=64", "--block_size=64", "--mem_keys=16", "--mem_topk=4", "--device=cpu"]
-    options += ["--mem_layers=0", "--max_iters=600", "--eval_interval=600", "--eval_iters=4", "--learning_rate=8e-3"]
-    done = run("train.py", f"--preset=facts-{system}", f"--dataset={twenty}", f"--out_dir={tmp_path}", *options)
+    options = [
+        "--n_layer=2",
+        "--n_embd=48",
+        "--n_ffn=64",
+        "--block_size=64",
+        "--mem_keys=16",
+        "--mem_topk=4",
+        "--device=cpu",
+    ]
+    options += [
+        "--mem_layers=0",
+        "--max_iters=600",
+        "--eval_interval=600",
+        "--eval_iters=4",
+        "--learning_rate=8e-3",
+    ]
+    done = run(
+        "train.py",
+        f"--preset=facts-{system}",
+        f"--dataset={twenty}",
+        f"--out_dir={tmp_path}",
+        *options,
+    )
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert last["recall"] > 0.9, last
@@ -483,7 +598,9 @@ def test_presets_of_a_family_have_equal_flops_and_parameters(family):
         config = make_configs(PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size})[1]
         with torch.device("meta"):
             model = GPT(config)
-        return sum(model.flops_per_token(config.block_size).values()), sum(model.parameter_counts().values())
+        return sum(model.flops_per_token(config.block_size).values()), sum(
+            model.parameter_counts().values()
+        )
 
     flops, parameters = counts("memory")
     assert set(SYSTEMS) == {"memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem"}
@@ -511,7 +628,10 @@ def test_a_system_of_ones_own_is_a_class_and_a_line_and_counts_its_flops(monkeyp
     torch.manual_seed(0)
     config = replace(DENSE, mem_layers=(1,), mem_keys=6, mem_heads=3, mem_topk=3)
     model, T = GPT(config), 16
-    assert isinstance(model.blocks[1].ffn, WideGate) and model.blocks[1].ffn.gate.weight.std() < 1.2 * 16**-0.5
+    assert (
+        isinstance(model.blocks[1].ffn, WideGate)
+        and model.blocks[1].ffn.gate.weight.std() < 1.2 * 16**-0.5
+    )
     with FlopCounterMode(display=False) as counter:
         model.blocks[1].ffn(torch.randn(1, T, 16), model.pool)
     lookup = 2 * 3 * 3 * 16  # PyTorch does not count it
@@ -540,6 +660,13 @@ def test_a_system_of_ones_own_is_a_class_and_a_line_and_counts_its_flops(monkeyp
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused_by_name(facts, tmp_path, options, words):
-    done = run("train.py", *SMALL, "--mem_layers=1", f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *options)
+    done = run(
+        "train.py",
+        *SMALL,
+        "--mem_layers=1",
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path / 'out'}",
+        *options,
+    )
     assert_refused(done, *words)
     assert not (tmp_path / "out").exists()

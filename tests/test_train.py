@@ -100,12 +100,21 @@ def assert_same_checkpoint(a, b):
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the process ended, or took too long"
+        assert process.poll() is None and time.monotonic() < end, (
+            "the process ended, or took too long"
+        )
         time.sleep(0.01)
 
 
 def start_training(facts, out, *arguments):
-    command = [sys.executable, ROOT / "train.py", f"--dataset={facts}", f"--out_dir={out}", *SMALL, *arguments]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        f"--dataset={facts}",
+        f"--out_dir={out}",
+        *SMALL,
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -135,7 +144,13 @@ def test_resume_of_each_system_is_bitwise_identical(facts, tmp_path, system):
     """With values in bfloat16, rounded at random, from the seed and the step: the noise, too, must go on where it stopped. Moments
     stay float32."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    steps = ("--mem_dtype=bfloat16", "--max_iters=24", "--eval_interval=8", "--log_interval=4", *SYSTEMS[system])
+    steps = (
+        "--mem_dtype=bfloat16",
+        "--max_iters=24",
+        "--eval_interval=8",
+        "--log_interval=4",
+        *SYSTEMS[system],
+    )
     assert train(facts, whole, *steps).returncode == 0
     process = start_training(facts, halved, *steps)
     wait_for((halved / "ckpt.pt").exists, process)
@@ -153,18 +168,29 @@ def test_resume_of_each_system_is_bitwise_identical(facts, tmp_path, system):
 def test_micro_steps_add_up_to_the_step_of_a_larger_batch(facts, tmp_path):
     """The same windows, the same mean: only rounding may differ. Eight micro-steps read more rows than the table has."""
     for size in (8, 1):
-        options = (f"--batch_size={size}", f"--gradient_accumulation_steps={8 // size}", "--max_iters=12", "--log_interval=1")
+        options = (
+            f"--batch_size={size}",
+            f"--gradient_accumulation_steps={8 // size}",
+            "--max_iters=12",
+            "--log_interval=1",
+        )
         done = train(facts, tmp_path / str(size), *options, "--mem_layers=0,1", "--mem_keys=8")
         assert done.returncode == 0, done.stderr
     for one, other in zip(log_of(tmp_path / "8"), log_of(tmp_path / "1"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
-    one, other = (load_checkpoint(tmp_path / name / "ckpt.pt")["model"].state_dict() for name in ("8", "1"))
+    one, other = (
+        load_checkpoint(tmp_path / name / "ckpt.pt")["model"].state_dict() for name in ("8", "1")
+    )
     for name, weights in one.items():
         assert (weights - other[name]).norm() < 1e-3 * weights.norm(), name
 
 
 def test_a_folder_of_nanogpt_trains_unchanged_and_its_pickle_is_not_read(tmp_path):
-    ids = torch.randint(50257, (3000,), generator=torch.Generator().manual_seed(0)).numpy().astype("<u2")
+    ids = (
+        torch.randint(50257, (3000,), generator=torch.Generator().manual_seed(0))
+        .numpy()
+        .astype("<u2")
+    )
     for split in ("train", "val"):
         ids.tofile(tmp_path / f"{split}.bin")
     done = train(tmp_path, tmp_path / "out", "--max_iters=3")
@@ -177,21 +203,45 @@ def test_a_folder_of_nanogpt_trains_unchanged_and_its_pickle_is_not_read(tmp_pat
 
 def test_a_preset_trains_on_real_text_and_writes_some(gpt2, wikitext, tmp_path):
     files = ("--file", wikitext[0], "--val_file", wikitext[1])
-    assert run("data/shakespeare/prepare.py", *files, "--encoding=gpt2", "--out", tmp_path).returncode == 0
-    options = ("--preset=shakespeare-memory", f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--n_embd=64")
+    assert (
+        run("data/shakespeare/prepare.py", *files, "--encoding=gpt2", "--out", tmp_path).returncode
+        == 0
+    )
+    options = (
+        "--preset=shakespeare-memory",
+        f"--dataset={tmp_path}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--n_embd=64",
+    )
     done = run("train.py", *options, "--device=cpu", "--max_iters=24", "--eval_iters=2")
     assert done.returncode == 0, done.stderr
     last = log_of(tmp_path / "out")[-1]
-    assert last["val_loss"] < 10.2 < log_of(tmp_path / "out")[0]["loss"]  # it begins at log 50,257 = 10.8
-    done = run("sample.py", f"--out_dir={tmp_path / 'out'}", "--num_samples=1", "--max_new_tokens=20", "--start= The game")
-    assert done.returncode == 0 and done.stdout.startswith(" The game") and len(done.stdout.split()) > 5, done.stderr
+    assert (
+        last["val_loss"] < 10.2 < log_of(tmp_path / "out")[0]["loss"]
+    )  # it begins at log 50,257 = 10.8
+    done = run(
+        "sample.py",
+        f"--out_dir={tmp_path / 'out'}",
+        "--num_samples=1",
+        "--max_new_tokens=20",
+        "--start= The game",
+    )
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith(" The game")
+        and len(done.stdout.split()) > 5
+    ), done.stderr
 
 
 def test_resume_refuses_the_state_of_another_optimiser(finished, tmp_path):
     checkpoint = torch.load(finished / "ckpt.pt", weights_only=True)
     checkpoint["optimizers"][1]["state"][0] = {"step": 3, "exp_avg": torch.zeros(3)}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    assert_refused(run("train.py", "--resume", f"--out_dir={tmp_path}", "--max_iters=80"), "optimisers", "ckpt.pt")
+    assert_refused(
+        run("train.py", "--resume", f"--out_dir={tmp_path}", "--max_iters=80"),
+        "optimisers",
+        "ckpt.pt",
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -207,7 +257,11 @@ def test_a_signal_stops_cleanly_and_resume_goes_on_from_there(facts, finished, t
     assert run("train.py", "--resume", "--out_dir", tmp_path).returncode == 0
     # The log has one line more, of the step at which it stopped.
     (tmp_path / "log.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in log_of(tmp_path) if line["iter"] % 4 == 0 or line["iter"] != stopped)
+        "".join(
+            json.dumps(line) + "\n"
+            for line in log_of(tmp_path)
+            if line["iter"] % 4 == 0 or line["iter"] != stopped
+        )
     )
     assert_same_checkpoint(finished, tmp_path)
 
@@ -226,7 +280,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_loads(finished, tm
         process = subprocess.Popen([sys.executable, program])
         temporary = Path(f"{path}.{process.pid}.tmp")
         wait_for(lambda path=path: path.exists(), process)
-        wait_for(lambda temporary=temporary: temporary.exists() and temporary.stat().st_size > 1_000_000, process)
+        wait_for(
+            lambda temporary=temporary: temporary.exists() and temporary.stat().st_size > 1_000_000,
+            process,
+        )
         process.kill()
         process.wait()
         half_written += temporary.exists()
@@ -244,20 +301,33 @@ def test_a_full_disk_keeps_the_checkpoint_before(facts, tmp_path):
 
     assert train(facts, tmp_path / "out", "--max_iters=4").returncode == 0
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    done = run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8", preexec_fn=limit)
+    done = run(
+        "train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8", preexec_fn=limit
+    )
     assert_refused(done, "could not write", "The last checkpoint is whole")
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
-    assert run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8").returncode == 0
+    assert (
+        run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8").returncode
+        == 0
+    )
 
 
 def test_a_diverging_loss_stops_with_a_message_and_keeps_what_was_there(facts, tmp_path):
     assert train(facts, tmp_path, "--max_iters=4").returncode == 0
     before = (tmp_path / "ckpt.pt").read_bytes()
-    diverge = "--max_iters=40", "--warmup_iters=0", "--learning_rate=1e30", "--log_interval=3", "--eval_interval=50"
+    diverge = (
+        "--max_iters=40",
+        "--warmup_iters=0",
+        "--learning_rate=1e30",
+        "--log_interval=3",
+        "--eval_interval=50",
+    )
     done = run("train.py", "--resume", f"--out_dir={tmp_path}", *diverge)
     assert_refused(done, "training has diverged", "learning_rate (now 1e+30)")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "ckpt.pt")["model"].parameters())
+    assert all(
+        p.isfinite().all() for p in load_checkpoint(tmp_path / "ckpt.pt")["model"].parameters()
+    )
 
 
 def test_resume_takes_new_rates_and_the_folder_it_is_given(facts, tmp_path):
@@ -278,7 +348,17 @@ def test_resume_takes_new_rates_and_the_folder_it_is_given(facts, tmp_path):
 def test_resume_and_recall_refuse_data_that_have_been_prepared_anew(facts, tmp_path):
     shutil.copytree(facts, tmp_path / "data")
     assert train(tmp_path / "data", tmp_path / "out", "--max_iters=2").returncode == 0
-    assert run("data/facts/prepare.py", "--people=20", "--seed=5", "--overwrite", "--out", tmp_path / "data").returncode == 0
+    assert (
+        run(
+            "data/facts/prepare.py",
+            "--people=20",
+            "--seed=5",
+            "--overwrite",
+            "--out",
+            tmp_path / "data",
+        ).returncode
+        == 0
+    )
     for done in (
         run("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=4"),
         run("sample.py", f"--out_dir={tmp_path / 'out'}", "--recall"),
@@ -294,12 +374,21 @@ def test_a_gpu_is_named_by_its_index(monkeypatch):
     chosen, zeros = [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
-    devices = [choose_device("cuda"), choose_device("auto"), choose_device("cuda:2"), choose_device("cuda", number=3)]
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device))
+    )
+    devices = [
+        choose_device("cuda"),
+        choose_device("auto"),
+        choose_device("cuda:2"),
+        choose_device("cuda", number=3),
+    ]
     assert chosen == [0, 0, 2, 3] and [device.index for device in devices] == chosen
 
 
-def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(finished, monkeypatch):
+def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(
+    finished, monkeypatch
+):
     config = GPTConfig(mem_count=3, mem_keys=4096)  # 51 GB, were they drawn on the CPU
     with torch.device("meta"):
         model = GPT(config)
@@ -330,7 +419,9 @@ def test_shares_of_a_step_count_each_kernel_once():
         event("aten::sort", own=20, total=20),
         event("backward_kernel", DeviceType.CUDA, own=10, total=10),
         event("sort_kernel", DeviceType.CUDA, own=20, total=20),
-        event(adam, annotation=True),  # its kernel is started outside any operation, so nothing links them
+        event(
+            adam, annotation=True
+        ),  # its kernel is started outside any operation, so nothing links them
         event(adam, DeviceType.CUDA, own=25, total=25, annotation=True),
         event("adam_kernel", DeviceType.CUDA, own=10, total=10),
         event("aten::random_", own=5, total=5),
@@ -339,7 +430,13 @@ def test_shares_of_a_step_count_each_kernel_once():
         event("gemm", DeviceType.CUDA, own=35, total=35),
     ]
     shares = training.shares_of(events, on_gpu=True)
-    want = {"lookup, forward": 0.2, "lookup, backward": 0.3, "RowAdam": 0.15, "AdamW": 0, "choosing the slots": 0}
+    want = {
+        "lookup, forward": 0.2,
+        "lookup, backward": 0.3,
+        "RowAdam": 0.15,
+        "AdamW": 0,
+        "choosing the slots": 0,
+    }
     assert shares == pytest.approx(want | {"taking out the gradient": 0, "products of experts": 0})
 
 
@@ -350,7 +447,9 @@ def test_a_profile_finds_the_parts_of_a_step(facts, preset):
     assert done.returncode == 0, done.stderr
     shares = json.loads(done.stdout.splitlines()[-1])
     found = {part for part, share in shares.items() if share > 0}
-    assert found == ({"AdamW"} if preset == "gpt2-dense" else {*training.PARTS} - {"products of experts"})
+    assert found == (
+        {"AdamW"} if preset == "gpt2-dense" else {*training.PARTS} - {"products of experts"}
+    )
     assert sum(shares.values()) < 1
 
 
@@ -363,7 +462,9 @@ def test_log_and_summary_say_what_happened(facts, finished):
     evaluations = [line for line in log if "val_loss" in line]
     assert [line["iter"] for line in evaluations] == [16, 32, 40]
     assert {"train_loss", "recall", "mem_used", "mem_kl", "mem_top1"} <= evaluations[-1].keys()
-    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 8.0  # log(1712) + 0.5: logits of spread 1
+    assert (
+        evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 8.0
+    )  # log(1712) + 0.5: logits of spread 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -399,20 +500,40 @@ def test_sample_goes_on_from_argument_file_and_standard_input(finished, tmp_path
     by_argument = run("sample.py", *options, f"--start={start}")
     assert by_argument.returncode == 0 and by_argument.stdout.count(start) == 2, by_argument.stderr
     assert "tokens/s" in by_argument.stderr
-    assert run("sample.py", *options, f"--start=FILE:{tmp_path / 'start.txt'}").stdout == by_argument.stdout
+    assert (
+        run("sample.py", *options, f"--start=FILE:{tmp_path / 'start.txt'}").stdout
+        == by_argument.stdout
+    )
     assert run("sample.py", *options, "--start=-", input=start).stdout == by_argument.stdout
     assert run("sample.py", *options, f"--start={start}", "--seed=2").stdout != by_argument.stdout
 
 
 def test_sample_streams_what_it_generates(finished):
-    command = [sys.executable, ROOT / "sample.py", f"--out_dir={finished}", "--max_new_tokens=100000", "--device=cpu"]
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        f"--out_dir={finished}",
+        "--max_new_tokens=100000",
+        "--device=cpu",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert len(process.stdout.read(300)) == 300 and process.poll() is None  # text arrives long before the end
+    assert (
+        len(process.stdout.read(300)) == 300 and process.poll() is None
+    )  # text arrives long before the end
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    head = subprocess.run(f"{shlex.join(map(str, command))} | head -c 100", shell=True, capture_output=True, timeout=60)
-    assert len(head.stdout) == 100 and b"Traceback" not in head.stderr and b"BrokenPipe" not in head.stderr
+    head = subprocess.run(
+        f"{shlex.join(map(str, command))} | head -c 100",
+        shell=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (
+        len(head.stdout) == 100
+        and b"Traceback" not in head.stderr
+        and b"BrokenPipe" not in head.stderr
+    )
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -442,14 +563,20 @@ def test_sample_streams_what_it_generates(finished):
     ],
 )
 def test_a_wrong_option_is_named_and_nothing_is_written(facts, tmp_path, capsys, options, words):
-    said = refusal(program.main, [f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *SMALL, *options], capsys)
+    said = refusal(
+        program.main,
+        [f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", *SMALL, *options],
+        capsys,
+    )
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
     def refused(folder, *words):
-        said = refusal(program.main, [f"--dataset={folder}", f"--out_dir={tmp_path / 'out'}", *SMALL], capsys)
+        said = refusal(
+            program.main, [f"--dataset={folder}", f"--out_dir={tmp_path / 'out'}", *SMALL], capsys
+        )
         assert all(word in said for word in words), said
 
     refused(tmp_path / "nowhere", "nowhere", "train.bin")
@@ -460,7 +587,11 @@ def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
     broken.mkdir()
     for file in facts.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    for content, words in ((b"", ["0 bytes"]), (b"\1\0\1", ["3 bytes"]), (b"\xff\xff" * 99, ["token id 65535", "1711"])):
+    for content, words in (
+        (b"", ["0 bytes"]),
+        (b"\1\0\1", ["3 bytes"]),
+        (b"\xff\xff" * 99, ["token id 65535", "1711"]),
+    ):
         (broken / "train.bin").write_bytes(content)
         refused(broken, str(broken / "train.bin"), *words)
     assert not (tmp_path / "out").exists()
@@ -469,7 +600,9 @@ def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
 def test_an_occupied_folder_is_not_overwritten_unasked(facts, tmp_path):
     assert train(facts, tmp_path, "--max_iters=2").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert_refused(train(facts, tmp_path, "--max_iters=2"), "holds a run already", "--resume", "--overwrite")
+    assert_refused(
+        train(facts, tmp_path, "--max_iters=2"), "holds a run already", "--resume", "--overwrite"
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert train(facts, tmp_path, "--max_iters=3", "--overwrite").returncode == 0
     assert log_of(tmp_path)[-1]["iter"] == 3
@@ -508,11 +641,23 @@ def wrong_checkpoints(good, folder):
     yield "empty", b"", ["ckpt.pt"]
     yield "text", b"These are not weights.", ["not a checkpoint"]
     yield "code", pickle.dumps(Boom(folder / "executed")), ["not a checkpoint"]
-    yield "code in a zip", {"format": "nanomem-3", "model": Boom(folder / "executed")}, ["was not loaded"]
+    yield (
+        "code in a zip",
+        {"format": "nanomem-3", "model": Boom(folder / "executed")},
+        ["was not loaded"],
+    )
     yield "another program's", {"state_dict": {}}, ["not a checkpoint of this version of nanomem"]
     yield "wider", whole | {"model_config": whole["model_config"] | {"n_embd": 64}}, ["do not fit"]
-    yield "from the future", whole | {"model_config": whole["model_config"] | {"n_wings": 2}}, ["do not fit", "n_wings"]
-    yield "without weights", {name: value for name, value in whole.items() if name != "model"}, ["do not fit"]
+    yield (
+        "from the future",
+        whole | {"model_config": whole["model_config"] | {"n_wings": 2}},
+        ["do not fit", "n_wings"],
+    )
+    yield (
+        "without weights",
+        {name: value for name, value in whole.items() if name != "model"},
+        ["do not fit"],
+    )
 
 
 def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tmp_path, capsys):
@@ -523,7 +668,9 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
         before = path.read_bytes()
         with pytest.raises(ValueError) as caught:
             load_checkpoint(path)
-        assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), f"{name}: {caught.value}"
+        assert str(path) in str(caught.value) and all(
+            word in str(caught.value) for word in words
+        ), f"{name}: {caught.value}"
         if name in ("truncated", "code", "wider"):
             said = refusal(sample.main, [f"--out_dir={path.parent}"], capsys)
             assert all(word in said for word in (str(path), *words)), said
@@ -532,7 +679,9 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
             assert all(word in said for word in (str(path), *words)), said
         assert path.read_bytes() == before
     assert not (tmp_path / "executed").exists()
-    assert_refused(run("sample.py", f"--out_dir={tmp_path / 'nowhere'}"), "no checkpoint", "nowhere")
+    assert_refused(
+        run("sample.py", f"--out_dir={tmp_path / 'nowhere'}"), "no checkpoint", "nowhere"
+    )
 
 
 @pytest.mark.parametrize(
@@ -552,7 +701,15 @@ def test_sample_names_a_wrong_option(finished, capsys, options, words):
 def test_recall_needs_questions(facts, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time. " * 500)
-    assert run("data/shakespeare/prepare.py", "--file", text, "--out", tmp_path / "text").returncode == 0
+    assert (
+        run("data/shakespeare/prepare.py", "--file", text, "--out", tmp_path / "text").returncode
+        == 0
+    )
     assert train(tmp_path / "text", tmp_path / "out", "--max_iters=2").returncode == 0
     assert_refused(run("sample.py", f"--out_dir={tmp_path / 'out'}", "--recall"), "recall.jsonl")
-    assert run("sample.py", f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=5", "--device=cpu").returncode == 0
+    assert (
+        run(
+            "sample.py", f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=5", "--device=cpu"
+        ).returncode
+        == 0
+    )

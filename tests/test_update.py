@@ -43,7 +43,9 @@ def teach(base, data, out, *options):
     arguments = [f"--init_from={base}", f"--dataset={data}", f"--out_dir={out}", *options]
     with handlers():
         train.main(["--max_iters=4", "--eval_interval=2", "--warmup_iters=1", *arguments])
-    return (torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"] for folder in (base, out))
+    return (
+        torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model"] for folder in (base, out)
+    )
 
 
 def load_delta(out):
@@ -71,19 +73,30 @@ def taught(finished, new, tmp_path_factory):
 
 def test_new_people_are_new_and_those_who_moved_are_known_and_have_moved(facts, new, tmp_path):
     assert prepare("--moved=4", "--out", tmp_path / "moved").returncode == 0
-    known, unknown, moved = (Dataset(folder).questions() for folder in (facts, new, tmp_path / "moved"))
-    names = [{q["prompt"].rsplit(" ", 3)[0] for q in questions} for questions in (known, unknown, moved)]
+    known, unknown, moved = (
+        Dataset(folder).questions() for folder in (facts, new, tmp_path / "moved")
+    )
+    names = [
+        {q["prompt"].rsplit(" ", 3)[0] for q in questions} for questions in (known, unknown, moved)
+    ]
     assert len(names[1]) == 5 and len(unknown) == 30 and not names[1] & names[0]
     assert len(names[2]) == 4 and names[2] < names[0] and len(moved) == 4 * len(MOVES)
     before = {q["prompt"]: q["answer"] for q in known}
     assert all(before[q["prompt"]] != q["answer"] and q["attribute"] in MOVES for q in moved)
-    text = make_encoding(Dataset(facts).vocabulary()).decode(Dataset(tmp_path / "moved").tokens("train").tolist())
-    assert all(text.count(f" {q['answer']}.") >= 20 for q in moved) and text.count(".\n") == 4 * len(MOVES) * 20
+    text = make_encoding(Dataset(facts).vocabulary()).decode(
+        Dataset(tmp_path / "moved").tokens("train").tolist()
+    )
+    assert (
+        all(text.count(f" {q['answer']}.") >= 20 for q in moved)
+        and text.count(".\n") == 4 * len(MOVES) * 20
+    )
 
 
 def test_no_name_is_drawn_twice():
     people = make_people(50, np.random.default_rng(0))
-    others = make_people(50, np.random.default_rng(0), people)  # the same draws: all of them are taken
+    others = make_people(
+        50, np.random.default_rng(0), people
+    )  # the same draws: all of them are taken
     assert len(others) == 50 and not {name for name, *_ in people} & {name for name, *_ in others}
 
 
@@ -107,7 +120,9 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
 
     def retrieved(ids):
         seen = []
-        hook = model.blocks[1].ffn.register_forward_pre_hook(lambda layer, x: seen.append(layer.retrieve(x[0].flatten(0, 1))[0]))
+        hook = model.blocks[1].ffn.register_forward_pre_hook(
+            lambda layer, x: seen.append(layer.retrieve(x[0].flatten(0, 1))[0])
+        )
         loss = model(torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:]))[1]
         hook.remove()
         return loss, Counter(seen[0].flatten().tolist())
@@ -123,8 +138,12 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
     c = c if by == "reads" else total.norm(dim=1)
     for i in range(1000):
         containing.update(retrieved(windows[1]([i]))[1].keys())
-    scores = torch.tensor([c[s] / c.sum() * math.log(1001 / (1 + containing[s])) for s in range(256)])
-    assert len(set(got.tolist())) == 9 and scores[got].min() >= scores.topk(9).values.min() * (1 - 1e-5)
+    scores = torch.tensor(
+        [c[s] / c.sum() * math.log(1001 / (1 + containing[s])) for s in range(256)]
+    )
+    assert len(set(got.tolist())) == 9 and scores[got].min() >= scores.topk(9).values.min() * (
+        1 - 1e-5
+    )
 
 
 # --- what an update changes -------------------------------------------------------------------------------
@@ -152,8 +171,17 @@ def test_only_the_chosen_rows_change_and_the_delta_is_them(system, facts, new, t
     assert all(torch.equal(after[name], x) for name, x in model.state_dict().items())
 
 
-def test_all_rows_or_all_weights_can_change_and_the_log_tells_of_old_and_new(finished, facts, new, tmp_path):
-    before, after = teach(finished, new, tmp_path / "rows", "--update=memory", "--mem_sgd=0", "--mem_learning_rate=0.1")
+def test_all_rows_or_all_weights_can_change_and_the_log_tells_of_old_and_new(
+    finished, facts, new, tmp_path
+):
+    before, after = teach(
+        finished,
+        new,
+        tmp_path / "rows",
+        "--update=memory",
+        "--mem_sgd=0",
+        "--mem_learning_rate=0.1",
+    )
     assert all(torch.equal(before[name], after[name]) for name in before if name != "pool.values")
     assert (before["pool.values"] != after["pool.values"]).any(dim=1).sum() > 100
     assert len(load_delta(tmp_path / "rows")["rows"]) == 256
@@ -161,24 +189,33 @@ def test_all_rows_or_all_weights_can_change_and_the_log_tells_of_old_and_new(fin
     assert not any(torch.equal(before[name], after[name]) for name in before)
     assert not (tmp_path / "all" / "delta.pt").exists()
     for name in ("rows", "all"):
-        first, *_, last = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        first, *_, last = [
+            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
         assert first["iter"] == 0 and last["iter"] == 4 and last["val_loss"] < first["val_loss"]
         assert {"recall", "old_recall", "old_val_loss"} <= first.keys() & last.keys()
     data, model = open_dataset(facts, 32, 0), train.load_checkpoint(finished / "ckpt.pt")["model"]
     with torch.no_grad():
         ids = torch.from_numpy(data["val_eval"](range(2)))
-        assert model(ids[:, :-1], ids[:, 1:])[1].item() == pytest.approx(first["old_val_loss"], rel=1e-5)
+        assert model(ids[:, :-1], ids[:, 1:])[1].item() == pytest.approx(
+            first["old_val_loss"], rel=1e-5
+        )
 
 
 def test_sgd_moves_a_value_by_the_gradient_of_the_sum_over_tokens(finished, new, tmp_path):
     options = "--update=memory", "--mem_sgd=0.5", "--max_iters=1", "--seed=7"
     before, after = teach(finished, new, tmp_path / "out", *options)
-    model, windows = train.load_checkpoint(finished / "ckpt.pt")["model"], open_dataset(new, 32, 7)["train"]
+    model, windows = (
+        train.load_checkpoint(finished / "ckpt.pt")["model"],
+        open_dataset(new, 32, 7)["train"],
+    )
     model.pool.lookup = partial(lookup, model.pool.values)  # autograd's own gradient
     ids = torch.from_numpy(windows(range(2)))
     loss = model(ids[:, :-1], ids[:, 1:])[1] * 64
     gradient = torch.autograd.grad(loss, model.pool.values)[0].to_dense()
-    torch.testing.assert_close(after["pool.values"], before["pool.values"] - 0.5 * gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        after["pool.values"], before["pool.values"] - 0.5 * gradient, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_an_update_that_was_stopped_goes_on_to_the_same_bits(finished, new, taught, tmp_path):
@@ -187,14 +224,27 @@ def test_an_update_that_was_stopped_goes_on_to_the_same_bits(finished, new, taug
     with handlers():
         train.main(["--resume", f"--out_dir={tmp_path}", "--max_iters=4"])
     one, other = load_delta(taught), load_delta(tmp_path)
-    assert all(torch.equal(one[name], other[name]) for name in ("rows", "values")) and one["base"] == other["base"]
+    assert (
+        all(torch.equal(one[name], other[name]) for name in ("rows", "values"))
+        and one["base"] == other["base"]
+    )
 
 
 def test_facts_that_have_changed_are_not_asked_as_old_ones(finished, tmp_path, facts):
     assert prepare("--moved=4", "--out", tmp_path / "moved").returncode == 0
-    model, data = train.load_checkpoint(finished / "ckpt.pt")["model"], open_dataset(tmp_path / "moved", 32, 0)
+    model, data = (
+        train.load_checkpoint(finished / "ckpt.pt")["model"],
+        open_dataset(tmp_path / "moved", 32, 0),
+    )
     config = SimpleNamespace(background=str(facts), dataset="", update="all", init_from="", seed=0)
-    train.prepare_update(model, data, config, {}, torch.device("cpu"), {"vocabulary": data["vocabulary"], "train_config": {"dataset": ""}})
+    train.prepare_update(
+        model,
+        data,
+        config,
+        {},
+        torch.device("cpu"),
+        {"vocabulary": data["vocabulary"], "train_config": {"dataset": ""}},
+    )
     old, new = ({q["prompt"] for q in part["questions"]} for part in (data["old"], data))
     assert len(old) == 9 * 6 - 8 and len(new) == 8 and not old & new
 
@@ -202,10 +252,33 @@ def test_facts_that_have_changed_are_not_asked_as_old_ones(finished, tmp_path, f
 # --- deltas -----------------------------------------------------------------------------------------------
 
 
-def test_deltas_stack_in_order_and_leaving_them_out_is_the_old_model(finished, new, taught, tmp_path, capsys):
-    [*teach(finished, new, tmp_path / "second", "--update=memory", "--update_slots=100", "--mem_sgd=300")]
-    [*teach(taught, new, tmp_path / "third", "--update=memory", "--update_slots=40", f"--background={new}")]
-    path, files = finished / "ckpt.pt", [folder / "delta.pt" for folder in (taught, tmp_path / "second", tmp_path / "third")]
+def test_deltas_stack_in_order_and_leaving_them_out_is_the_old_model(
+    finished, new, taught, tmp_path, capsys
+):
+    [
+        *teach(
+            finished,
+            new,
+            tmp_path / "second",
+            "--update=memory",
+            "--update_slots=100",
+            "--mem_sgd=300",
+        )
+    ]
+    [
+        *teach(
+            taught,
+            new,
+            tmp_path / "third",
+            "--update=memory",
+            "--update_slots=40",
+            f"--background={new}",
+        )
+    ]
+    path, files = (
+        finished / "ckpt.pt",
+        [folder / "delta.pt" for folder in (taught, tmp_path / "second", tmp_path / "third")],
+    )
     first, second, _ = map(torch.load, files)
     assert len(np.intersect1d(first["rows"], second["rows"])) > 5
 
@@ -223,12 +296,22 @@ def test_deltas_stack_in_order_and_leaving_them_out_is_the_old_model(finished, n
     chained = train.load_checkpoint(tmp_path / "third" / "ckpt.pt")["model"].pool.values
     assert torch.equal(table(files[0], files[2]), chained)  # it was made of what the first has left
     for wrong in ([files[2]], [files[1], files[2]], [files[2], files[0]]):
-        with pytest.raises(ValueError, match=r"delta\.pt belongs to .*taught/ckpt\.pt \(.{16}\), not to .*/out/ckpt\.pt \("):
+        with pytest.raises(
+            ValueError,
+            match=r"delta\.pt belongs to .*taught/ckpt\.pt \(.{16}\), not to .*/out/ckpt\.pt \(",
+        ):
             table(*wrong)
 
     def text(*options):
         capsys.readouterr()
-        arguments = [f"--out_dir={finished}", "--num_samples=1", "--max_new_tokens=30", "--temperature=0", "--start=B", *options]
+        arguments = [
+            f"--out_dir={finished}",
+            "--num_samples=1",
+            "--max_new_tokens=30",
+            "--temperature=0",
+            "--start=B",
+            *options,
+        ]
         sample.main(arguments)
         return capsys.readouterr().out
 
@@ -255,10 +338,16 @@ def wrong_deltas(good, folder):
     yield "negative", with_rows(whole["rows"] - 256), ["damaged", "of a table of 256"]
     yield "wide", with_rows(whole["rows"], whole["values"].repeat(1, 2)), ["damaged"]
     yield "half", with_rows(whole["rows"], whole["values"][:7]), ["damaged"]
-    yield "without rows", {name: x for name, x in whole.items() if name != "rows"}, ["damaged", "rows"]
+    yield (
+        "without rows",
+        {name: x for name, x in whole.items() if name != "rows"},
+        ["damaged", "rows"],
+    )
 
 
-def test_a_delta_that_is_none_is_refused_and_the_message_names_it(taught, finished, tmp_path, capsys):
+def test_a_delta_that_is_none_is_refused_and_the_message_names_it(
+    taught, finished, tmp_path, capsys
+):
     for name, data, words in wrong_deltas(taught / "delta.pt", tmp_path):
         path = tmp_path / f"{name}.pt"
         path.write_bytes(data) if isinstance(data, bytes) else torch.save(data, path)
@@ -267,7 +356,10 @@ def test_a_delta_that_is_none_is_refused_and_the_message_names_it(taught, finish
     said = refusal(sample.main, [f"--out_dir={finished}", f"--delta={tmp_path}/none.pt"], capsys)
     assert "no delta" in said and "none.pt" in said
     said = refusal(sample.main, [f"--out_dir={taught}", f"--delta={taught}/delta.pt"], capsys)
-    names = [f"{folder}/ckpt.pt ({identity(torch.load(folder / 'ckpt.pt')['model'])})" for folder in (finished, taught)]
+    names = [
+        f"{folder}/ckpt.pt ({identity(torch.load(folder / 'ckpt.pt')['model'])})"
+        for folder in (finished, taught)
+    ]
     assert f"belongs to {names[0]}, not to {names[1]}" in said
 
 
@@ -293,7 +385,9 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(taught, tmp_
             delta = torch.load(path, weights_only=True)
             parts = {name: delta[name] for name in ("rows", "values")}
             assert delta["hash"] == identity(parts) and len(parts["values"].unique()) == 1
-    assert (False, True) in states or (True, True) in states, states  # a kill came while it was writing
+    assert (False, True) in states or (True, True) in states, (
+        states
+    )  # a kill came while it was writing
 
 
 @pytest.mark.parametrize(
@@ -301,7 +395,10 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(taught, tmp_
     [
         (["--update_slots=4"], ["update_slots=", "update=memory"]),
         (["--update=memory", "--update_slots=257"], ["update_slots=257", "256"]),
-        (["--update=memory", "--update_slots=4", "--background="], ["update_slots=", "background="]),
+        (
+            ["--update=memory", "--update_slots=4", "--background="],
+            ["update_slots=", "background="],
+        ),
         (["--update=memory", "--preset=facts-memory"], ["preset"]),
         (["--update=memory", "--mem_keys=32"], ["mem_keys=32", "keeps mem_keys=16"]),
         (["--update=memory", "--background=nowhere"], ["nowhere"]),
@@ -312,7 +409,12 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(taught, tmp_
 )
 def test_an_update_that_cannot_be_is_refused(options, words, finished, new, tmp_path, capsys):
     options = [option.format(finished=finished) for option in options]
-    arguments = [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path / 'out'}", *options]
+    arguments = [
+        f"--init_from={finished}",
+        f"--dataset={new}",
+        f"--out_dir={tmp_path / 'out'}",
+        *options,
+    ]
     said = refusal(train.main, arguments, capsys)
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
@@ -320,8 +422,22 @@ def test_an_update_that_cannot_be_is_refused(options, words, finished, new, tmp_
 
 def test_other_models_and_vocabularies_are_refused(finished, facts, new, tmp_path, capsys):
     with handlers():
-        train.main([*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'dense'}", "--mem_layers=", "--mem_count=0", "--max_iters=1"])
-    arguments = [f"--init_from={tmp_path / 'dense'}", f"--dataset={new}", f"--out_dir={tmp_path / 'out'}", "--update=memory"]
+        train.main(
+            [
+                *SMALL,
+                f"--dataset={facts}",
+                f"--out_dir={tmp_path / 'dense'}",
+                "--mem_layers=",
+                "--mem_count=0",
+                "--max_iters=1",
+            ]
+        )
+    arguments = [
+        f"--init_from={tmp_path / 'dense'}",
+        f"--dataset={new}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--update=memory",
+    ]
     assert "has 0" in refusal(train.main, arguments, capsys)
     said = refusal(sample.main, [f"--out_dir={tmp_path / 'dense'}", "--inspect"], capsys)
     assert "has no memory" in said
@@ -329,28 +445,51 @@ def test_other_models_and_vocabularies_are_refused(finished, facts, new, tmp_pat
     vocabulary = json.loads((new / "vocab.json").read_text())
     vocabulary["tokens"][-3:-1] = vocabulary["tokens"][-2], vocabulary["tokens"][-3]
     (tmp_path / "other" / "vocab.json").write_text(json.dumps(vocabulary))
-    arguments = [f"--init_from={finished}", f"--dataset={tmp_path / 'other'}", f"--out_dir={tmp_path / 'out'}"]
+    arguments = [
+        f"--init_from={finished}",
+        f"--dataset={tmp_path / 'other'}",
+        f"--out_dir={tmp_path / 'out'}",
+    ]
     said = refusal(train.main, arguments, capsys)
     assert "another vocabulary" in said and str(tmp_path / "other") in said
-    said = refusal(sample.main, [f"--out_dir={finished}", "--recall", f"--dataset={tmp_path / 'other'}"], capsys)
+    said = refusal(
+        sample.main,
+        [f"--out_dir={finished}", "--recall", f"--dataset={tmp_path / 'other'}"],
+        capsys,
+    )
     assert "vocabulary" in said and str(tmp_path / "other") in said
     assert "--json" in refusal(sample.main, [f"--out_dir={finished}", "--json"], capsys)
-    assert "--dataset=" in refusal(sample.main, [f"--out_dir={finished}", f"--dataset={new}"], capsys)
+    assert "--dataset=" in refusal(
+        sample.main, [f"--out_dir={finished}", f"--dataset={new}"], capsys
+    )
     done = run("bench/slots.py", f"--out_dir={tmp_path / 'dense'}")
     assert_refused(done, "slots.py: ", "dense", "needs a model with a memory")
     assert "--delta=" in refusal(sample.main, [f"--out_dir={finished}", "--delta=a.pt,"], capsys)
-    assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", "--update=memory"], capsys)
-    assert "init_from=" in refusal(train.main, [*SMALL, f"--dataset={facts}", f"--background={new}"], capsys)
+    assert "init_from=" in refusal(
+        train.main, [*SMALL, f"--dataset={facts}", "--update=memory"], capsys
+    )
+    assert "init_from=" in refusal(
+        train.main, [*SMALL, f"--dataset={facts}", f"--background={new}"], capsys
+    )
 
 
-def test_a_delta_in_a_folder_and_an_old_dataset_that_is_another_are_not_passed_over(finished, facts, new, tmp_path, capsys):
+def test_a_delta_in_a_folder_and_an_old_dataset_that_is_another_are_not_passed_over(
+    finished, facts, new, tmp_path, capsys
+):
     (tmp_path / "delta.pt").write_bytes(b"somebody's")
     arguments = [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path}"]
-    assert "delta.pt" not in refusal(train.main, arguments, capsys) and (tmp_path / "delta.pt").read_bytes() == b"somebody's"
+    assert (
+        "delta.pt" not in refusal(train.main, arguments, capsys)
+        and (tmp_path / "delta.pt").read_bytes() == b"somebody's"
+    )
     before = (facts / "train.bin").read_bytes()
     try:
         (facts / "train.bin").write_bytes(before[: len(before) // 4 * 2])
-        said = refusal(train.main, [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path / 'x'}"], capsys)
+        said = refusal(
+            train.main,
+            [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path / 'x'}"],
+            capsys,
+        )
         assert "background=" in said and "was trained on" in said
     finally:
         (facts / "train.bin").write_bytes(before)
@@ -366,17 +505,25 @@ def float64_reads(model, ids):
     def see(layer, x, i):
         q = layer.query(x[0].flatten(0, 1)).view(-1, 2, layer.H, layer.Q)
         normalize = lambda v, w: v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
-        q, keys = normalize(q, layer.query_norm.weight), normalize(layer.keys, layer.key_norm.weight)
+        q, keys = (
+            normalize(q, layer.query_norm.weight),
+            normalize(layer.keys, layer.key_norm.weight),
+        )
         found[i] = [Counter() for _ in q]
         for token in range(len(q)):
             for head in range(layer.H):
                 s1, s2 = keys[head] @ q[token, 0, head], keys[layer.H + head] @ q[token, 1, head]
                 sums = (s1[:, None] + s2[None, :]).flatten() / math.sqrt(layer.Q)
                 best, slots = sums.topk(layer.K)
-                for slot, share in zip(slots.tolist(), (best.softmax(0) / layer.H).tolist(), strict=True):
+                for slot, share in zip(
+                    slots.tolist(), (best.softmax(0) / layer.H).tolist(), strict=True
+                ):
                     found[i][token][slot] += share
 
-    hooks = [model.blocks[i].ffn.register_forward_pre_hook(lambda layer, x, i=i: see(layer, x, i)) for i in model.config.mem_layers]
+    hooks = [
+        model.blocks[i].ffn.register_forward_pre_hook(lambda layer, x, i=i: see(layer, x, i))
+        for i in model.config.mem_layers
+    ]
     with torch.no_grad():
         model(torch.tensor(ids).view(1, -1) if isinstance(ids, list) else ids)
     for hook in hooks:
@@ -393,7 +540,15 @@ def two_layers(facts, tmp_path_factory):
 
 
 def test_inspect_shows_the_slots_and_weights_that_were_read(two_layers, capsys):
-    sample.main([f"--out_dir={two_layers}", "--inspect", "--json", "--start=B was born in", "--max_new_tokens=5"])
+    sample.main(
+        [
+            f"--out_dir={two_layers}",
+            "--inspect",
+            "--json",
+            "--start=B was born in",
+            "--max_new_tokens=5",
+        ]
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     checkpoint = train.load_checkpoint(two_layers / "ckpt.pt")
     encoding, model = make_encoding(checkpoint["vocabulary"]), checkpoint["model"]
@@ -404,9 +559,14 @@ def test_inspect_shows_the_slots_and_weights_that_were_read(two_layers, capsys):
         for block in (0, 1):
             got = {read["slot"]: read["share"] for read in line["reads"] if read["block"] == block}
             assert got.keys() == expected[block][-1].keys()
-            assert all(got[slot] == pytest.approx(share, rel=1e-3) for slot, share in expected[block][-1].items())
+            assert all(
+                got[slot] == pytest.approx(share, rel=1e-3)
+                for slot, share in expected[block][-1].items()
+            )
             shares = [*got.values()]
-            assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=1e-5)
+            assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(
+                1, abs=1e-5
+            )
         ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
         assert encoding.decode(ids[-1:]) == line["token"]
 
@@ -473,23 +633,47 @@ def test_readers_are_kept_and_made_anew_for_other_weights_or_data(two_layers, fa
 
 def test_readers_that_cannot_be_kept_are_shown_all_the_same(two_layers, tmp_path, capsys):
     shutil.copytree(two_layers, tmp_path / "out", ignore=shutil.ignore_patterns("readers.pt"))
-    (tmp_path / "out" / f"readers.pt.{os.getpid()}.tmp").mkdir()  # in the way: nobody can write there, not even root
+    (
+        tmp_path / "out" / f"readers.pt.{os.getpid()}.tmp"
+    ).mkdir()  # in the way: nobody can write there, not even root
     sample.main([f"--out_dir={tmp_path / 'out'}", "--inspect", "--start=B", "--max_new_tokens=1"])
     shown = capsys.readouterr()
-    assert "slot " in shown.out and "readers.pt" in shown.err and not (tmp_path / "out" / "readers.pt").exists()
+    assert (
+        "slot " in shown.out
+        and "readers.pt" in shown.err
+        and not (tmp_path / "out" / "readers.pt").exists()
+    )
 
 
 def test_inspect_on_a_terminal(finished, facts):
-    done = run("sample.py", f"--out_dir={finished}", "--inspect", "--start=Once", "--max_new_tokens=2", "--device=cpu")
+    done = run(
+        "sample.py",
+        f"--out_dir={finished}",
+        "--inspect",
+        "--start=Once",
+        "--max_new_tokens=2",
+        "--device=cpu",
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("block 1, slot ") == 6 and done.stdout.count("% of weights, read by") == 6
-    text = make_encoding(Dataset(facts).vocabulary()).decode(Dataset(facts).tokens("train").tolist())
+    assert (
+        done.stdout.count("block 1, slot ") == 6 and done.stdout.count("% of weights, read by") == 6
+    )
+    text = make_encoding(Dataset(facts).vocabulary()).decode(
+        Dataset(facts).tokens("train").tolist()
+    )
     shown = [line.strip() for line in done.stdout.splitlines() if line.startswith("      ")]
-    assert len(shown) > 6 and all(line.replace(" →", "") in text for line in shown if "\n" not in line)
+    assert len(shown) > 6 and all(
+        line.replace(" →", "") in text for line in shown if "\n" not in line
+    )
 
 
 def test_who_shares_the_slot_that_a_fact_reads_most_is_what_one_counts_by_hand():
     facts = [("Ann", "city"), ("Ann", "firm"), ("Bob", "city")]
     first, mass = shared(facts, [{1: 0.6, 2: 0.4}, {1: 0.3, 3: 0.7}, {1: 0.5, 4: 0.4}])
-    assert first == {"attribute": 2, "nobody": 1}  # Bob's city for Ann's, Ann's for Bob's; slot 3 is her firm's
-    assert mass == pytest.approx({"person": 0.3 / 0.8, "attribute": 0.5 / 0.8 + 0.6 / 0.9, "neither": 0.3 / 0.9})
+    assert first == {
+        "attribute": 2,
+        "nobody": 1,
+    }  # Bob's city for Ann's, Ann's for Bob's; slot 3 is her firm's
+    assert mass == pytest.approx(
+        {"person": 0.3 / 0.8, "attribute": 0.5 / 0.8 + 0.6 / 0.9, "neither": 0.3 / 0.9}
+    )

@@ -32,8 +32,12 @@ CODAS = "bor dan fel gar kin lam mor nar pel ras sen tov vin wick zan dell rik l
 WORDS = ["".join(parts) for parts in itertools.product(ONSETS, MIDDLES, CODAS)]
 random.Random(0).shuffle(WORDS)
 FIRST, MIDDLE, LAST, CITIES = WORDS[:200], WORDS[200:400], WORDS[400:800], WORDS[800:1000]
-MONTHS = "January February March April May June July August September October November December".split()
-FIELDS = "Biology Chemistry Economics Geology History Law Linguistics Mathematics Music Physics".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+FIELDS = (
+    "Biology Chemistry Economics Geology History Law Linguistics Mathematics Music Physics".split()
+)
 BRANCHES = (
     "Ancient Applied Comparative Computational Experimental General Industrial Marine Modern Theoretical"
 ).split()
@@ -70,7 +74,12 @@ SEPARATOR = "<|endoftext|>"
 
 def build_vocabulary():
     """The list of tokens, as bytes: every word that a biography can have, whatever people and seed are."""
-    texts = [*PHRASES.values(), *(value for pool in POOLS.values() for value in pool), *MIDDLE, *LAST]
+    texts = [
+        *PHRASES.values(),
+        *(value for pool in POOLS.values() for value in pool),
+        *MIDDLE,
+        *LAST,
+    ]
     words = sorted({" " + word for word in " ".join(texts).replace(",", "").split()})
     return [bytes([i]) for i in range(256)] + [word.encode() for word in [*FIRST, *words, ".\n"]]
 
@@ -85,7 +94,9 @@ def make_people(count, generator, known=()):
         if name in taken:
             continue
         values = {a: pool[generator.integers(len(pool))] for a, (pool, _) in ATTRIBUTES.items()}
-        held_out = {a: phrases[generator.integers(len(phrases))] for a, (_, phrases) in ATTRIBUTES.items()}
+        held_out = {
+            a: phrases[generator.integers(len(phrases))] for a, (_, phrases) in ATTRIBUTES.items()
+        }
         people.append((name, values, held_out))
     return people[:count]
 
@@ -108,21 +119,41 @@ def biography(person, generator, held_out=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--people", type=int, default=2000, help="how many (default: %(default)s)")
     add("--new", type=int, default=0, help="facts of so many other people, and not of those")
-    add("--moved", type=int, default=0, help="new employers and cities of so many of those, and nothing else")
-    add("--biographies", type=int, default=20, help="of each person in train.bin (default: %(default)s)")
+    add(
+        "--moved",
+        type=int,
+        default=0,
+        help="new employers and cities of so many of those, and nothing else",
+    )
+    add(
+        "--biographies",
+        type=int,
+        default=20,
+        help="of each person in train.bin (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
-    add("--out", type=to_folder, help="folder to write to (default: this one; or facts-new, facts-moved)")
+    add(
+        "--out",
+        type=to_folder,
+        help="folder to write to (default: this one; or facts-new, facts-moved)",
+    )
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     most = len(FIRST) * len(MIDDLE) * len(LAST)
     if not 1 <= args.people <= most - max(0, args.new):
-        parser.error(f"--people={args.people}: must be 1 to {most:,}, the number of names, less --new")
+        parser.error(
+            f"--people={args.people}: must be 1 to {most:,}, the number of names, less --new"
+        )
     if args.new < 0 or not 0 <= args.moved <= args.people:
-        parser.error(f"--new={args.new}, --moved={args.moved}: not negative, no more moved than --people")
+        parser.error(
+            f"--new={args.new}, --moved={args.moved}: not negative, no more moved than --people"
+        )
     kind = "-new" * bool(args.new) + "-moved" * bool(args.moved)
     args.out = args.out or Path(__file__).parents[1] / f"facts{kind}"
     if args.biographies < 1:
@@ -140,14 +171,20 @@ def main():
     people = make_people(args.people, generator)
     if kind:
         moved = [people[i] for i in generator.choice(len(people), args.moved, replace=False)]
-        people = make_people(args.new, generator, people) + [move(person, generator) for person in moved]
+        people = make_people(args.new, generator, people) + [
+            move(person, generator) for person in moved
+        ]
     val_rounds = 5 if kind else 1  # val.bin of one person, too, is long enough for a window
     rounds = [("train", False)] * args.biographies + [("val", True)] * val_rounds
     ids = {"train": [], "val": []}
-    for split, held_out in tqdm(rounds, desc=f"biographies of {len(people):,} people", unit="round"):
+    for split, held_out in tqdm(
+        rounds, desc=f"biographies of {len(people):,} people", unit="round"
+    ):
         for i in generator.permutation(len(people)):
             text = biography(people[i], generator, held_out)
-            ids[split].append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
+            ids[split].append(
+                np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32)
+            )
     recall = [
         {"prompt": f"{name} {held_out[a]}", "answer": values[a], "attribute": a}
         for name, values, held_out in people

@@ -41,7 +41,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import PARTS, load_json, make_encoding, write_meta
-from data.files import atomic_write, blame, lock, one_line, steady_streams, sweep, to_folder, writing
+from data.files import (
+    atomic_write,
+    blame,
+    lock,
+    one_line,
+    steady_streams,
+    sweep,
+    to_folder,
+    writing,
+)
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
@@ -51,7 +60,9 @@ FILES = TRAIN, VAL = "train.bin", "val.bin"
 VALIDATION = 2000  # one document in this many is for validation
 TOKEN_BYTES = 1.5  # a byte of archive becomes 1.4 bytes of tokens
 ATTEMPTS = 12  # that fail in a row before a download is given up: about four minutes
-START_OVER = "to start over, delete progress.json and all files whose names begin with train.bin or val.bin"
+START_OVER = (
+    "to start over, delete progress.json and all files whose names begin with train.bin or val.bin"
+)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -86,7 +97,9 @@ class Archive:
         if self.position:
             request.add_header("Range", f"bytes={self.position}-")
         self.response = urllib.request.build_opener(redirect).open(request, timeout=30)
-        headers = self.response.headers  # "bytes FIRST-LAST/SIZE", or else the whole file is sent again
+        headers = (
+            self.response.headers
+        )  # "bytes FIRST-LAST/SIZE", or else the whole file is sent again
         partial = re.fullmatch(r"(?i)bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         first, size = partial.groups() if partial else (0, headers.get("Content-Length"))
         sizes = {int(s) for s in (size, self.size, redirect.size) if s not in (None, "*")}
@@ -116,7 +129,9 @@ class Archive:
         if self.copy:
             self.copy.write(data)
         if self.position == self.size and self.sha256 not in (None, self.digest.hexdigest()):
-            raise ValueError(f"its SHA-256 is {self.digest.hexdigest()}, and should be {self.sha256}")
+            raise ValueError(
+                f"its SHA-256 is {self.digest.hexdigest()}, and should be {self.sha256}"
+            )
         return data
 
     def pause(self, error):
@@ -146,7 +161,9 @@ def tar_files(file):
         content = file.read(-(-entry.size // 512) * 512)[: entry.size]
         if len(content) < entry.size:
             raise ValueError("truncated file")
-        if entry.type in b"LKS" or (entry.type in b"xg" and re.search(rb"\d+ (path|GNU\.sparse)", content)):
+        if entry.type in b"LKS" or (
+            entry.type in b"xg" and re.search(rb"\d+ (path|GNU\.sparse)", content)
+        ):
             raise ValueError(f"{entry.name}: a long name or a sparse file, which is not supported")
         if entry.isreg():  # neither a folder nor a header with times and owners
             yield entry.name, content
@@ -210,15 +227,21 @@ def read_progress(out, names):
     finished = list(progress)
     archives = load_json(meta).get("archives") if meta.exists() else finished
     if archives != finished or (not finished and any((out / name).exists() for name in PARTS)):
-        raise ValueError(f"{out} holds a dataset that this program has not made; give another --out")
+        raise ValueError(
+            f"{out} holds a dataset that this program has not made; give another --out"
+        )
     for name in FILES:
         file = out / name if (out / name).exists() else out / f"{name}.partial"
         size = file.stat().st_size if file.exists() else 0
         # a partial file may be longer, by what was added of an unfinished archive
         if size < total[name] or (size > total[name] and file.name == name):
-            raise ValueError(f"{file} has {size:,} bytes, and should have {total[name]:,}; {START_OVER}")
+            raise ValueError(
+                f"{file} has {size:,} bytes, and should have {total[name]:,}; {START_OVER}"
+            )
     if names[: len(finished)] != finished:
-        way_out = "--subsets must name these, too, and otherwise only later ones; or give another --out"
+        way_out = (
+            "--subsets must name these, too, and otherwise only later ones; or give another --out"
+        )
         raise ValueError(f"{out} begins with {', '.join(finished)}: {way_out}")
     return progress, total
 
@@ -246,7 +269,9 @@ def add_archive(archive, outputs, pool, limit, bar):
 def prepare(args):
     """Returns the counts of the whole dataset, and how many bytes of text this call has added."""
     out, keep, added = args.out, args.keep, 0
-    make_encoding(VOCABULARY)  # an error now if it cannot be had; later workers find it in tiktoken's cache
+    make_encoding(
+        VOCABULARY
+    )  # an error now if it cannot be had; later workers find it in tiktoken's cache
     for folder in (out, keep or out):
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
@@ -256,7 +281,9 @@ def prepare(args):
     missing = names[len(progress) :]
     if not missing and meta.exists():
         return total, added
-    source = args.source.rstrip("/") if "://" in args.source else Path(args.source).resolve().as_uri()
+    source = (
+        args.source.rstrip("/") if "://" in args.source else Path(args.source).resolve().as_uri()
+    )
     size = 0
     for name in missing:  # an archive that cannot be had is an error now, not hours later
         with contextlib.closing(Archive(f"{source}/{name}", attempts=1)) as archive:
@@ -266,9 +293,14 @@ def prepare(args):
         disk, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
         needs[disk] += bytes_there
         if needs[disk] > free:
-            raise OSError(f"{folder} needs {needs[disk] / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are left")
+            raise OSError(
+                f"{folder} needs {needs[disk] / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are left"
+            )
 
-    print("If interrupted, the same command continues after the last finished archive", file=sys.stderr)
+    print(
+        "If interrupted, the same command continues after the last finished archive",
+        file=sys.stderr,
+    )
     meta.unlink(missing_ok=True)  # only a complete folder has one
     outputs = {}
     for name in FILES:
@@ -280,14 +312,19 @@ def prepare(args):
     context = multiprocessing.get_context("spawn")  # the same on every system
     bar = tqdm(total=total["bytes"] + size, initial=total["bytes"], unit="B", unit_scale=True)
     with bar, ProcessPoolExecutor(args.workers, context, start_worker, (VOCABULARY,)) as pool:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only the parent handles Ctrl-C
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # inherited: only the parent handles Ctrl-C
         for _ in range(args.workers):
             pool.submit(int)  # starts a worker
         signal.signal(signal.SIGINT, handler)
         for name in missing:
             bar.set_description(name)
             copy = atomic_write(keep / name) if keep else contextlib.nullcontext()
-            with contextlib.closing(Archive(f"{source}/{name}", ATTEMPTS)) as archive, copy as archive.copy:
+            with (
+                contextlib.closing(Archive(f"{source}/{name}", ATTEMPTS)) as archive,
+                copy as archive.copy,
+            ):
                 try:
                     counts = add_archive(archive, outputs, pool, 2 * args.workers, bar)
                 except (ValueError, tarfile.TarError) as error:
@@ -295,7 +332,9 @@ def prepare(args):
                     where = f"{archive.position:,} of {archive.size:,} bytes read"
                     raise ValueError(f"{what}: {error} ({where})") from None
             progress[name] = counts
-            with atomic_write(out / "progress.json") as file:  # from here on this archive is finished
+            with atomic_write(
+                out / "progress.json"
+            ) as file:  # from here on this archive is finished
                 file.write(json.dumps(progress, indent=2).encode())
             total, added = total + counts, added + counts["text_bytes"]
     for name, file in outputs.items():
@@ -317,18 +356,46 @@ def to_subsets(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
-    add("--subsets", type=to_subsets, default="0-20", help="which archives, as in 0,1 or 0-4 (default: all)")
-    add("--source", default=SOURCE, help="folder or URL with the archives (default: the hub, %(default)s)")
-    add("--keep", type=to_folder, metavar="DIR", help="store the archives there, for --source (default: no)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core, %(default)s)")
-    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add(
+        "--subsets",
+        type=to_subsets,
+        default="0-20",
+        help="which archives, as in 0,1 or 0-4 (default: all)",
+    )
+    add(
+        "--source",
+        default=SOURCE,
+        help="folder or URL with the archives (default: the hub, %(default)s)",
+    )
+    add(
+        "--keep",
+        type=to_folder,
+        metavar="DIR",
+        help="store the archives there, for --source (default: no)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes (default: one per core, %(default)s)",
+    )
+    add(
+        "--out",
+        type=to_folder,
+        default=Path(__file__).parent,
+        help="folder to write to (default: this one)",
+    )
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers={args.workers}: must be at least 1")
     if args.keep and "://" not in args.source:
-        parser.error(f"--keep is for downloads: the archives in --source={args.source} are kept anyway")
+        parser.error(
+            f"--keep is for downloads: the archives in --source={args.source} are kept anyway"
+        )
     start = time.perf_counter()
     with one_line("prepare.py"):
         total, added = prepare(args)

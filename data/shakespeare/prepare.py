@@ -36,7 +36,9 @@ def download():
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError among them
         raise OSError(f"could not download {URL} ({error}). {way_out}") from None
     if hashlib.sha256(text).hexdigest() != SHA256:
-        raise ValueError(f"what came from {URL} ({len(text):,} bytes) is not tinyshakespeare. {way_out}")
+        raise ValueError(
+            f"what came from {URL} ({len(text):,} bytes) is not tinyshakespeare. {way_out}"
+        )
     return text
 
 
@@ -60,12 +62,28 @@ def tokenize(text, encoding, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--file", type=Path, help="a text file to use instead of tinyshakespeare")
-    add("--val_file", type=Path, help="a text file to validate on (default: the last tenth of the other)")
-    add("--encoding", choices=["bytes", "gpt2"], default="bytes", help="of tokens (default: %(default)s)")
-    add("--out", type=to_folder, default=Path(__file__).parent, help="folder to write to (default: this one)")
+    add(
+        "--val_file",
+        type=Path,
+        help="a text file to validate on (default: the last tenth of the other)",
+    )
+    add(
+        "--encoding",
+        choices=["bytes", "gpt2"],
+        default="bytes",
+        help="of tokens (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=to_folder,
+        default=Path(__file__).parent,
+        help="folder to write to (default: this one)",
+    )
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args()
     if args.out.is_dir():
@@ -80,7 +98,9 @@ def main():
         vocabulary = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
         separator = ord("\n")
     write_dataset(args.out, train, val, vocabulary, separator, overwrite=args.overwrite)
-    print(f"{args.out}: {len(train):,} training tokens and {len(val):,} validation tokens ({args.encoding})")
+    print(
+        f"{args.out}: {len(train):,} training tokens and {len(val):,} validation tokens ({args.encoding})"
+    )
 
 
 if __name__ == "__main__":
