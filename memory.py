@@ -358,6 +358,7 @@ class ValuePool(nn.Module):
         query = layer.query.weight
         if self.first_read is None:
             self.first_read = (id(layer), query[0].detach().clone())
+            return
         watched, before = self.first_read
         if watched != id(layer) or query.grad is not None:  # of another micro-step
             return
