@@ -495,8 +495,8 @@ def check_collector(gradient):
     """Without one the values would learn nothing, silently."""
     if gradient is None:
         raise RuntimeError(
-            "nobody takes the gradient of these values: make an optimizer for their pool before "
-            "the first backward pass, RowAdam(pool) (others, like AdamW, do not see it), or "
+            "nobody takes the gradient of these values: before the forward pass make an "
+            "optimizer for their pool, RowAdam(pool) (others, like AdamW, do not see it), or "
             "freeze them by pool.requires_grad_(False)"
         )
 

@@ -19,8 +19,8 @@ over the batch.
 
     pool = ValuePool(slots=256**2, dim=512)
     layer = MemoryLayer(dim=512, slots=256**2)    # in place of a feed-forward network
-    y = x + layer(norm(x), pool)                  # x (..., 512)
     optimizers = [torch.optim.AdamW(everything_else), RowAdam(pool, lr=1e-3)]
+    y = x + layer(norm(x), pool)                  # x (..., 512)
 
 Letters: C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N
 slots, D value width, Q width of half a query (2Q: of a key), n tokens.

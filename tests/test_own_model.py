@@ -1,7 +1,11 @@
 """The layer in somebody else's model: a transformer on PyTorch's own attention, two memory layers that read one pool. Nothing of
 model.py is used."""
 
+import ast
 import copy
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers import ROOT
 from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
 
@@ -361,3 +366,69 @@ def test_a_model_that_moves_to_another_type_takes_what_it_collects_along():
     before = model.pool.values.detach().clone()
     optimizer.step()
     assert model.pool.values.dtype == torch.bfloat16 and (before != model.pool.values).any()
+
+
+# --- the files --------------------------------------------------------------------------------------------------------------
+
+EXAMPLE = """
+import torch
+from torch.nn.functional import rms_norm
+{example}
+for optimizer in optimizers:
+    optimizer.zero_grad()
+y.square().mean().backward()
+for optimizer in optimizers:
+    optimizer.step()
+assert y.shape == x.shape and y.isfinite().all() and pool.values.shape == (65536, 512)
+"""
+
+
+def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
+    for name in ("memory.py", "kernels.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    example = next(code for code in readme.split("```python\n") if "ValuePool(" in code).split(
+        "```"
+    )[0]
+    example = example.replace(
+        "y = x", "x = torch.randn(2, 3, 512)\nnorm = lambda x: rms_norm(x, [512])\ny = x", 1
+    )
+    example = example.replace("everything_but_the_pool", "layer.parameters()")
+    (tmp_path / "own.py").write_text(EXAMPLE.format(example=example))
+    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import own"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def imported(path):
+    """Names of modules that a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_have_no_circle_and_the_method_imports_nothing_of_the_rest():
+    files = {}
+    for path in ROOT.rglob("*.py"):
+        name = (
+            path.relative_to(ROOT)
+            .with_suffix("")
+            .as_posix()
+            .replace("/", ".")
+            .removesuffix(".__init__")
+        )
+        if not name.startswith(("tests", "out")):
+            files[name] = path
+    edges = {
+        name: {other for other in imported(path) if other in files} for name, path in files.items()
+    }
+    assert edges["kernels"] == set() and edges["memory"] == {"kernels"}
+    done = []
+    while len(done) < len(files):
+        free = [name for name in files if name not in done and edges[name] <= {*done}]
+        assert free, {name: edges[name] - {*done} for name in files if name not in done}
+        done += free
+    assert done.index("memory") < done.index("systems") < done.index("model") < done.index("train")
