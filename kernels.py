@@ -30,9 +30,12 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is no Triton for macOS and Windows; the PyTorch path needs none
 
-    def jit(function=None, **options):
+    HAS_TRITON = True
+except ImportError:  # there is none for macOS and Windows; the PyTorch path needs none
+    HAS_TRITON = False
+
+    def jit(function):
         return function
 
     triton = types.SimpleNamespace(jit=jit)
@@ -369,7 +372,7 @@ def add_sums_of_pieces(partial, firsts, out, targets):
 
 def uses_triton(tensor):
     """On a GPU, where Triton is installed."""
-    return tensor.is_cuda and hasattr(triton, "cdiv")
+    return tensor.is_cuda and HAS_TRITON
 
 
 @torch.library.custom_op("nanomem::lookup_forward", mutates_args=())
@@ -520,9 +523,7 @@ def lookup(values, indices, weights):
     Differentiable in values and weights. The gradient of values is a coalesced sparse tensor
     of the rows read, which torch.optim.SparseAdam takes; its size does not depend on S. The
     same inputs give the same bits. Raises ValueError for inputs that do not fit."""
-    check_inputs(values, indices, weights)
-    if weights.shape != indices.shape:
-        raise ValueError(f"weights {describe(weights)}: must have the shape of indices")
+    check_lookup(values, indices, weights)
     if torch.is_grad_enabled():  # torch.compile cannot trace a sparse gradient
         apply = torch.compiler.disable(Lookup.apply)
     else:
@@ -538,12 +539,16 @@ def collecting_lookup(values, indices, weights, gradient, touched):
     touched   (S,) uint8. They set the rows that were read to 1
 
     Both may be None where no backward pass is wanted: one raises RuntimeError then."""
-    check_inputs(values, indices, weights)
-    if weights.shape != indices.shape:
-        raise ValueError(f"weights {describe(weights)}: must have the shape of indices")
+    check_lookup(values, indices, weights)
     return CollectingLookup.apply(
         values, indices.contiguous(), weights.contiguous(), gradient, touched
     )
+
+
+def check_lookup(values, indices, weights):
+    check_inputs(values, indices, weights)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights {describe(weights)}: must have the shape of indices")
 
 
 def check_inputs(values, indices, other):

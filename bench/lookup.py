@@ -337,7 +337,7 @@ def main():
             f"PyTorch {torch.__version__} on {torch.cuda.get_device_name(device) if cuda else device}"
         )
         passed = check(*PATHS["pytorch"], device)
-    if not hasattr(triton, "cdiv"):
+    if not kernels.HAS_TRITON:
         print(
             "\nTriton: not installed, and not there for every system; its kernels are not checked"
         )
