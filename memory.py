@@ -68,7 +68,7 @@ def product_topk(s1, s2, K, pairs):
     best1 = s1.gather(-1, i)
     best2 = s2.gather(-1, j)
     rank1, rank2 = pairs  # (P,) each
-    candidates = best1[..., rank1] + best2[..., rank2]  # (..., P)
+    candidates = best1.index_select(-1, rank1) + best2.index_select(-1, rank2)  # (..., P)
     winners = topk_indices(candidates, K)  # (..., K)
     i = i.gather(-1, rank1[winners])
     j = j.gather(-1, rank2[winners])
