@@ -11,9 +11,11 @@ holds k weights a row and zeros elsewhere. Its two gradients are then
                    dweights[i, j] = dY[i] . values[indices[i, j]]
 
 From the top: the definition, the same in PyTorch (for a CPU) and in Triton (for
-a GPU), `lookup` with its gradient, the selection of slots (memory.py says how
-and why), and `RowAdam`, the optimiser of the table. `python kernels.py` checks
-all of it against float64 and times it.
+a GPU), the lookup with its gradient, the selection of slots (memory.py says how
+and why), and `RowAdam`, the optimiser of the table. The lookup comes in two
+forms. `lookup` stands alone: the gradient of the table is a sparse tensor.
+Memory layers use `collecting_lookup`: it adds that gradient to one that several
+layers share. `python kernels.py` checks all of it against float64 and times it.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the
 table, D width of a value, R distinct rows read, P = n * k pairs of token and slot.
@@ -312,7 +314,7 @@ def add_row_gradients(values, rows, starts, pairs, out, targets):
     begins = starts[:-1]
     ends = starts[1:]
     is_long = ends - begins > PIECE  # (R,)
-    short_ends = torch.where(is_long, begins, ends)  # nothing of the long rows
+    short_ends = torch.where(is_long, begins, ends)  # long rows: an empty range, for now
     launch_backward(values, rows, begins, short_ends, pairs, out, targets)
     long = is_long.nonzero().flatten()
     if len(long) > 0:
@@ -452,7 +454,7 @@ def _(values, indices, weights, grad, gradient, touched):
 
 
 class Lookup(torch.autograd.Function):
-    """The lookup. The gradient of values is a sparse tensor of the rows that were read."""
+    """lookup: the gradient of values is a sparse tensor of the rows that were read."""
 
     @staticmethod
     def forward(ctx, values, indices, weights):
@@ -470,7 +472,7 @@ class Lookup(torch.autograd.Function):
 
 
 class CollectingLookup(torch.autograd.Function):
-    """The lookup. The gradient of values is added to the table `gradient`; autograd has none."""
+    """collecting_lookup: the gradient of values is added to `gradient`; autograd has none."""
 
     @staticmethod
     def forward(ctx, values, indices, weights, gradient, touched):
@@ -513,6 +515,7 @@ def sparse_rows(rows, grads, shape):
 
 def lookup(values, indices, weights):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
+    For a table of one's own; memory layers use collecting_lookup.
 
     values   (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
     indices  (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with
@@ -657,32 +660,32 @@ def best_of_row(
 @triton.jit
 def select_kernel(
     scores,
-    pairs,
+    candidates,
     slots,
     n,
     H: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    P: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """scores (2, H, n, N), pairs (2, P) -> slots (H, n, K)"""
+    """scores (2, H, n, N), candidates (2, COUNT) -> slots (H, n, K)"""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     score1, column1 = best_of_row(scores + (h * n + t) * N, N, BLOCK_N, BLOCK_K, GROUP)
     score2, column2 = best_of_row(scores + ((H + h) * n + t) * N, N, BLOCK_N, BLOCK_K, GROUP)
-    c = tl.arange(0, BLOCK_P)  # candidates
-    rank1 = tl.load(pairs + c, mask=c < P, other=0).to(tl.int32)
-    rank2 = tl.load(pairs + P + c, mask=c < P, other=0).to(tl.int32)
-    total = tl.gather(score1, rank1, 0) + tl.gather(score2, rank2, 0)  # (BLOCK_P,)
-    total = tl.where(c < P, total, float("-inf"))
+    c = tl.arange(0, BLOCK_C)
+    rank1 = tl.load(candidates + c, mask=c < COUNT, other=0).to(tl.int32)
+    rank2 = tl.load(candidates + COUNT + c, mask=c < COUNT, other=0).to(tl.int32)
+    total = tl.gather(score1, rank1, 0) + tl.gather(score2, rank2, 0)  # (BLOCK_C,)
+    total = tl.where(c < COUNT, total, float("-inf"))
     _, winner = unpack(tl.topk(pack(total, c), BLOCK_K))  # (BLOCK_K,)
     rank = tl.arange(0, BLOCK_K)
-    rank1 = tl.load(pairs + winner, mask=rank < K, other=0).to(tl.int32)
-    rank2 = tl.load(pairs + P + winner, mask=rank < K, other=0).to(tl.int32)
+    rank1 = tl.load(candidates + winner, mask=rank < K, other=0).to(tl.int32)
+    rank2 = tl.load(candidates + COUNT + winner, mask=rank < K, other=0).to(tl.int32)
     i = tl.gather(column1, rank1, 0).to(tl.int64)
     j = tl.gather(column2, rank2, 0)
     tl.store(slots + (h * n + t) * K + rank, i * N + j, mask=rank < K)
@@ -698,27 +701,27 @@ def select_tile(N, K):
     return block_n, block_k, group, warps
 
 
-def triton_select(scores, pairs, K):
-    """As memory.product_topk: scores (2, H, n, N), float32 or narrower; pairs (2, P):
-    memory.candidate_pairs(K) -> slots (H, n, K) int64"""
+def triton_select(scores, candidates, K):
+    """As memory.product_topk: scores (2, H, n, N), float32 or narrower; candidates:
+    memory.candidate_ranks(K) -> slots (H, n, K) int64"""
     _, H, n, N = scores.shape
-    P = pairs.size(1)
+    count = candidates.size(1)
     slots = torch.empty(H, n, K, dtype=torch.int64, device=scores.device)
     block_n, block_k, group, warps = select_tile(N, K)
-    block_p = max(block_k, triton.next_power_of_2(P))
+    block_c = max(block_k, triton.next_power_of_2(count))
     with torch.cuda.device_of(scores):
         select_kernel[(n, H)](
             scores.contiguous(),
-            pairs,
+            candidates,
             slots,
             n,
             H=H,
             N=N,
             K=K,
-            P=P,
+            COUNT=count,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            BLOCK_P=block_p,
+            BLOCK_C=block_c,
             GROUP=group,
             num_warps=warps,
         )
@@ -825,7 +828,7 @@ class RowAdam(torch.optim.Optimizer):
 def random_bits(values, grads, generator):
     """16 random bits for each number that is rounded; float32 values need none."""
     if values.dtype == torch.float32:
-        return grads  # a pointer that is not read
+        return grads  # a placeholder, which is not read
     bits = torch.empty(grads.shape, dtype=torch.int16, device=grads.device)
     return bits.random_(-(2**15), 2**15, generator=generator)
 

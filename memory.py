@@ -5,8 +5,8 @@ Lample et al. 2019 (arXiv:1907.05242). For one token x, and for each of H heads:
 
     q1, q2  = the two halves of W_q x                    query
     s1, s2  = keys1 q1, keys2 q2                         a score for each of N sub-keys, twice
-    slots   = the K best of the S = N * N                slot i * N + j;
-              sums s1[i] + s2[j]                         S sums are never made
+    slots   = the K best of the S = N * N                slot i * N + j; they are found
+              sums s1[i] + s2[j]                         without computing all S sums
     p       = softmax of those K sums                    weights
     y       = sum over heads and their slots             the lookup (kernels.py)
               of p[slot] * values[slot]
@@ -19,8 +19,10 @@ over the batch.
 
     pool = ValuePool(slots=256**2, dim=512)
     layer = MemoryLayer(dim=512, slots=256**2)    # in place of a feed-forward network
-    optimizers = [torch.optim.AdamW(everything_else), RowAdam(pool, lr=1e-3)]
+    optimizers = [torch.optim.AdamW(layer.parameters()), RowAdam(pool, lr=1e-3)]
     y = x + layer(norm(x), pool)                  # x (..., 512)
+
+In each step call step() and zero_grad() of both optimizers.
 
 Letters: C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N
 slots, D value width, Q width of half a query (2Q: of a key), n tokens.
@@ -46,46 +48,47 @@ from kernels import (
 # --- product keys -------------------------------------------------------------------
 
 
-def candidate_pairs(K):
-    """Ranks (a, b) that can be among the K best sums of two sorted lists: (2, P) int64.
+def candidate_ranks(K):
+    """Ranks (a, b) that can be among the K best sums of two sorted lists: two rows, int64.
 
     (a, b) is beaten by all (a', b') with a' <= a and b' <= b, which are (a + 1)(b + 1) - 1
     other pairs. So it needs (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32."""
-    pairs = []
+    ranks = []
     for a in range(K):
         for b in range(K // (a + 1)):
-            pairs.append((a, b))
-    return torch.tensor(pairs).T.contiguous()
+            ranks.append((a, b))
+    return torch.tensor(ranks).T.contiguous()
 
 
-def product_topk(s1, s2, K, pairs):
+def product_topk(s1, s2, K, candidates):
     """The slots of the K best sums s1[i] + s2[j], best first: i * N + j, (..., K) int64.
 
-    s1, s2 (..., N); pairs: candidate_pairs(K). Exactly the top-k over all N * N sums, at the
+    s1, s2 (..., N); candidates: candidate_ranks(K). Exactly the top-k over all N * N sums, at the
     cost of two top-k of N and one of about K log K (1907.05242, section 3.2)."""
     i = topk_indices(s1, K)  # (..., K), best first
     j = topk_indices(s2, K)
     best1 = s1.gather(-1, i)
     best2 = s2.gather(-1, j)
-    rank1, rank2 = pairs  # (P,) each
-    candidates = best1.index_select(-1, rank1) + best2.index_select(-1, rank2)  # (..., P)
-    winners = topk_indices(candidates, K)  # (..., K)
+    rank1, rank2 = candidates  # (119,) each, for K = 32
+    sums = best1.index_select(-1, rank1) + best2.index_select(-1, rank2)  # (..., 119)
+    winners = topk_indices(sums, K)  # (..., K)
     i = i.gather(-1, rank1[winners])
     j = j.gather(-1, rank2[winners])
     return i * s1.size(-1) + j
 
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
-def select(scores: torch.Tensor, pairs: torch.Tensor, K: int) -> torch.Tensor:
-    """Each head's K best slots. scores (2, H, n, N), pairs: candidate_pairs(K) -> (H, n, K)"""
+def select(scores: torch.Tensor, candidates: torch.Tensor, K: int) -> torch.Tensor:
+    """Each head's K best slots. scores (2, H, n, N), candidates: candidate_ranks(K)
+    -> (H, n, K)"""
     if uses_triton(scores) and scores.size(2) > 0:
-        return triton_select(scores, pairs, K)
+        return triton_select(scores, candidates, K)
     s1, s2 = widen(scores)
-    return product_topk(s1, s2, K, pairs)
+    return product_topk(s1, s2, K, candidates)
 
 
 @select.register_fake
-def _(scores, pairs, K):
+def _(scores, candidates, K):
     _, H, n, _ = scores.shape
     return scores.new_empty(H, n, K, dtype=torch.int64)
 
@@ -141,7 +144,7 @@ class MemoryLayer(nn.Module):
         if qk_norm:
             self.query_norm = nn.RMSNorm(self.Q, eps=1e-6)
             self.key_norm = nn.RMSNorm(self.Q, eps=1e-6)
-            # A score is Q cos(angle) now. As in attention: the same spread after division.
+            # A score is Q cos(angle) now, of spread sqrt(Q): divide by that, as in attention.
             self.scale = math.sqrt(self.Q)
         self.gate = None
         self.out = None
@@ -149,7 +152,7 @@ class MemoryLayer(nn.Module):
             self.gate = nn.Linear(dim, value_dim, bias=False)
         if gate or value_dim != dim:
             self.out = nn.Linear(value_dim, dim, bias=False)
-        self.register_buffer("pairs", candidate_pairs(topk), persistent=False)
+        self.register_buffer("candidates", candidate_ranks(topk), persistent=False)
         if initialize:
             self.initialize()
 
@@ -172,9 +175,13 @@ class MemoryLayer(nn.Module):
     def forward(self, x, pool):
         """x (..., C) -> (..., C)"""
         pool.check_fits(self)
-        pool.check_taken(self)
+        pool.check_gradient_taken(self)
         y = self.read(x.reshape(-1, x.size(-1)), pool)  # (n, D)
         y = y.view(*x.shape[:-1], y.size(1))  # (..., D)
+        return self.combine(x, y)
+
+    def combine(self, x, y):
+        """Gate and output matrix: x (..., C), what was read (..., D) -> (..., C)"""
         if self.gate is None:
             y = y.type_as(x)
         else:
@@ -192,11 +199,11 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K): each head's K best slots, and
         the softmax of their scores."""
         s = self.scores(x)  # (2, H, n, N)
-        slots = select(s.detach(), self.pairs, self.K)  # (H, n, K)
+        slots = select(s.detach(), self.candidates, self.K)  # (H, n, K)
         i = slots // self.N
         j = slots - i * self.N
-        # A sub-key can be in several slots: the backward pass of gather adds up, on a GPU in
-        # any order.
+        # A sub-key can be in several slots. The backward pass of gather adds up its gradients,
+        # on a GPU in any order: there they may differ in the last bits.
         halves = s.gather(-1, torch.stack((i, j)))  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)  # (H, n, K)
         slots = slots.transpose(0, 1).flatten(1)  # (n, H*K)
@@ -213,7 +220,7 @@ class MemoryLayer(nn.Module):
 
     def flops(self):
         """Of a token, forward: 2 for each multiply-add of matrix products and lookup. As usual
-        not norms, softmax and top-k."""
+        not elementwise products, norms, softmax and top-k."""
         matrices = count_linear(self)
         scores = self.keys.numel()
         lookup = self.H * self.K * self.D
@@ -264,15 +271,15 @@ class ValuePool(nn.Module):
     slots      S
     dim        width D of a value
     dtype      float32 or bfloat16
-    tables     how many values a slot has, in as many tables of S rows, one below the other
-               (systems/: 2 in PEER; in UltraMem one for each core)
+    tables     how many values a slot has (systems/: 2 in PEER; in UltraMem one for each
+               core). values has tables * S rows; value t of slot s is row t * S + s
     initialize draw the values, N(0, 0.02^2); False: later, or they are loaded
 
-    The gradient of values goes one way. Backward passes of all layers and micro-steps add
-    it to rows of a table, `gradient`, and mark the rows in `touched`; RowAdam(pool).step()
-    takes it out by take_gradient(). values.grad is not used: an optimizer like AdamW would
-    have to go through all S rows. RowAdam makes the two tables; without them a backward pass
-    raises RuntimeError."""
+    The gradient of values does not go through autograd's values.grad: an optimizer like AdamW
+    would have to go through all S rows. Instead, backward passes of all layers and
+    micro-steps add it to rows of `gradient`, and mark these rows in `touched`.
+    RowAdam(pool).step() takes it out by take_gradient(). RowAdam makes the two tensors;
+    without them a backward pass raises RuntimeError."""
 
     def __init__(self, slots, dim, dtype=torch.float32, tables=1, initialize=True):
         super().__init__()
@@ -281,7 +288,7 @@ class ValuePool(nn.Module):
         self.values = nn.Parameter(torch.empty(tables * slots, dim, dtype=dtype))
         self.register_buffer("gradient", None, persistent=False)  # (tables * S, D)
         self.register_buffer("touched", None, persistent=False)  # (tables * S,) uint8
-        self.first_read = None  # see check_taken()
+        self.first_read = None  # see check_gradient_taken()
         self.usage = None  # see record_usage()
         if initialize:
             self.initialize()
@@ -298,10 +305,12 @@ class ValuePool(nn.Module):
         return self.lookup(rows, weights)
 
     def lookup(self, rows, weights):
+        """forward() without the statistics. runtime/sharded_pool.py has another one."""
         return collecting_lookup(self.values, rows, weights, self.gradient, self.touched)
 
     def collect_gradients(self):
-        """Make the tables that backward passes add to. RowAdam does it."""
+        """Make the tensors that backward passes add to. RowAdam does it. In bfloat16 each
+        addition rounds, which loses a little (bench/README.md)."""
         if self.gradient is None:
             device = self.values.device
             self.gradient = torch.zeros_like(self.values, requires_grad=False)
@@ -331,7 +340,7 @@ class ValuePool(nn.Module):
         return sparse_rows(rows, grads, self.values.shape)
 
     def reduce(self, x, operation):
-        """Combine x of all processes, in place."""
+        """Combine x of all processes that hold the same values, in place."""
         dist.all_reduce(x, operation)
 
     @torch.no_grad()
@@ -349,20 +358,19 @@ class ValuePool(nn.Module):
         if self.dim != layer.D:
             raise ValueError(f"a layer with value_dim={layer.D} reads values of width {self.dim}")
 
-    def check_taken(self, layer):
-        """Raises RuntimeError if nobody has taken out the gradient of an earlier step."""
+    def check_gradient_taken(self, layer):
+        """Raises RuntimeError if nobody has taken out the gradient of an earlier step. (Not in a
+        model that torch.compile has compiled.)"""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.touched is None:
             return
-        # The first layer that reads after take_gradient() is watched: has its query changed
-        # when it reads again, an optimizer has stepped, and a gradient here is of the old step.
-        query = layer.query.weight
+        # Watch the first layer that reads after take_gradient(). When it reads again, in
+        # another micro-step, its query must be the same. If not, an optimizer has stepped.
+        query = layer.query.weight[0]
         if self.first_read is None:
-            self.first_read = (id(layer), query[0].detach().clone())
+            self.first_read = (id(layer), query.detach().clone())
             return
         watched, before = self.first_read
-        if watched != id(layer) or query.grad is not None:  # of another micro-step
-            return
-        if self.touched.any() and not torch.equal(query[0], before):
+        if watched == id(layer) and not torch.equal(query, before) and self.touched.any():
             raise RuntimeError(
                 "the pool still holds the gradient of an earlier step: call step() of "
                 "RowAdam(pool) in each step, or its zero_grad() to drop a gradient. Optimizers "

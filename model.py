@@ -106,7 +106,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, start=0):
         """x (B, T, C) at positions start to start + T - 1 -> (B, T, C). cache (2, B, heads,
-        block_size, C/heads): keys and values of the positions before; those of x are added."""
+        block_size, C/heads): keys and values of the positions before; those of x are added.
+        T = 1 if start > 0."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads) each
@@ -171,7 +172,7 @@ class Block(nn.Module):
         self.skip = None  # a layer whose output GPT adds after a later block
         if layer is None:
             self.ffn = SwiGLU(config.n_embd, config.n_ffn)
-        elif config.mem_skip == 0:
+        elif config.mem_skip == 0:  # an option of UltraMem; 0 in other systems
             self.ffn = layer
         else:
             self.ffn = SwiGLU(config.n_embd, config.n_ffn)
@@ -257,7 +258,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, start=0):
         """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), for the output
-        matrix."""
+        matrix. T = 1 if start > 0."""
         x, _ = self.run_blocks(idx, cache, start)
         return x
 
@@ -266,6 +267,8 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
+        if start > 0 and idx.size(1) > 1:
+            raise ValueError(f"start={start}: after the first tokens, one at a time")
         cos = self.cos[start:end]
         sin = self.sin[start:end]
         x = self.embedding(idx)
@@ -379,8 +382,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """{"attention", "ffn", "memory", "head"}: forward FLOPs of a token in a sequence of T, 2
-        for each multiply-add of matrix products, attention and lookup; as usual not of norms,
-        softmax, top-k. Training costs three times this. Each module counts its own."""
+        for each multiply-add of matrix products, attention and lookup; as usual not of
+        elementwise products, norms, softmax, top-k. Training costs three times this. Each
+        module counts its own."""
         flops = {"attention": 0, "ffn": 0, "memory": 0}
         for block in self.blocks:
             flops["attention"] += block.attn.flops(T)
@@ -404,7 +408,7 @@ class GPT(nn.Module):
             width = counts["pool"] // slots
             text += f" + {counts['pool']:,} in the memory"
             text += f" ({slots:,} slots of width {width}, read in block {blocks})"
-        elif c.mem_layers:
+        elif c.mem_layers and c.system == "moe":
             experts = f"of {c.moe_experts} experts in block {blocks}"
             text += f" ({experts} a token uses {c.moe_topk})"
         flops = sum(self.flops_per_token(c.block_size).values())
@@ -412,7 +416,8 @@ class GPT(nn.Module):
 
 
 def make_pool(config, group, replicas):
-    """The values that all memory layers of a GPT read."""
+    """The values that all memory layers of a GPT read. With a group: those of Memory+ and PKM;
+    train.py refuses it for other systems."""
     if group is None:
         return SYSTEMS[config.system].make_pool(config)
     return ShardedPool(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 from kernels import RowAdam, definition, lookup, triton
-from memory import ValuePool, candidate_pairs
+from memory import ValuePool, candidate_ranks
 
 PATHS = {
     "pytorch": (kernels.torch_forward, kernels.torch_backward, kernels.torch_adam),
@@ -108,7 +108,7 @@ def check_select(device):
         for dtype in (torch.float32, torch.bfloat16):
             generator = torch.Generator(device).manual_seed(0)
             scores = torch.randn(2, H, n, N, generator=generator, device=device).to(dtype)
-            slots = kernels.triton_select(scores, candidate_pairs(K).to(device), K)
+            slots = kernels.triton_select(scores, candidate_ranks(K).to(device), K)
             s1, s2 = scores.double()
             got = s1.gather(-1, slots // N) + s2.gather(-1, slots % N)  # (H, n, K)
             want = (s1.unsqueeze(-1) + s2.unsqueeze(-2)).flatten(-2).topk(K).values
@@ -283,7 +283,7 @@ def tiles(device, n, k, S, widths, dtype, N, K, repeats=9):
 
     Prints the best, and returns {kernel: [[tile, milliseconds], ...]}, the fastest first."""
     powers, result = [2**i for i in range(6)], {}
-    scores, pairs = torch.randn(2, 4, n, N, device=device), candidate_pairs(K).to(device)
+    scores, pairs = torch.randn(2, 4, n, N, device=device), candidate_ranks(K).to(device)
     groups = [
         (N, K, group, warps) for group in powers[1:] for warps in powers[:3] if N // group >= K
     ]

@@ -11,8 +11,10 @@ It is a module that takes the place of a block's feed-forward network. GPT uses 
     with_loss(x, pool)      x (B, T, C) -> (B, T, C), auxiliary loss (0.0: none);
                             with_loss(x) if it uses no pool
 
-A subclass of MemoryPlus has all of these, and overrides what is different. A system with
-options of its own also adds them to the bases of SystemOptions."""
+A subclass of MemoryPlus has all of these, and overrides what is different: retrieve() finds
+slots and weights, read() makes one vector of a token's values, combine() is gate and output.
+A system with options of its own also adds them to the bases of SystemOptions. data/presets.py
+makes presets of a system, in each family of runs."""
 
 from dataclasses import dataclass, fields
 
@@ -36,8 +38,9 @@ class SystemOptions(UltraMemOptions, MoEOptions):
 
 def check_system(config):
     """Raises ValueError for options of another system, or that do not fit together."""
+    own = SYSTEMS[config.system].Options
     for name, system in SYSTEMS.items():
-        if system.Options is None or name == config.system:
+        if system.Options is None or system.Options is own:
             continue
         for f in fields(system.Options):
             value = getattr(config, f.name)

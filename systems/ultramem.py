@@ -1,4 +1,5 @@
-"""UltraMem (Huang et al. 2024, arXiv:2411.12364). Its parts, without which it is PKM:
+"""UltraMem (Huang et al. 2024, arXiv:2411.12364). These are its parts. Without them, and with
+mem_gate=False and mem_qk_norm=False, it is PKM:
 
 mem_rank=r     the score of slot (i, j) is S_row[:, i]^T core S_col[:, j], not a sum. Rows and
                columns have r scores each, of r queries and sub-keys with LayerNorm; the core
@@ -106,7 +107,7 @@ class UltraMem(MemoryPlus):
     def select_slots(self, s):
         """s (2, H, r, n, N) -> (H, n, K)"""
         if self.core is None:
-            return select(s[:, :, 0], self.pairs, self.K)
+            return select(s[:, :, 0], self.candidates, self.K)
         return tucker_select(s, self.K, self.core.sum(0).detach())
 
     def bilinear_scores(self, row, col):

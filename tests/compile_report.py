@@ -107,16 +107,16 @@ def compile_all(capability, D, e):
         block_n, block_k, group, warps = kernels.select_tile(N, K)
         P = sum(K // (a + 1) for a in range(K))
         blocks = dict(
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=triton.next_power_of_2(P), GROUP=group
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_C=triton.next_power_of_2(P), GROUP=group
         )
-        inputs = dict(scores=value, pairs="*i64", slots="*i64", n="i32")
+        inputs = dict(scores=value, candidates="*i64", slots="*i64", n="i32")
         yield (
             f"select-{N}",
             compile_kernel(
                 kernels.select_kernel,
                 capability,
                 warps,
-                dict(N=N, H=4, K=K, P=P, **blocks),
+                dict(N=N, H=4, K=K, COUNT=P, **blocks),
                 **inputs,
             ),
         )

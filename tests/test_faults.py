@@ -268,7 +268,11 @@ def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, 
 
 def test_a_checkout_that_cannot_be_written_to_says_where_facts_can_be_made(tmp_path):
     files = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

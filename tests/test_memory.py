@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import memory
 from bench.plan import plan
 from kernels import RowAdam, lookup, topk_indices
-from memory import MemoryLayer, Usage, ValuePool, candidate_pairs, product_topk, select
+from memory import MemoryLayer, Usage, ValuePool, candidate_ranks, product_topk, select
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def scores(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
 def test_product_topk_equals_brute_force(N, K, dtype):
     s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
-    slots = product_topk(s1, s2, K, candidate_pairs(K))
+    slots = product_topk(s1, s2, K, candidate_ranks(K))
     every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
     best = every.flatten(1).topk(K).values
     assert slots.shape == (20, K) and torch.equal(slots, every.flatten(1).topk(K).indices)
@@ -45,7 +45,7 @@ def test_product_topk_equals_brute_force(N, K, dtype):
 
 
 def test_candidate_list_is_pruned_and_complete():
-    a, b = candidate_pairs(32)
+    a, b = candidate_ranks(32)
     assert len(a) == 119
     # A pair that is left out is beaten, or equalled, by at least K others: all those of lower ranks.
     listed = set(zip(a.tolist(), b.tolist(), strict=True))
@@ -80,7 +80,7 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     s = (scores(2, H, n, N) * 3).to(DEVICE, dtype)
     s1, s2 = s.double()
     want, want_slots = (s1[..., :, None] + s2[..., None, :]).flatten(-2).topk(K)  # (H, n, K)
-    slots = select(s, candidate_pairs(K).to(DEVICE), K)
+    slots = select(s, candidate_ranks(K).to(DEVICE), K)
     if dtype == torch.float32:
         assert torch.equal(slots, want_slots)
     torch.testing.assert_close(
@@ -98,7 +98,7 @@ def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     s[:, :, 0], s[:, :, 1], s[:, :, 2] = 0.0, -5.0, -s[:, :, 2].abs()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = s.to(DEVICE, dtype)
-        slots = select(rounded, candidate_pairs(8).to(DEVICE), 8)
+        slots = select(rounded, candidate_ranks(8).to(DEVICE), 8)
         s1, s2 = rounded[:, 0].float()
         want = (s1[:, :, None] + s2[:, None, :]).flatten(1).topk(8).values
         assert torch.equal((s1.gather(-1, slots[0] // 33) + s2.gather(-1, slots[0] % 33)), want)

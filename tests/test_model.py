@@ -460,6 +460,8 @@ def test_prompt_longer_than_the_block_is_cut_to_its_end():
     )
     with pytest.raises(ValueError, match="40 tokens are more than block_size=24"):
         model(idx)
+    with pytest.raises(ValueError, match="start=4: after the first tokens, one at a time"):
+        model.hidden(idx[:, :4], torch.zeros(3, 2, 1, 2, 24, 8), start=4)
 
 
 def test_complete_equals_one_prompt_at_a_time():

@@ -246,24 +246,65 @@ ADAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("everything", [False, True])
+ORDERS = {  # of the parts of a training step
+    "zero_grad last": "forward backward step zero",
+    "zero_grad first": "zero forward backward step",
+    "zero_grad between": "forward zero backward step",
+    "zeros instead of None": "forward backward step zeros",
+    "no zero_grad": "forward backward step",
+    "micro-steps": "forward backward forward backward step zero",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("adam", ADAMS.values(), ids=ADAMS)
-def test_a_gradient_that_is_never_taken_out_is_refused_at_the_second_step(adam, everything):
+def test_a_gradient_that_is_never_taken_out_is_refused_at_the_second_step(adam, order):
     """RowAdam is there, but its step() is forgotten; perhaps because AdamW has the values as well."""
     model = make()
     make_optimizers(model)
-    parameters = model.parameters() if everything else model.network()
-    optimizer = adam(parameters, lr=1e-3)
-    for _ in range(3):
-        loss_of(model, 0).backward()  # micro-steps
-    optimizer.step()
-    optimizer.zero_grad()
+    optimizer = adam(model.parameters(), lr=1e-3)
+    loss = None
+
+    def run(part):
+        nonlocal loss
+        if part == "forward":
+            loss = loss_of(model, 0)
+        elif part == "backward":
+            loss.backward()
+        elif part == "step":
+            optimizer.step()
+        else:
+            optimizer.zero_grad(set_to_none=part == "zero")
+
+    for part in order.split():
+        run(part)
     with torch.no_grad():
         loss_of(model, 1)  # evaluation is possible
     with pytest.raises(
         RuntimeError, match=r"gradient of an earlier step: call step\(\) of RowAdam\(pool\)"
     ):
-        loss_of(model, 1)
+        for part in order.split():
+            run(part)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_any_order_of_a_step_is_right_with_row_adam(order):
+    model = make()
+    optimizers = make_optimizers(model)
+    before = model.pool.values.detach().clone()
+    for part in 3 * order.split():
+        if part == "forward":
+            loss = loss_of(model, 0)
+        elif part == "backward":
+            loss.backward()
+        else:
+            for optimizer in optimizers:
+                if part == "step":
+                    optimizer.step()
+                else:
+                    optimizer.zero_grad(set_to_none=part == "zero")
+    assert optimizers[1].state[model.pool.values]["step"] == 3
+    assert (model.pool.values != before).any(dim=1).sum() > 50
 
 
 def test_adamw_that_has_the_values_beside_row_adam_does_not_move_them():

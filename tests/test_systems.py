@@ -13,7 +13,7 @@ import kernels
 from data.presets import PRESETS, SYSTEMS
 from helpers import SMALL, assert_refused, run
 from kernels import lookup
-from memory import ValuePool, candidate_pairs, product_topk
+from memory import ValuePool, candidate_ranks, product_topk
 from model import GPT, GPTConfig, SwiGLU
 from systems import SYSTEMS as LAYERS
 from systems import MemoryPlus
@@ -78,7 +78,7 @@ def compare_with_loops(layer, pool, loops, auxiliary=0.0, tolerance=1e-11, n=6):
         tolerance,
     )
     if auxiliary:
-        assert float(aux) == pytest.approx(float(loss), rel=1e-5)
+        assert aux.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 # --- dot ----------------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_a_core_of_1_is_product_key_retrieval_with_products_for_sums():
     )
     slots = tucker_topk(s, 8, torch.ones(1, 1, dtype=torch.float64))
     s1, s2 = s[:, :, 0].log()
-    assert torch.equal(slots, product_topk(s1, s2, 8, candidate_pairs(8)))
+    assert torch.equal(slots, product_topk(s1, s2, 8, candidate_ranks(8)))
 
 
 def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
@@ -603,7 +603,7 @@ def test_presets_of_a_family_have_equal_flops_and_parameters(family):
         )
 
     flops, parameters = counts("memory")
-    assert set(SYSTEMS) == {"memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem"}
+    assert set(SYSTEMS) >= {"memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem"}
     for system in set(SYSTEMS) - {"memory"}:
         got = counts(system)
         assert got[0] / flops == pytest.approx(2 if system == "dense2x" else 1, rel=0.03), system
