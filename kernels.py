@@ -748,8 +748,8 @@ class RowAdam(torch.optim.Optimizer):
 
     pool  memory.ValuePool, float32 or bfloat16. It collects gradients from now on, and step()
           takes them out of it: pool.take_gradient()
-    eps   only guards against 0 / 0: where a loss is the mean over 491,520 tokens, a row's
-          gradient is about 1e-9
+    eps   only guards against 0 / 0: where a loss is the mean over 491,520 tokens (the gpt2
+          presets), a row's gradient is about 1e-9
     seed  bfloat16 drops small updates, so they are rounded stochastically (unbiased), by
           seed and step
     """
@@ -786,6 +786,8 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
         beta1, beta2 = options["betas"]
+        # The two bias corrections, as factors of lr and eps: one pass over the rows needs
+        # no others.
         correction = (1 - beta2**t) ** 0.5
         rate = options["lr"] * correction / (1 - beta1**t)
         eps = options["eps"] * correction

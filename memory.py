@@ -5,13 +5,13 @@ Lample et al. 2019 (arXiv:1907.05242). For one token x, and for each of H heads:
 
     q1, q2  = the two halves of W_q x                    query
     s1, s2  = keys1 q1, keys2 q2                         a score for each of N sub-keys, twice
-    slots   = the K best of the S = N * N                slot i * N + j; they are found
-              sums s1[i] + s2[j]                         without computing all S sums
+    slots   = the K best of all sums s1[i] + s2[j]       slot i * N + j, of S = N * N
     p       = softmax of those K sums                    weights
-    y       = sum over heads and their slots             the lookup (kernels.py)
-              of p[slot] * values[slot]
+    y       = sum of p[slot] * values[slot]              the lookup (kernels.py), over
+                                                         all heads and their slots
     out     = W_o (y * silu(W_g x))                      silu gate, the "+" of Memory+
 
+The K best sums are found without computing all S of them (product_topk).
 Memory+ also normalises q1, q2 and the sub-keys (then dividing scores by the square root
 of Q), and lets several layers read one pool of values. Without gate, W_o and norms, in
 one layer, this is the product-key memory (PKM) of 2019, except that it normalised queries
@@ -279,7 +279,7 @@ class ValuePool(nn.Module):
     would have to go through all S rows. Instead, backward passes of all layers and
     micro-steps add it to rows of `gradient`, and mark these rows in `touched`.
     RowAdam(pool).step() takes it out by take_gradient(). RowAdam makes the two tensors;
-    without them a backward pass raises RuntimeError."""
+    without them a backward pass raises RuntimeError. Nor does clip_grad_norm_ see it."""
 
     def __init__(self, slots, dim, dtype=torch.float32, tables=1, initialize=True):
         super().__init__()
@@ -325,7 +325,7 @@ class ValuePool(nn.Module):
         together. All get the same bits: the mean over them. They exchange a byte a slot, and
         then the gradients of those rows that any of them has read."""
         if self.gradient is None:
-            raise RuntimeError("the pool has no gradient: call collect_gradients() before forward")
+            raise RuntimeError("no gradient was collected: make RowAdam(pool) before forward")
         world = count_processes()
         if world > 1:
             self.reduce(self.touched, dist.ReduceOp.MAX)
@@ -359,8 +359,8 @@ class ValuePool(nn.Module):
             raise ValueError(f"a layer with value_dim={layer.D} reads values of width {self.dim}")
 
     def check_gradient_taken(self, layer):
-        """Raises RuntimeError if nobody has taken out the gradient of an earlier step. (Not in a
-        model that torch.compile has compiled.)"""
+        """Raises RuntimeError if nobody has taken out the gradient of an earlier step. It does
+        not find that under torch.compile, nor if the queries are frozen."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.touched is None:
             return
         # Watch the first layer that reads after take_gradient(). When it reads again, in

@@ -70,7 +70,7 @@ class UltraMem(MemoryPlus):
             initialize=False,
         )
         self.r = rank
-        self.heads = config.mem_heads
+        self.heads = config.mem_heads  # H below; self.H of MemoryLayer is r times as many
         self.E = config.mem_expand
         self.softmax = config.mem_softmax
         self.core = None
