@@ -286,8 +286,9 @@ class ValuePool(nn.Module):
         self.slots = slots
         self.dim = dim
         self.values = nn.Parameter(torch.empty(tables * slots, dim, dtype=dtype))
-        self.register_buffer("gradient", None, persistent=False)  # (tables * S, D)
-        self.register_buffer("touched", None, persistent=False)  # (tables * S,) uint8
+        # Not buffers: DistributedDataParallel would copy those of rank 0 to all others.
+        self.gradient = None  # (tables * S, D)
+        self.touched = None  # (tables * S,) uint8
         self.first_read = None  # see check_gradient_taken()
         self.usage = None  # see record_usage()
         if initialize:
@@ -303,6 +304,14 @@ class ValuePool(nn.Module):
         if self.usage is not None:
             self.usage.add(rows % self.slots, weights)
         return self.lookup(rows, weights)
+
+    def _apply(self, fn, recurse=True):
+        """What moves the values, to("cuda") say, also moves their gradient."""
+        super()._apply(fn, recurse)
+        if self.gradient is not None:
+            self.gradient = fn(self.gradient)
+            self.touched = fn(self.touched)
+        return self
 
     def lookup(self, rows, weights):
         """forward() without the statistics. runtime/sharded_pool.py has another one."""

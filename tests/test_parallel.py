@@ -257,6 +257,50 @@ def test_a_sharded_lookup_and_a_combined_gradient_equal_those_of_one_table(tmp_p
     assert done.returncode == 0 and done.stdout.count("checked") == 2, done.stderr
 
 
+DDP = """
+import copy, os, torch, torch.distributed as dist
+from torch import nn
+from kernels import RowAdam
+from memory import MemoryLayer, ValuePool
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.pool, self.head = MemoryLayer(16, 64, topk=4), ValuePool(64, 16), nn.Linear(16, 16)
+    def forward(self, x):
+        return self.head(x + self.layer(x, self.pool))
+model = Model()
+alone = copy.deepcopy(model)
+alone.pool.collect_gradients()
+optimizers = [RowAdam(model.pool), torch.optim.AdamW([*model.layer.parameters(), *model.head.parameters()])]
+parallel = nn.parallel.DistributedDataParallel(model)
+draw = lambda i: torch.randn(5, 16, generator=torch.Generator().manual_seed(i))
+for i in range(3):
+    parallel(draw(2 * i + rank)).square().mean().backward()
+for i in range(6):  # the tokens of both
+    (alone(draw(i)).square().mean() / 2).backward()
+copied = copy.deepcopy(model)
+want = alone.pool.take_gradient().to_dense()
+assert want.norm() > 0 and torch.allclose(copied.pool.take_gradient().to_dense(), want, atol=1e-7)
+for optimizer in optimizers: optimizer.step()
+sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+both = [torch.empty_like(sums) for _ in range(2)]
+dist.all_gather(both, sums)
+assert torch.equal(*both)
+print("checked", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_model_of_ones_own_in_distributed_data_parallel_has_the_mean_gradient(tmp_path):
+    """Three micro-steps. The pool averages over ranks by itself; DistributedDataParallel must not touch what it collects."""
+    (tmp_path / "ddp.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{DDP}")
+    done = torchrun(2, tmp_path / "ddp.py")
+    assert done.returncode == 0 and done.stdout.count("checked") == 2, done.stderr
+
+
 # --- runs that end early ----------------------------------------------------------------------------------------------
 
 
