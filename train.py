@@ -493,7 +493,7 @@ def train(run):
         ranks.average([p.grad for p in network])
         if chosen is not None:
             model.pool.touched &= chosen
-        if config.mem_sgd:
+        if model.pool is not None and config.mem_sgd:
             model.pool.values.grad = model.pool.take_gradient()
 
         # step

@@ -202,6 +202,18 @@ def test_all_rows_or_all_weights_can_change_and_the_log_tells_of_old_and_new(
         )
 
 
+def test_a_model_without_a_memory_has_no_values_for_sgd(facts, tmp_path):
+    done = run(
+        "train.py",
+        *SMALL,
+        "--system=moe",
+        "--mem_sgd=1",
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_sgd_moves_a_value_by_the_gradient_of_the_sum_over_tokens(finished, new, tmp_path):
     options = "--update=memory", "--mem_sgd=0.5", "--max_iters=1", "--seed=7"
     before, after = teach(finished, new, tmp_path / "out", *options)
