@@ -19,8 +19,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory import default_key_dim, initialize_linear
+from runtime.checkpoint import REASONS, read_checkpoint
+from runtime.files import explain_errors
 from runtime.options import check_options, option
-from runtime.sharded_pool import ShardedPool
+from runtime.sharded_pool import ShardedPool, own_columns
 from systems import SYSTEMS, SystemOptions, check_system
 
 
@@ -223,6 +225,22 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
         if initialize:
             self.initialize()
+
+    @classmethod
+    def from_checkpoint(cls, path, device="cpu", group=None, replicas=None):
+        """The model in a checkpoint of train.py (Path), on a device. group, replicas: as above,
+        however many processes have written the file. Raises FileNotFoundError or ValueError,
+        naming the file, if it is missing, damaged, or something else."""
+        checkpoint = read_checkpoint(path)
+        weights = checkpoint["model"]
+        with explain_errors(f"{path}: its parts do not fit together", REASONS):
+            config = GPTConfig(**checkpoint["model_config"])
+            with torch.device(device):
+                model = cls(config, initialize=False, group=group, replicas=replicas)
+            if model.pool is not None:
+                weights["pool.values"] = own_columns(model.pool, weights["pool.values"])
+            model.load_state_dict(weights)
+        return model
 
     @torch.no_grad()
     def initialize(self):

@@ -1,19 +1,23 @@
 """The dataset folder: what every prepare.py writes and what training and sampling read.
 
-    train.bin, val.bin   token ids one after another, little-endian uint16 (uint32 if meta.json says so)
-    meta.json            {"encoding": "gpt2" or the name of a file beside it, "dtype", "vocab_size",
-                         "separator"}; {"unfinished": true} while a prepare.py is at work
-    vocab.json           the vocabulary, if it is not GPT-2's: plain JSON, see describe_vocabulary
-    recall.jsonl         optional: closed-book questions {"prompt", "answer", "attribute"}, one per line;
-                         the model has to continue the prompt with a space and the answer
+    train.bin, val.bin   token ids one after another, little-endian uint16 (uint32 if meta.json
+                         says so)
+    meta.json            {"encoding": "gpt2" or the name of a file beside it, "dtype",
+                         "vocab_size", "separator"}; {"unfinished": true} while a prepare.py is
+                         at work
+    vocab.json           the vocabulary, if it is not GPT-2's: plain JSON, see
+                         describe_vocabulary
+    recall.jsonl         optional: closed-book questions {"prompt", "answer", "attribute"}, one
+                         per line; the model has to continue the prompt with a space and the
+                         answer
 
-A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files and none of the others) works as it is.
+A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files and none of the others)
+works as it is.
 """
 
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,52 +25,65 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.files import Refused, blame, lock, sweep, write_file
+from runtime.files import (
+    UserError,
+    explain_errors,
+    lock_folder,
+    remove_temporary_files,
+    write_file,
+)
 
-FORMAT_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-PARTS = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl", "progress.json")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+FILES = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl", "progress.json")
 UNFINISHED = {"unfinished": True}
 GPT2_SIZE = 50257
-AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
+GPT2_SEPARATOR = 50256
+PREPARE_AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
 
 
-# --- writing ----------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------
 
 
-def claim(folder, overwrite):
-    """Lock a folder to write a dataset to. Raises ValueError if it holds a finished one, unless overwrite."""
-    lock(folder, wait=True)
-    old = [name for name in PARTS if (folder / name).exists()]
+def check_free(folder, overwrite):
+    """Raises ValueError if a folder holds a finished dataset, unless it may be overwritten."""
+    old = [name for name in FILES if (folder / name).exists()]
     if old and not overwrite and not is_unfinished(folder):
         way_out = "replace it (--overwrite), or give another --out"
         raise ValueError(f"{folder} holds a dataset already ({', '.join(old)}): {way_out}")
-    sweep(folder, "|".join(map(re.escape, PARTS)))
 
 
 def describe_vocabulary(name, pattern, tokens, special_tokens):
-    """The contents of vocab.json. tokens: list of bytes, in order of ids; special_tokens: {text: id}."""
+    """The contents of vocab.json. tokens: list of bytes, in order of ids; special_tokens: {text:
+    id}."""
     texts = [token.decode("latin-1") for token in tokens]
     return {"name": name, "pattern": pattern, "tokens": texts, "special_tokens": special_tokens}
 
 
 def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwrite=False, **facts):
-    """train, val: sequences of token ids; vocabulary: "gpt2" or the result of describe_vocabulary. Until all
-    else is written, meta.json marks the folder as unfinished."""
+    """Write a dataset. Until all else is written, meta.json marks the folder as unfinished.
+
+    train, val: sequences of token ids; vocabulary: "gpt2" or the result of describe_vocabulary;
+    recall: list of questions; facts: anything else for meta.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, overwrite)
-    encoding = "gpt2" if vocabulary == "gpt2" else "vocab.json"
-    vocab_size = size_of(vocabulary)
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    lock_folder(folder, wait=True)
+    check_free(folder, overwrite)
+    remove_temporary_files(folder, FILES)
+    encoding = "vocab.json"
+    if vocabulary == "gpt2":
+        encoding = "gpt2"
+    vocab_size = vocabulary_size(vocabulary)
+    dtype = "uint16"
+    if vocab_size > 2**16:
+        dtype = "uint32"
     write_file(folder / "meta.json", json.dumps(UNFINISHED) + "\n")
     for name in ("recall.jsonl", "vocab.json"):
         (folder / name).unlink(missing_ok=True)
-    for name, ids in (("train.bin", train), ("val.bin", val)):
-        write_file(folder / name, np.asarray(ids).astype(FORMAT_DTYPES[dtype]).tobytes())
+    write_file(folder / "train.bin", np.asarray(train).astype(DTYPES[dtype]).tobytes())
+    write_file(folder / "val.bin", np.asarray(val).astype(DTYPES[dtype]).tobytes())
     if recall is not None:
-        write_file(
-            folder / "recall.jsonl", "".join(json.dumps(question) + "\n" for question in recall)
-        )
+        lines = [json.dumps(question) + "\n" for question in recall]
+        write_file(folder / "recall.jsonl", "".join(lines))
     if encoding != "gpt2":
         write_file(folder / encoding, json.dumps(vocabulary))
     write_meta(folder, encoding, dtype, vocab_size, separator, **facts)
@@ -84,165 +101,200 @@ def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
     write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------
 
 
 def load_json(path):
     """Raises ValueError, naming the file, if it is not JSON."""
-    with blame(f"{path} is damaged", AGAIN):
+    with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def is_unfinished(folder):
-    """Whether a prepare.py is writing to a folder, or was interrupted: half of what it held may be gone."""
+    """Whether a prepare.py is writing to a folder, or was interrupted."""
     return (folder / "meta.json").exists() and load_json(folder / "meta.json") == UNFINISHED
 
 
 def check_ids(path, ids, vocab_size):
     if ids.max() >= vocab_size:
-        what = f"{path} has token id {ids.max()}, but the vocabulary ends at {vocab_size - 1}"
-        raise Refused(f"{what}; prepare it again")
+        last = f"the vocabulary ends at {vocab_size - 1}"
+        raise UserError(f"{path} has token id {ids.max()}, but {last}; prepare it again")
 
 
 class Dataset:
-    """An opened folder. Raises FileNotFoundError or ValueError, with a way out, if it is not a dataset."""
+    """An opened folder. Raises FileNotFoundError or ValueError, with a way out, if it is not a
+    dataset."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.check_files()
+        meta_path = self.folder / "meta.json"
+        meta = {  # of a folder prepared by nanoGPT with GPT-2's vocabulary
+            "encoding": "gpt2",
+            "dtype": "uint16",
+            "vocab_size": GPT2_SIZE,
+            "separator": GPT2_SEPARATOR,
+        }
+        if meta_path.exists():
+            meta = load_json(meta_path)
+        must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator"
+        with explain_errors(f"{meta_path} {must} below it", PREPARE_AGAIN):
+            self.dtype = DTYPES[meta["dtype"]]
+            self.encoding_name = meta["encoding"]
+            self.vocab_size = meta["vocab_size"]
+            self.separator = meta["separator"]
+            self.check_meta()
+
+    def check_files(self):
+        script = self.folder / "prepare.py"
         for name in ("train.bin", "val.bin"):
             if not (self.folder / name).exists():
                 way_out = "dataset= (or background=) must name a folder that has it"
-                script = self.folder / "prepare.py"
                 if script.exists():
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
-        meta_path = self.folder / "meta.json"
-        orphaned = not meta_path.exists() and any(
-            (self.folder / name).exists() for name in PARTS[3:]
-        )
-        if orphaned or is_unfinished(self.folder):
+        names = ("vocab.json", "recall.jsonl", "progress.json")
+        started = any((self.folder / name).exists() for name in names)
+        has_meta = (self.folder / "meta.json").exists()
+        if (started and not has_meta) or is_unfinished(self.folder):
             what = f"{self.folder} is half made: a prepare.py is at work there, or was interrupted"
-            raise ValueError(f"{what}; {AGAIN}")
-        if meta_path.exists():
-            meta = load_json(meta_path)
-        elif (self.folder / "meta.pkl").exists():
-            raise ValueError(
-                f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read; "
-                "prepare the text again: python data/shakespeare/prepare.py --file TEXT --out FOLDER"
-            )
-        else:  # prepared by nanoGPT with GPT-2's vocabulary
-            meta = {
-                "encoding": "gpt2",
-                "dtype": "uint16",
-                "vocab_size": GPT2_SIZE,
-                "separator": 50256,
-            }
-        must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator below it"
-        with blame(f"{meta_path} {must}", AGAIN):
-            self.dtype = FORMAT_DTYPES[meta["dtype"]]
-            values = name, size, separator = meta["encoding"], meta["vocab_size"], meta["separator"]
-            self.encoding_name, self.vocab_size, self.separator = values
-            in_range = [type(v) for v in values] == [str, int, int] and 0 <= separator < size
-            if not in_range or size > 256**self.dtype.itemsize or "/" in name:
-                raise ValueError(f"not {name!r}, {size!r}, {separator!r}")
+            raise ValueError(f"{what}; {PREPARE_AGAIN}")
+        if not has_meta and (self.folder / "meta.pkl").exists():
+            what = f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read"
+            command = "python data/shakespeare/prepare.py --file TEXT --out FOLDER"
+            raise ValueError(f"{what}; prepare the text again: {command}")
+
+    def check_meta(self):
+        name = self.encoding_name
+        size = self.vocab_size
+        separator = self.separator
+        if type(name) is not str or "/" in name:
+            raise ValueError(f"encoding is {name!r}")
+        if type(size) is not int or not 0 < size <= 256**self.dtype.itemsize:
+            raise ValueError(f"vocab_size is {size!r}")
+        if type(separator) is not int or not 0 <= separator < size:
+            raise ValueError(f"separator is {separator!r}")
 
     def fingerprint(self):
-        """A hash of size and first MiB of each file but recall.jsonl: it shows if they were prepared anew."""
+        """A hash of size and first MiB of each file but recall.jsonl: it shows if they were
+        prepared anew."""
         digest = hashlib.sha256()
-        for path in (self.folder / name for name in PARTS[:4] if (self.folder / name).exists()):
-            with open(path, "rb") as f:
-                digest.update(f.read(2**20) + str(os.fstat(f.fileno()).st_size).encode())
+        for name in ("train.bin", "val.bin", "meta.json", "vocab.json"):
+            path = self.folder / name
+            if path.exists():
+                with open(path, "rb") as f:
+                    size = os.fstat(f.fileno()).st_size
+                    digest.update(f.read(2**20) + str(size).encode())
         return digest.hexdigest()
 
     def tokens(self, split):
         """The token ids of a split as a memory map. split: "train" or "val"."""
         path = self.folder / f"{split}.bin"
         size = path.stat().st_size
-        if size == 0 or size % self.dtype.itemsize:
-            what = (
-                f"{path} has {size} bytes, not a whole number of {self.dtype.name} ids, or no ids"
-            )
-            raise ValueError(
-                f"{what}: is it truncated, or was there too little text? Prepare it again"
-            )
+        if size == 0 or size % self.dtype.itemsize != 0:
+            ids = f"a whole number of {self.dtype.name} ids, or no ids"
+            hint = "is it truncated, or was there too little text? Prepare it again"
+            raise ValueError(f"{path} has {size} bytes, not {ids}: {hint}")
         ids = np.memmap(path, dtype=self.dtype, mode="r")
-        check_ids(
-            path, ids[: 2**24], self.vocab_size
-        )  # the rest when it is read: it may exceed memory
+        # The rest is checked when it is read: it may exceed memory.
+        check_ids(path, ids[: 2**24], self.vocab_size)
         return ids
 
     def vocabulary(self):
-        """What make_encoding takes, and a checkpoint stores: "gpt2" or the contents of vocab.json."""
+        """What make_encoding takes and a checkpoint stores: "gpt2" or the contents of
+        vocab.json."""
+        if self.encoding_name == "gpt2":
+            vocabulary = "gpt2"
+        else:
+            vocabulary = load_json(self.folder / self.encoding_name)
         path = self.folder / self.encoding_name
-        vocabulary = "gpt2" if self.encoding_name == "gpt2" else load_json(path)
-        with blame(f"{path} does not fit meta.json", AGAIN):
-            if size_of(vocabulary) != self.vocab_size:
-                raise ValueError(
-                    f"it has {size_of(vocabulary)} tokens, not vocab_size={self.vocab_size}"
-                )
+        with explain_errors(f"{path} does not fit meta.json", PREPARE_AGAIN):
+            size = vocabulary_size(vocabulary)
+            if size != self.vocab_size:
+                raise ValueError(f"it has {size} tokens, not vocab_size={self.vocab_size}")
         return vocabulary
 
     def questions(self):
-        """The closed-book questions, or None: list of dicts with prompt, answer, and the ids of both."""
+        """The closed-book questions: list of dicts with prompt, answer, attribute, prompt_ids
+        and answer_ids. Empty if the dataset has none."""
         path = self.folder / "recall.jsonl"
         if not path.exists():
-            return None
-        encode = make_encoding(self.vocabulary()).encode_ordinary
-        with blame(f"{path} is damaged", AGAIN):
-            lines = path.read_text(encoding="utf-8").split(
-                "\n"
-            )  # splitlines would also split inside strings
-        questions, must = [], "must be a JSON object with prompt and answer, and perhaps attribute"
+            return []
+        encoding = make_encoding(self.vocabulary())
+        with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split more
+        questions = []
+        must = "must be a JSON object with prompt and answer, and perhaps attribute"
         for number, line in enumerate(lines, 1):
             if line:
-                with blame(f"{path}, line {number}: {must}", AGAIN):
-                    question = {"attribute": "questions"} | json.loads(line)
-                    if not isinstance(question["attribute"], str):
-                        raise ValueError(f"attribute is {question['attribute']!r}")
-                    prompt, answer = encode(question["prompt"]), encode(" " + question["answer"])
-                    questions.append(question | {"prompt_ids": prompt, "answer_ids": answer})
+                with explain_errors(f"{path}, line {number}: {must}", PREPARE_AGAIN):
+                    questions.append(read_question(line, encoding))
         return questions
 
 
-def size_of(vocabulary):
-    return GPT2_SIZE if vocabulary == "gpt2" else make_encoding(vocabulary).n_vocab
+def read_question(line, encoding):
+    question = json.loads(line)
+    question.setdefault("attribute", "questions")
+    if not isinstance(question["attribute"], str):
+        raise ValueError(f"attribute is {question['attribute']!r}")
+    question["prompt_ids"] = encoding.encode_ordinary(question["prompt"])
+    question["answer_ids"] = encoding.encode_ordinary(" " + question["answer"])
+    return question
+
+
+def answer_questions(model, questions, separator):
+    """What a GPT says to closed-book questions (Dataset.questions), greedily: lists of tokens."""
+    prompts = [[separator, *question["prompt_ids"]] for question in questions]
+    lengths = [len(question["answer_ids"]) for question in questions]
+    return model.complete(prompts, lengths)
+
+
+def vocabulary_size(vocabulary):
+    if vocabulary == "gpt2":
+        return GPT2_SIZE
+    return make_encoding(vocabulary).n_vocab
 
 
 def make_encoding(vocabulary):
-    """vocabulary: "gpt2" or the contents of vocab.json, of which nothing is executed -> tiktoken.Encoding"""
-    if vocabulary != "gpt2":
-        with blame("the vocabulary is damaged", "run prepare.py again"):
-            tokens, special = vocabulary["tokens"], vocabulary["special_tokens"]
-            ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
-            if (
-                not {bytes([i]) for i in range(256)} <= ranks.keys()
-                or b"" in ranks
-                or "" in special
-            ):
-                raise ValueError("single bytes are missing, or a token is empty")
-            if sorted([*ranks.values(), *special.values()]) != list(
-                range(len(tokens) + len(special))
-            ):
-                raise ValueError("two tokens are the same, or ids are missing")
-            options = {
-                "pat_str": vocabulary["pattern"],
-                "mergeable_ranks": ranks,
-                "special_tokens": special,
-            }
-            return tiktoken.Encoding(vocabulary["name"], **options)
+    """vocabulary: "gpt2" or the contents of vocab.json -> tiktoken.Encoding. Nothing is
+    executed."""
+    if vocabulary == "gpt2":
+        return gpt2_encoding()
+    with explain_errors("the vocabulary is damaged", "run prepare.py again"):
+        special = vocabulary["special_tokens"]
+        ranks = {token.encode("latin-1"): i for i, token in enumerate(vocabulary["tokens"])}
+        for i in range(256):
+            if bytes([i]) not in ranks:
+                raise ValueError(f"the byte {i} is no token")
+        if b"" in ranks or "" in special:
+            raise ValueError("a token is empty")
+        ids = [*ranks.values(), *special.values()]
+        if sorted(ids) != list(range(len(vocabulary["tokens"]) + len(special))):
+            raise ValueError("two tokens are the same, or ids are missing")
+        return tiktoken.Encoding(
+            vocabulary["name"],
+            pat_str=vocabulary["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens=special,
+        )
+
+
+def gpt2_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken passes on whatever its download raised
-        raise FileNotFoundError(
-            f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); where there is a network, "
-            "run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER; then copy the folder here and set the variable"
-        ) from None
+        what = f"GPT-2's vocabulary could not be fetched ({type(error).__name__})"
+        fetch = "where there is a network, run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER"
+        copy = "then copy the folder here and set the variable"
+        raise FileNotFoundError(f"{what}; {fetch}; {copy}") from None
 
 
 def find_folder(name):
     """A folder in data/, or a path. data/facts, the default dataset, is made if it is missing."""
     data = Path(__file__).resolve().parent
-    folder = data / name if Path(name).name == name and (data / name).is_dir() else Path(name)
+    folder = Path(name)
+    if folder.name == name and (data / name).is_dir():
+        folder = data / name
     if folder == data / "facts" and (is_unfinished(folder) or not (folder / "meta.json").exists()):
         subprocess.run([sys.executable, folder / "prepare.py"])
         if not (folder / "meta.json").exists():
@@ -252,9 +304,12 @@ def find_folder(name):
 
 
 def open_dataset(folder, block_size, seed):
-    """What training needs of a folder, checked: batches, questions or None, and facts for a checkpoint."""
+    """What training needs of a folder, checked: batches, questions, and facts for a
+    checkpoint."""
     dataset = Dataset(folder)
-    fingerprint, train, val = dataset.fingerprint(), dataset.tokens("train"), dataset.tokens("val")
+    fingerprint = dataset.fingerprint()
+    train = dataset.tokens("train")
+    val = dataset.tokens("val")
     data = {
         "train": Batches(train, block_size, seed, dataset.vocab_size),
         "train_eval": Batches(train, block_size, 0, dataset.vocab_size),
@@ -270,39 +325,39 @@ def open_dataset(folder, block_size, seed):
 
 
 class Batches:
-    """Windows of block_size + 1 tokens in shuffled order. An epoch has each token once, except for a part of
-    a window at either end. What step t gets depends only on the seed and t: any process can compute it."""
+    """Windows of block_size + 1 tokens in shuffled order. An epoch has each token once, except
+    for a part of a window at either end. What step t gets depends only on the seed and t: any
+    process can compute it."""
 
     def __init__(self, ids, block_size, seed, vocab_size):
         self.path = getattr(ids, "filename", "the data")
         if len(ids) < 2 * block_size + 1:
             what = f"{len(ids)} tokens are too few for block_size={block_size}"
             raise ValueError(f"{self.path}: {what}: {2 * block_size + 1} are needed")
-        self.ids, self.block_size, self.seed, self.vocab_size = (
-            np.asarray(ids),
-            block_size,
-            seed,
-            vocab_size,
-        )
+        self.ids = np.asarray(ids)
+        self.block_size = block_size
+        self.seed = seed
+        self.vocab_size = vocab_size
         self.epoch = None
 
     def __len__(self):
         """Windows in an epoch."""
-        return (
-            len(self.ids) - self.block_size - 1
-        ) // self.block_size  # one less: room for the shift
+        room = len(self.ids) - self.block_size - 1  # one window less: room for the shift
+        return room // self.block_size
 
     def start(self, number):
         """Where window `number` (counted from the start of training) begins."""
-        epoch, position = divmod(number, windows := len(self))
-        if epoch != self.epoch:  # draw the order of its windows, and a shift common to all of them
+        epoch, position = divmod(number, len(self))
+        if epoch != self.epoch:  # draw the order of its windows, and a shift common to them all
             generator = np.random.default_rng([self.seed, epoch])
-            self.order, self.epoch = generator.permutation(windows), epoch
+            self.order = generator.permutation(len(self))
             self.shift = int(generator.integers(self.block_size))
+            self.epoch = epoch
         return int(self.order[position]) * self.block_size + self.shift
 
-    def __call__(self, numbers):
-        """numbers: of windows -> int64 (len(numbers), block_size + 1), the inputs and one more target."""
+    def windows(self, numbers):
+        """numbers: of windows -> int64 (len(numbers), block_size + 1), the inputs and one more
+        target."""
         starts = [self.start(number) for number in numbers]
         windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
         check_ids(self.path, windows, self.vocab_size)

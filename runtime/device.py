@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from data.files import blame
+from runtime.files import explain_errors
 
 
 def choose_device(name, number=0):
@@ -17,7 +17,7 @@ def choose_device(name, number=0):
         name = fastest_device()
     if name == "cuda":
         name = f"cuda:{number}"
-    with blame(f"device={name} cannot be used here", "try device=cpu"):
+    with explain_errors(f"device={name} cannot be used here", "try device=cpu"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":

@@ -97,3 +97,10 @@ def whole_table(pool, part):
         if table is not None:
             table[start : start + 2**16] = torch.cat(pieces, dim=1)
     return table
+
+
+def own_columns(pool, table):
+    """The inverse of whole_table: of all columns (S, D) those that this process holds."""
+    if not isinstance(pool, ShardedPool):
+        return table
+    return table[:, pool.columns]

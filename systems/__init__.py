@@ -13,7 +13,7 @@ It is a module that takes the place of a block's feed-forward network. GPT uses 
 
 A subclass of MemoryPlus has all of these, and overrides what is different: retrieve() finds
 slots and weights, read() makes one vector of a token's values, combine() is gate and output.
-A system with options of its own also adds them to the bases of SystemOptions. data/presets.py
+A system with options of its own also adds them to the bases of SystemOptions. presets.py
 makes presets of a system, in each family of runs."""
 
 from dataclasses import dataclass, fields

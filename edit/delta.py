@@ -1,0 +1,71 @@
+"""Deltas: files with the rows of a table that an update of a checkpoint has changed. sample.py
+--delta applies them. Tensors and plain values only: nothing in them is executed."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from runtime.checkpoint import read_tensors, save_tensors
+from runtime.files import explain_errors
+
+FORMAT = "nanomem-delta-1"
+
+
+def weights_hash(tensors):
+    """A hash of {name: tensor}. That of a model's state_dict says what a delta belongs to."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_delta(path, values, rows, base, base_name):
+    """Write rows of values (int64) that may have changed. base: weights_hash of the model before
+    the update; base_name: its file, for messages."""
+    tensors = {"rows": rows.cpu(), "values": values.detach()[rows].cpu()}
+    delta = {
+        "format": FORMAT,
+        "base": base,
+        "name": base_name,
+        "hash": weights_hash(tensors),
+        **tensors,
+    }
+    save_tensors(path, delta)
+
+
+def apply_deltas(model, path, files):
+    """Put the rows of deltas into a model's table, one after another. Each must belong to the
+    model's checkpoint, path, or to what earlier ones made of it. Raises FileNotFoundError or
+    ValueError, naming the file."""
+    known = {}  # {weights_hash: name}
+    name = str(path)
+    for file in files:
+        known[weights_hash(model.state_dict())] = name
+        name = f"{path} with {file}"
+        delta = read_tensors(Path(file), "delta", FORMAT)
+        with explain_errors(f"{file} is damaged", "give another one"):
+            check_delta(delta)
+        if delta["base"] not in known:
+            here = " or ".join(f"{name} ({base})" for base, name in known.items())
+            theirs = f"{delta['name']} ({delta['base']})"
+            raise ValueError(f"{file} belongs to {theirs}, not to {here}")
+        with explain_errors(f"{file} is damaged", "give another one"):
+            apply_delta(model, delta)
+
+
+def check_delta(delta):
+    tensors = {"rows": delta["rows"], "values": delta["values"]}
+    if delta["hash"] != weights_hash(tensors):
+        raise ValueError("its rows and values are not those that were saved")
+    if type(delta["base"]) is not str or type(delta["name"]) is not str:
+        raise ValueError("it does not say what it belongs to")
+
+
+def apply_delta(model, delta):
+    table = model.pool.values.detach()
+    rows = delta["rows"].to(table.device)
+    if rows.min() < 0 or rows.max() >= len(table):
+        raise ValueError(f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}")
+    table[rows] = delta["values"].to(table.device)

@@ -1,0 +1,91 @@
+"""Checkpoints: files of tensors and plain Python values. Nothing in them is executed.
+
+ckpt.pt of a run holds
+
+    model, optimizers               state_dicts; of a table that several processes share, the whole
+    model_config, train_config      options
+    iter, seconds                   steps done, and the time they took
+    vocabulary, separator           of its dataset (data/dataset.py), for sample.py
+    fingerprint                     which shows if the dataset was prepared anew
+"""
+
+import torch
+
+from kernels import RowAdam
+from runtime.files import atomic_write, explain_errors
+from runtime.sharded_pool import own_columns
+
+FORMAT = "nanomem-4"
+FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
+REASONS = "it was edited, damaged, or is of another version"
+
+
+def save_tensors(path, content):
+    """content: a dictionary with a "format". Written whole or not at all: a full disk or a kill
+    leaves the file that was there."""
+    with atomic_write(path) as f:
+        torch.save(content, f)
+
+
+def read_tensors(path, kind, format):
+    """The dictionary in a file of save_tensors. kind: its name for messages. Raises
+    FileNotFoundError or ValueError, naming the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {kind} {path}")
+    with explain_errors(f"{path} is damaged or not a {kind}", "give another one"):
+        # mmap: only what is used is read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"{path} is not a {kind} of this version of nanomem")
+    return content
+
+
+def read_checkpoint(path):
+    """The checkpoint of a run. Raises FileNotFoundError or ValueError, naming the file, if it is
+    missing, damaged, or something else."""
+    if not path.exists():
+        way_out = "out_dir= or init_from= must name a folder that has one"
+        raise FileNotFoundError(f"no checkpoint {path}; {way_out}")
+    checkpoint = read_tensors(path, "checkpoint", FORMAT)
+    with explain_errors(f"{path}: its parts do not fit together", REASONS):
+        for name, kind in FIELDS.items():
+            if type(checkpoint[name]) is not kind:
+                raise ValueError(f"{name} is {checkpoint[name]!r}")
+        if checkpoint["iter"] <= 0:
+            raise ValueError(f"iter is {checkpoint['iter']}")
+        if not 0 <= checkpoint["separator"] < checkpoint["model_config"]["vocab_size"]:
+            raise ValueError(f"separator is {checkpoint['separator']}")
+    return checkpoint
+
+
+def restore_optimizers(path, optimizers, pool):
+    """Give the optimisers their moments in a checkpoint; rates and decays stay as they are.
+    pool: the model's, or None. Raises ValueError if there is a wrong state."""
+    checkpoint = read_checkpoint(path)
+    with explain_errors(f"{path}: its optimisers have a wrong state", "go on from another one"):
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            names = ("exp_avg", "exp_avg_sq")
+            if isinstance(optimizer, RowAdam):
+                names = ("means", "squares")
+                for state in saved["state"].values():
+                    for name in names:
+                        state[name] = own_columns(pool, state[name])
+            saved["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = optimizer.state[parameter]
+                    check_moments(state, names, parameter, checkpoint["iter"])
+
+
+def check_moments(state, names, parameter, steps):
+    if set(state) != {"step", *names}:
+        raise ValueError("not two moments for each parameter")
+    for name in names:
+        moment = state[name]
+        if moment.dtype != torch.float32 or moment.layout != torch.strided:
+            raise ValueError(f"{name} is not a table of float32")
+        if moment.shape != parameter.shape:
+            raise ValueError(f"{name} has not the shape of its parameter")
+    if state["step"] != steps:
+        raise ValueError("its steps are not those of the run")

@@ -1,0 +1,182 @@
+"""Files that are written whole, folders that one process has to itself, and errors in one line."""
+
+import argparse
+import contextlib
+import io
+import os
+import pickle
+import re
+import sys
+import traceback
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nothing keeps two processes out of one folder
+    fcntl = None
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """The request, a file or the machine is at fault: a traceback would not help."""
+
+
+def error_line(error):
+    """One line that says what went wrong. NANOMEM_DEBUG=1 prints the traceback, too."""
+    if os.environ.get("NANOMEM_DEBUG", "0") != "0":
+        traceback.print_exception(error)
+    if isinstance(error, (ValueError, OSError)):
+        return str(error).replace("\n", " ") or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text says how to load it anyway
+        return "it holds more than tensors and plain values, and was not loaded"
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line[:300]}"
+
+
+@contextlib.contextmanager
+def explain_errors(what, way_out):
+    """An error inside becomes a ValueError: what is wrong (why); how to mend it. An OSError that
+    names its file stays as it is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in tiktoken is no Exception
+        if isinstance(error, OSError) and (error.filename or not error.errno):
+            raise
+        raise ValueError(f"{what} ({error_line(error)}); {way_out}") from None
+
+
+@contextlib.contextmanager
+def explain_out_of_memory():
+    """If the memory inside is too small, the error names the options to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = "allocate memory|out of memory|not enough memory|ALLOC_"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        options = "batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
+        raise UserError(f"out of memory ({error_line(error)}): lower {options}") from None
+
+
+def fail(error):
+    """End the program: exit code 1 and one line on standard error, or 130 after Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(130)
+    program = Path(sys.argv[0]).name
+    sys.exit(f"{program}: {error_line(error)}")
+
+
+# --- files and folders ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a temporary file for bytes and rename it at the end: `path` holds the old content or
+    the new one at any moment. Raises OSError, naming path."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's error of a full disk is a RuntimeError
+        raise OSError(f"could not write {path} ({error_line(error)})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path, data):
+    """data: bytes or text."""
+    if isinstance(data, str):
+        data = data.encode()
+    with atomic_write(path) as f:
+        f.write(data)
+
+
+def append_to_file(path, data):
+    """data: bytes or text. Raises OSError, naming path."""
+    if isinstance(data, str):
+        data = data.encode()
+    try:
+        with open(path, "ab") as f:
+            f.write(data)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror})") from None
+
+
+locked_folders = {}  # {path: file descriptor}; the system unlocks when the process ends
+
+
+def lock_folder(folder, wait=False):
+    """Keep other processes out of a folder until this one ends. If another process has locked
+    it: wait, or raise ValueError."""
+    folder = Path(folder).resolve()
+    if fcntl is None or folder in locked_folders:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    locked_folders[folder] = handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            del locked_folders[folder]
+            os.close(handle)
+            way_out = "let it end, or give another folder"
+            raise ValueError(f"another process is at work in {folder}: {way_out}") from None
+        print(f"Waiting for another process that is at work in {folder}", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a disk without locks
+
+
+def remove_temporary_files(folder, names):
+    """What atomic_write left in a locked folder when its process was killed. names: of the files
+    proper."""
+    for name in names:
+        for path in Path(folder).glob(f"{name}.*.tmp"):
+            number = path.name.removeprefix(f"{name}.").removesuffix(".tmp")
+            if number.isdecimal():  # of a process
+                path.unlink()
+
+
+def folder_argument(text):
+    """For argparse: an empty name, perhaps of an unset variable, is not the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder")
+    return Path(text)
+
+
+# --- standard streams -----------------------------------------------------------------
+
+
+class TolerantStream(io.FileIO):
+    """A standard stream whose errors do not matter: a closed pipe must not end a run of hours."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def ignore_stream_errors():
+    """For programs whose results are files: go on when standard output or error is closed."""
+    # A closed stream's number goes to the next file that is opened: take the three first.
+    number = os.open(os.devnull, os.O_RDWR)
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    sys.stdout = tolerant(1, sys.stdout)
+    sys.stderr = tolerant(2, sys.stderr)
+
+
+def tolerant(number, stream):
+    encoding = None
+    if stream is not None:  # Python found it open
+        encoding = stream.encoding
+    raw = io.BufferedWriter(TolerantStream(number, "w", closefd=False))
+    return io.TextIOWrapper(raw, encoding, "replace", line_buffering=True)
