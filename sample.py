@@ -132,9 +132,13 @@ class Sampler:
     def generating(self):
         """The precision to generate in; errors become messages."""
         what = f"{self.path} cannot be sampled from"
-        with explain_errors(what, "give another --out_dir"), explain_out_of_memory():
-            with explain_output_errors(), self.context:
-                yield
+        with (
+            explain_errors(what, "give another --out_dir"),
+            explain_out_of_memory(),
+            explain_output_errors(),
+            self.context,
+        ):
+            yield
 
     def stream(self, ids, **options):
         """Yield the text of each new token. options: of GPT.stream"""
