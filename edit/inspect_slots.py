@@ -3,7 +3,7 @@ and the passages of the training data that read these slots most.
 
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in"
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in" --json | head -1
-    python edit/inspect_slots.py --recall      for all questions: who shares the slot that one reads most
+    python edit/inspect_slots.py --recall      who shares the slots that questions read
 
 A first call reads the training data once, and keeps what it finds in readers.pt beside the
 checkpoint.
