@@ -1,73 +1,60 @@
-"""Train a GPT, with memory layers or without. Options are the fields of TrainConfig and GPTConfig (model.py).
+"""Train a GPT, with memory layers or without.
 
-    python train.py                          a small Memory+ model on facts to remember; minutes on a laptop
+    python train.py                          a small Memory+ model on facts to remember, in minutes
     python train.py --preset=facts-dense     the same compute without a memory, to compare
-    python train.py --preset=facts-memory --mem_keys=64 --out_dir=out/small     any option over any preset
-    python train.py --resume --out_dir=out/small    go on where that run stopped, on a CPU to the same bits
-    torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2       in two processes
-    python train.py --init_from=out/facts-memory --dataset=facts-new --update=memory --update_slots=4096 \
-        --max_iters=200         teach that model other facts, by changing 4,096 rows of its table
+    python train.py --mem_keys=64 --out_dir=out/small      any option over any preset
+    python train.py --resume --out_dir=out/small           continue that run, on a CPU to the same bits
+    python train.py --init_from=out/small --dataset=facts-new --max_iters=200      finetune that model
+    torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2
+
+Options are the fields of TrainConfig and of GPTConfig (model.py), presets are in presets.py.
 """
 
-import contextlib
-import datetime
-import io
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import time
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-os.environ["NANOMEM_PARENT"] = str(os.getppid())  # before the imports, which take seconds
-os.environ.setdefault(
-    "PYTORCH_ENABLE_MPS_FALLBACK", "1"
-)  # a few sparse operators run on the CPU then
+PARENT = os.getppid()  # before the imports, which take seconds: torchrun may be killed meanwhile
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a few sparse operators need it
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
-import torch
-import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
-from data.checkpoint import FORMAT, hold, identity, prepare_out_dir, read_checkpoint
-from data.checkpoint import restore, save_checkpoint, save_delta
-from data.dataset import Dataset, find_folder, open_dataset
-from data.files import Refused, blame, enough_memory, explain, steady_streams, writing
-from data.presets import PRESETS
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from data.dataset import Dataset, answer_questions, find_folder, open_dataset
 from kernels import RowAdam
 from model import GPT, GPTConfig
+from presets import PRESETS
+from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, read_checkpoint
+from runtime.checkpoint import restore_optimizers, save_tensors, whole_state
 from runtime.device import check_memory, choose_device, precision
-from runtime.options import check_options, option
-from runtime.sharded_pool import whole_table
+from runtime.distributed import Ranks, StopSignal, errors_from_rank_0_only, fail_on_rank
+from runtime.distributed import exit_at_once, lost_another_process
+from runtime.files import UserError, append_to_file, explain_out_of_memory
+from runtime.files import ignore_stream_errors, lock_folder
+from runtime.options import check_options, make_configs, option, parse_command_line
+from runtime.options import options_from_preset, options_to_finetune, options_to_resume
+from runtime.progress import Clock, Progress
+
+DEFAULT_PRESET = "facts-memory"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Raises ValueError, naming the option, for a value that makes no sense."""
 
-    out_dir: str = option("out", "folder for checkpoints and log; a preset has its own, out/PRESET")
-    resume: bool = option(False, "go on with the run in out_dir, with its options")
+    out_dir: str = option("out", "folder for checkpoint and log; a preset has its own, out/PRESET")
+    resume: bool = option(False, "continue the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
-    dataset: str = option(
-        "facts", "a folder in data/, or the path of one with train.bin and val.bin"
-    )
-    init_from: str = option(
-        "", "folder of a run: begin with its weights and options, without its optimisers"
-    )
+    dataset: str = option("facts", "a folder in data/, or the path of one with train.bin, val.bin")
+    init_from: str = option("", "folder of a run: begin with its weights and options, finetune")
     background: str = option(
-        "", "with that, a dataset not to forget, by default that run's; empty: none"
-    )
-    update: str = option(
-        "all", "weights that change: all, or the memory's values", choices=("all", "memory")
-    )
-    update_slots: int = option(0, "update=memory: only of so many slots; 0: of all")
-    update_by: str = option(
-        "gradient", "choose them by gradient, or reads", choices=("gradient", "reads")
+        "", "with init_from: a dataset to report, too; default: what that run was trained on"
     )
     batch_size: int = option(8, "sequences in a micro-step", 1)
     gradient_accumulation_steps: int = option(
@@ -78,16 +65,11 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
     mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
-    mem_sgd: float = option(0.0, "rate of SGD for the values (update=memory: 1), 0: RowAdam")
     mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
-    weight_decay: float = option(
-        0.1, "AdamW's decay of matrices, not of norm weights and values", below=1e31
-    )
+    weight_decay: float = option(0.1, "AdamW's decay of matrices; norms and values have none")
     beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
     beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
-    grad_clip: float = option(
-        1.0, "clip the norm of the network's gradient; 0 disables", below=1e31
-    )
+    grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any", below=1e31)
     eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint", 1)
     eval_iters: int = option(20, "batches in an estimate of the loss", 1)
     log_interval: int = option(10, "steps between lines of the log", 1)
@@ -108,137 +90,50 @@ class TrainConfig:
         check_options(self)
         if not self.out_dir.strip():
             raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
-        if (self.update == "memory" or self.background) and not self.init_from:
-            raise ValueError("update=memory and background= go with a run: init_from= must name it")
-        if self.update_slots and not (self.update == "memory" and self.background):
-            raise ValueError(
-                f"update_slots={self.update_slots}: goes with update=memory and background="
-            )
+        if self.background and not self.init_from:
+            raise ValueError("background= goes with a run to finetune: init_from= must name it")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
-            raise ValueError(
-                f"out_dir={self.out_dir}: init_from= names the same folder; give another one"
-            )
+            way_out = "init_from= names the same folder; give another one"
+            raise ValueError(f"out_dir={self.out_dir}: {way_out}")
 
 
-# --- command line ---------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What train() needs. data: of open_dataset; data["old"]: the background's, if there is one.
+    before: an evaluation before the first step, of a run that finetunes."""
+
+    config: TrainConfig
+    model: GPT
+    optimizers: list
+    data: dict
+    device: torch.device
+    ranks: Ranks
+    step: int = 0
+    seconds: float = 0.0
+    before: dict = field(default_factory=dict)
 
 
-def parse_options(argv):
-    """argv -> {option: value} of what was given. Exits with 2, naming it, on what cannot be read."""
-    raw = RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.register("type", bool, lambda text: ("false", "0", "true", "1").index(text.lower()) > 1)
-    parser.register(
-        "type", tuple, lambda text: tuple(int(part) for part in text.split(",") if part)
-    )
-    parser.add_argument("--preset", choices=PRESETS, help="(default: facts-memory)")
-    for f in (*fields(TrainConfig), *fields(GPTConfig)):
-        if f.name == "vocab_size":  # is that of the dataset
-            continue
-        kind = str.lower if (choices := f.metadata["choices"]) else type(f.default)
-        flag = {"nargs": "?", "const": True} if kind is bool else {}  # --resume means --resume=true
-        help = f"{f.metadata['help']} ({', '.join((*choices, f'default: {f.default!r}'))})".replace(
-            "%", "%%"
-        )
-        parser.add_argument(
-            f"--{f.name}", type=kind, default=SUPPRESS, help=help, metavar="", **flag
-        )
-    return vars(parser.parse_args(argv))
-
-
-def make_configs(options):
-    """{option: value} -> TrainConfig, GPTConfig. Raises ValueError for values that do not fit."""
-    names = {f.name for f in fields(GPTConfig)}
-    training = TrainConfig(**{name: value for name, value in options.items() if name not in names})
-    return training, GPTConfig(**{name: value for name, value in options.items() if name in names})
-
-
-def complete_options(given):
-    """Options of the command line -> all of them: over a preset, or over those of the run that goes on."""
-    base, resume, preset = given.get("init_from"), given.get("resume"), given["preset"]
-    name = Path(given.get("dataset", "update")).name if base else preset or "facts-memory"
-    options = {"out_dir": f"out/{name}"} | {k: v for k, v in given.items() if k != "preset"}
-    if not resume and base is None:
-        return PRESETS[preset or "facts-memory"] | options
-    if preset:
-        raise ValueError(
-            "preset: a run that goes on keeps its options; leave it out, give what is to change"
-        )
-    path = Path(options["out_dir"] if resume else base, "ckpt.pt")
-    checkpoint = read_checkpoint(path)
-    with blame(
-        f"{path} has no options that fit", "it was edited, damaged, or is of another version"
-    ):
-        configs = make_configs(checkpoint["train_config"] | checkpoint["model_config"])
-        saved = asdict(configs[0]) | asdict(configs[1])
-    kept = ["seed", "batch_size", "gradient_accumulation_steps", "init_from", "mem_sgd"]
-    kept += ["update", "update_slots", "update_by"]
-    if not resume:
-        kept, sgd = (), options.get("update") == "memory" and saved["mem_dtype"] == "float32"
-        saved |= dict(
-            resume=False, overwrite=False, update="all", update_slots=0, update_by="gradient"
-        )
-        saved |= dict(background=saved["dataset"], memory_parallel=1, mem_sgd=float(sgd))
-    layers = {"mem_layers": ()} if "mem_count" in options else {}  # which would override it
-    training, model = map(asdict, make_configs(saved | layers | options))
-    for name in (*model, *kept):
-        if name in options and (training | model)[name] != saved[name]:
-            raise ValueError(
-                f"{name}={options[name]}: the run in {path.parent} keeps {name}={saved[name]}"
-            )
-    return saved | options
-
-
-# --- checkpoint, optimisers, learning rate, evaluation ----------------------------------------------------
-
-
-def load_checkpoint(path, device="cpu", group=None, replicas=None):
-    """The checkpoint as a dictionary, its "model" a GPT with its weights. Nothing in the file is executed.
-    With a group each of its processes gets its columns of the table, however many have written the file.
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged, or something else."""
-    checkpoint = read_checkpoint(path)
-    with blame(
-        f"{path}: its parts do not fit together", "it was edited, damaged, or is of another version"
-    ):
-        TrainConfig(**checkpoint["train_config"])
-        with torch.device(device):
-            config = GPTConfig(**checkpoint["model_config"])
-            model = GPT(config, initialize=False, group=group, replicas=replicas)
-        if group is not None:
-            states = checkpoint["optimizers"][1]["state"].values()
-            parts = [(state, name) for state in states for name in ("means", "squares")]
-            for part, name in [(checkpoint["model"], "pool.values"), *parts]:
-                part[name] = part[name][:, model.pool.columns]
-        model.load_state_dict(checkpoint["model"])
-        kinds = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
-        wrong = [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]
-        if wrong or not (
-            checkpoint["iter"] > 0 and 0 <= checkpoint["separator"] < model.config.vocab_size
-        ):
-            raise ValueError(f"{', '.join(wrong) or 'iter or separator'} cannot be right")
-    return {**checkpoint, "model": model}
+# --- optimisers and learning rates ----------------------------------------------------
 
 
 def make_optimizers(model, config):
-    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has read. eps only
-    guards against 0 / 0: with half a million tokens in a step a row's gradient is 1e-9, eps often 1e-8."""
-    groups, betas = model.parameter_groups(), (config.beta1, config.beta2)
-    network = [{"params": groups["matrices"], "weight_decay": config.weight_decay}]
-    network += [{"params": groups["norm_weights"], "weight_decay": 0.0}]
-    optimizers = [
-        torch.optim.AdamW(network, lr=config.learning_rate, betas=betas, eps=1e-15, fused=True)
+    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has
+    read. eps only guards against 0 / 0: with half a million tokens in a step a row's gradient is
+    1e-9, less than the usual eps."""
+    groups = model.parameter_groups()
+    betas = (config.beta1, config.beta2)
+    network = [
+        {"params": groups["matrices"], "weight_decay": config.weight_decay},
+        {"params": groups["norm_weights"], "weight_decay": 0.0},
     ]
-    if model.pool is not None and config.mem_sgd:  # of a loss that is a mean over tokens
-        model.pool.collect_gradients()
-        tokens = config.batch_size * config.gradient_accumulation_steps * model.config.block_size
-        optimizers.append(torch.optim.SGD([{"params": groups["pool"], "tokens": tokens}]))
-    elif model.pool is not None:
-        optimizers.append(RowAdam(model.pool, config.mem_learning_rate, betas, seed=config.seed))
-    return optimizers
+    adamw = torch.optim.AdamW(network, config.learning_rate, betas, eps=1e-15, fused=True)
+    if model.pool is None:
+        return [adamw]
+    return [adamw, RowAdam(model.pool, config.mem_learning_rate, betas, seed=config.seed)]
 
 
 def learning_rate(config, it, largest):
-    """Linear warmup to the largest rate, then a cosine to min_lr at max_iters. it counts from 0."""
+    """Linear warmup to the largest rate, then a cosine to min_lr at max_iters. it: from 0."""
     if it < config.warmup_iters:
         return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -246,549 +141,407 @@ def learning_rate(config, it, largest):
 
 
 def memory_rate(config, it):
-    """Of the values: constant; or with mem_decay (UltraMem) such a cosine, times what falls from it to 1."""
-    if config.mem_sgd or config.mem_decay == 0:
-        return config.mem_sgd or config.mem_learning_rate
+    """The rate of the values: constant. With mem_decay (UltraMem) a cosine as above, times a
+    factor that falls from mem_decay to 1."""
+    if config.mem_decay == 0:
+        return config.mem_learning_rate
     factor = config.mem_decay + (1 - config.mem_decay) * it / config.max_iters
     return learning_rate(config, it, config.mem_learning_rate) * factor
 
 
+def set_rates(optimizers, config, it):
+    """Returns the network's."""
+    lr = learning_rate(config, it, config.learning_rate)
+    for group in optimizers[0].param_groups:
+        group["lr"] = lr
+    for optimizer in optimizers[1:]:
+        optimizer.param_groups[0]["lr"] = memory_rate(config, it)
+    return lr
+
+
+# --- data and evaluation --------------------------------------------------------------
+
+
 def batches(windows, numbers, size, device):
-    """For each number of a micro-step its inputs and targets, two tensors (B, T). windows: dataset.Batches"""
+    """For each number of a micro-step its inputs and targets, two tensors (B, T). windows:
+    dataset.Batches"""
     for i in numbers:
-        batch = torch.from_numpy(windows(range(i * size, (i + 1) * size)))  # (B, T + 1)
-        batch = batch.pin_memory() if device.type == "cuda" else batch  # for an asynchronous copy
+        batch = torch.from_numpy(windows.windows(range(i * size, (i + 1) * size)))  # (B, T + 1)
+        if device.type == "cuda":
+            batch = batch.pin_memory()  # for an asynchronous copy
         batch = batch.to(device, non_blocking=True)
         yield batch[:, :-1], batch[:, 1:]
+
+
+def training_batches(run):
+    """The micro-steps of this rank. What a step reads does not depend on the number of ranks."""
+    micro_steps = run.config.gradient_accumulation_steps
+    first = run.step * micro_steps + run.ranks.rank
+    end = (run.config.max_iters + 1) * micro_steps  # one is fetched ahead
+    numbers = range(first, end, run.ranks.world)
+    return batches(run.data["train"], numbers, run.config.batch_size, run.device)
 
 
 @torch.no_grad()
 def mean_loss(model, windows, config, device):
     """Mean loss over eval_iters batches, the same ones every time."""
-    pairs = batches(windows, range(config.eval_iters), config.batch_size, device)
-    return sum(model(idx, targets)[1].item() for idx, targets in pairs) / config.eval_iters
+    total = 0.0
+    for idx, targets in batches(windows, range(config.eval_iters), config.batch_size, device):
+        _, loss = model(idx, targets)
+        total += loss.item()
+    return total / config.eval_iters
 
 
-def answer(model, questions, separator):
-    """What the model says to closed-book questions (Dataset.questions): lists of tokens."""
-    prompts = [[separator, *question["prompt_ids"]] for question in questions]
-    return model.complete(prompts, [len(question["answer_ids"]) for question in questions])
+def recall(model, questions, separator):
+    """The share of closed-book questions that greedy decoding answers exactly."""
+    answers = answer_questions(model, questions, separator)
+    right = 0
+    for question, answer in zip(questions, answers, strict=True):
+        right += answer == question["answer_ids"]
+    return right / len(questions)
 
 
 def evaluate(model, data, config, device):
     """Losses, recall if the dataset asks questions, and how evenly a memory is used."""
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
-    with contextlib.nullcontext() if model.pool is None else model.pool.record_usage() as counts:
+    if model.pool is None:
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
+    else:
+        with model.pool.record_usage() as usage:
+            result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
+        for name, value in usage.summary().items():
+            result[f"mem_{name}"] = value
+    if data["questions"]:
+        result["recall"] = recall(model, data["questions"], data["separator"])
     if "old" in data:
-        result["old_val_loss"] = mean_loss(model, data["old"]["val_eval"], config, device)
-    for name, part in (("recall", data), ("old_recall", data.get("old", {}))):
-        if asked := part.get("questions"):
-            got = answer(model, asked, data["separator"])
-            right = [
-                ids == question["answer_ids"] for ids, question in zip(got, asked, strict=True)
-            ]
-            result[name] = sum(right) / len(right)
-    if counts is not None:
-        result |= {f"mem_{name}": value for name, value in counts.summary().items()}
+        old = data["old"]
+        result["old_val_loss"] = mean_loss(model, old["val_eval"], config, device)
+        if old["questions"]:
+            result["old_recall"] = recall(model, old["questions"], data["separator"])
     return result
 
 
-def choose_slots(model, new, old, config, device):
-    """The update_slots slots with the best scores (score_slots), int64. new, old: dataset.Batches, of
-    which one pass and 1,000 windows are read. c: norms of the rows' gradients, summed over new, or reads."""
-    pool, learns, context = (
-        model.pool,
-        config.update_by == "gradient",
-        precision(config.dtype, device),
-    )
-    pool.collect_gradients()
-
-    def reads(what, windows, count, size):
-        bar = tqdm(range(count), f"slots that {what} data read", unit="batch", leave=False)
-        for idx, targets in batches(windows, bar, size, device):
-            with (
-                torch.set_grad_enabled(learns and what == "new"),
-                pool.record_usage() as usage,
-                context,
-            ):
-                loss = model(idx, targets)[1]
-            if loss.requires_grad:
-                loss.backward()
-            yield usage.reads
-
-    c = sum(reads("new", new, max(1, len(new) // config.batch_size), config.batch_size))
-    if learns:
-        gradient = pool.take_gradient()
-        slots = gradient.indices()[0] % pool.slots
-        c = torch.zeros_like(c).index_add(0, slots, gradient.values().float().norm(dim=1))
-    return score_slots(c, reads("old", old, 1000, 1)).topk(config.update_slots).indices
-
-
-def score_slots(c, background):
-    """TF-IDF of slots, (S): what new data need more than others do (Lin et al. 2025, arXiv:2510.15103):
-
-        c(i) / sum of c * log((|B| + 1) / (1 + number of background batches that read slot i))
-
-    c (S): how often the new data read a slot, or how much they would change it. background: for each batch
-    of B how often it reads each slot, (S)"""
-    batches = 0
-    containing = torch.zeros_like(c)
-    for reads in background:
-        batches += 1
-        containing += reads > 0
-    return c / c.sum() * torch.log((batches + 1) / (1 + containing))
-
-
-def updated_rows(pool, slots):
-    """The rows of a pool's tables that hold the values of slots (None: of all), sorted, int64."""
-    if slots is None:
-        return torch.arange(len(pool.values), device=pool.values.device)
-    first = torch.arange(0, len(pool.values), pool.slots, device=slots.device)  # of each table
-    return (slots + first.unsqueeze(1)).flatten().sort().values
-
-
-# --- several processes ----------------------------------------------------------------------------------
-
-
-class Ranks:
-    """This process among those that torchrun has started: `rank` of `world`, `local` on its machine.
-    With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on: `group` is that
-    of this rank, or None. `replicas` are the ranks that hold the same columns as this one."""
-
-    def __init__(self, timeout=600):
-        """Finds the others. Raises ValueError if what torchrun says is not enough for that."""
-        self.rank, self.local, self.world, self.on = 0, 0, 1, "RANK" in os.environ
-        self.M, self.group, self.replicas, self.timeout = (
-            1,
-            None,
-            None,
-            datetime.timedelta(seconds=timeout),
-        )
-        names = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        with blame(f"processes do not find each other by {names}", "start them with torchrun"):
-            if orphaned():
-                raise ValueError("torchrun has died meanwhile")
-            if self.on:
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-                self.local = int(os.environ["LOCAL_RANK"])
-                dist.init_process_group(backend, timeout=self.timeout)
-                self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def make_groups(self, M):
-        """M ranks share a table; world / M hold the same columns. M divides world."""
-        self.M, groups = M, dist.new_subgroups_by_enumeration
-        if M > 1:
-            self.group, _ = groups(
-                [[*range(i, i + M)] for i in range(0, self.world, M)], self.timeout
-            )
-        if self.world > M:
-            self.replicas, _ = groups([[*range(i, self.world, M)] for i in range(M)], self.timeout)
-
-    def gather(self, value):
-        """The value of every rank, a list. value: plain values and tensors"""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def average(self, gradients):
-        """Of the network, in place: the mean over all ranks, the same bits on each."""
-        if self.world > 1:
-            vector = parameters_to_vector(gradients)
-            dist.all_reduce(vector)
-            vector_to_parameters(vector.div_(self.world), gradients)
-
-    def check_in_step(self, model):
-        """All ranks must have the same weights, and replicas the same columns. Compares sums in float64."""
-        if self.world == 1:
-            return
-        parts = {
-            name: p.detach().split(2**16) for name, p in model.named_parameters()
-        }  # copies are small
-        sums = {
-            name: sum(part.double().sum().item() for part in tensors)
-            for name, tensors in parts.items()
-        }
-        everyone = self.gather((str(sums.pop("pool.values", 0)), str(sums)))
-        for rank, theirs in enumerate(everyone):
-            if theirs != (everyone[rank % self.M][0], everyone[0][1]):
-                raise Refused(
-                    f"rank {rank} is out of step: its weights are not those of the others"
-                )
-
-
-def orphaned():
-    """Whether torchrun, the parent, was killed: its processes then stop as on SIGTERM."""
-    return "RANK" in os.environ and str(os.getppid()) != os.environ["NANOMEM_PARENT"]
-
-
-class Stop:
-    """Turns SIGINT or SIGTERM into a request to stop after the step. What is sent to a whole job comes twice,
-    as torchrun passes it on: only a second Ctrl-C, more than a second later, ends the process at once."""
-
-    def __init__(self):
-        self.number = self.time = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
-
-    def request(self, number, frame):
-        if self.number is None:
-            self.number, self.time = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.time > 1:
-            os._exit(130)
-
-
-# --- training, from start to end ------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------
 
 
 def train(run):
-    """The loop. run: what start() has prepared; run.state is updated in place. Returns the log's last line.
-    Exits with 128 and the number of the signal if one stops the run, after saving."""
-    model, config, device, state, ranks = run.model, run.config, run.device, run.state, run.ranks
-    stop, context, shown = Stop(), precision(config.dtype, device), {}
-    auto = config.compile == "auto" and device.type == "cuda" and os.name == "posix"
-    run_model = torch.compile(model) if auto or config.compile == "true" else model
-    network = [
-        p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad
-    ]
-    chosen = None
-    if config.update_slots:  # the rows of these slots alone change
-        chosen = torch.zeros_like(model.pool.touched)
-        chosen[updated_rows(model.pool, state["slots"])] = 1
-    total = config.gradient_accumulation_steps  # of all ranks
-    numbers = range(state["iter"] * total + ranks.rank, (config.max_iters + 1) * total, ranks.world)
-    pairs = batches(run.data["train"], numbers, config.batch_size, device)  # one is fetched ahead
-    in_bar = (
-        "loss",
-        "tokens_per_s",
-        "gpu_gib",
-        "val_loss",
-        "recall",
-        "old_recall",
-    )  # of a line of the log
-    if config.init_from and state["iter"] == 0:
-        report(run, run.before, evaluating=True)
-    options = {
-        "initial": state["iter"],
-        "unit": "step",
-        "dynamic_ncols": True,
-        "disable": ranks.rank > 0,
-    }
-    bar = tqdm(desc=Path(config.out_dir).name, total=config.max_iters, **options)
-    clock, since, (inputs, targets) = time.perf_counter(), state["iter"], next(pairs)
-    while state["iter"] < config.max_iters:
+    """Train to max_iters. Returns the last line of the log. A signal ends the run after the step
+    that it comes in, with a checkpoint."""
+    config = run.config
+    ranks = run.ranks
+    model = compile_model(run)
+    network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    context = precision(config.dtype, run.device)
+    micro_steps = config.gradient_accumulation_steps // ranks.world
+    pairs = training_batches(run)
+    inputs, targets = next(pairs)
+    stop = StopSignal()
+    bar = Progress(Path(config.out_dir).name, run.step, config.max_iters, hidden=ranks.rank > 0)
+    clock = Clock(run.step)
+    while run.step < config.max_iters:
         # forward and backward; then the next batch, while a GPU is still at work with this one
-        loss = torch.zeros((), device=device)
-        for _ in range(total // ranks.world):
+        loss = torch.zeros((), device=run.device)
+        for _ in range(micro_steps):
             with context:
-                micro_loss = (
-                    run_model(inputs, targets)[1] * ranks.world / total
-                )  # mean of this rank
+                _, micro_loss = model(inputs, targets)
+            micro_loss = micro_loss / micro_steps
             micro_loss.backward()
             loss += micro_loss.detach()
             inputs, targets = next(pairs)
 
-        # average over ranks; take_gradient() does it for the pool
-        ranks.average([p.grad for p in network])
-        if chosen is not None:
-            model.pool.touched &= chosen
-        if model.pool is not None and config.mem_sgd:
-            model.pool.values.grad = model.pool.take_gradient()
-
-        # step
+        # the mean gradient of all ranks; the pool takes its own
+        ranks.average_gradients(network)
         if config.grad_clip > 0:
             clip_grad_norm_(network, config.grad_clip)
-        lr = learning_rate(config, state["iter"], config.learning_rate)
-        for optimizer, rate in zip(
-            run.optimizers, (lr, memory_rate(config, state["iter"])), strict=False
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("tokens", 1)
+
+        # step
+        lr = set_rates(run.optimizers, config, run.step)
+        for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        state["iter"] = it = state["iter"] + 1
+        run.step += 1
         bar.update()
 
         # log, evaluate, save
-        evaluating = it % config.eval_interval == 0 or it == config.max_iters
-        stopped_by = max(ranks.gather(signal.SIGTERM if orphaned() else stop.number or 0))
-        if it % config.log_interval == 0 or evaluating or stopped_by:
-            loss, now = (
-                sum(ranks.gather(loss.item())) / ranks.world,
-                time.perf_counter(),
-            )  # after the GPU
-            tokens = (it - since) * total * config.batch_size * model.config.block_size
-            line = {"iter": it, "loss": loss, "lr": lr, "tokens_per_s": tokens / (now - clock)}
-            state["seconds"] += now - clock
+        evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
+        stopped_by = stop.of_all(ranks)
+        if run.step % config.log_interval == 0 or evaluating or stopped_by:
+            line = {"iter": run.step, "loss": ranks.mean(loss.item()), "lr": lr}
+            steps, seconds = clock.stop(run.step)
+            run.seconds += seconds
+            line["tokens_per_s"] = steps * tokens_in_step(run) / seconds
             report(run, line, evaluating)
-            shown |= {k: f"{x:,.{0 if x > 999 else 3}f}" for k, x in line.items() if k in in_bar}
-            bar.set_postfix(shown)
+            bar.show(line)
             if evaluating or stopped_by:
                 save(run)
-            clock, since = time.perf_counter(), it  # evaluation and saving are not training time
-        if stopped_by and it < config.max_iters:  # at the last step the run is complete anyway
+            clock.start(run.step)
+        if stopped_by and run.step < config.max_iters:
             bar.close()
-            if ranks.rank == 0:
-                again = f"train.py --resume --out_dir={shlex.quote(config.out_dir)}"
-                print(
-                    f"Stopped by {signal.Signals(stopped_by).name} after step {it}; ckpt.pt is saved."
-                )
-                print(f"Go on with: {'torchrun ...' if ranks.on else 'python'} {again}")
-            (os._exit if ranks.on else sys.exit)(128 + stopped_by)  # see main()
+            end_early(run, stopped_by)
     bar.close()
     return line
 
 
+def compile_model(run):
+    compiled = run.config.compile == "true"
+    if run.config.compile == "auto":
+        compiled = run.device.type == "cuda" and os.name == "posix"
+    if compiled:
+        return torch.compile(run.model)
+    return run.model
+
+
+def tokens_in_step(run):
+    c = run.config
+    return c.batch_size * c.gradient_accumulation_steps * run.model.config.block_size
+
+
 def report(run, line, evaluating):
     """Complete a line of the log, with an evaluation if it is time for one, and write it."""
-    refuse_nan(line.get("loss", 0), run)
+    if "loss" in line:
+        check_finite(line["loss"], "loss", run)
     if run.device.type == "cuda":
         line["gpu_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         line["gpu_gib_reserved"] = torch.cuda.max_memory_reserved(run.device) / 2**30
     if evaluating:
-        run.ranks.check_in_step(run.model)
+        run.ranks.check_same_weights(run.model)
         with precision(run.config.dtype, run.device):
-            line |= evaluate(run.model, run.data, run.config, run.device)
-        refuse_nan(line["val_loss"], run)
+            line.update(evaluate(run.model, run.data, run.config, run.device))
+        check_finite(line["val_loss"], "validation loss", run)
     if run.ranks.rank == 0:
-        with writing(log := Path(run.config.out_dir, "log.jsonl")), open(log, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_to_file(Path(run.config.out_dir, "log.jsonl"), json.dumps(line) + "\n")
 
 
-def refuse_nan(number, run, what="loss"):
+def check_finite(number, what, run):
     if not math.isfinite(number):
-        names = "learning_rate", "mem_sgd" if run.config.mem_sgd else "mem_learning_rate"
-        now = [f"{k} (now {getattr(run.config, k):g})" for k in names]
-        what = f"the {what} is {number} at step {run.state['iter']}: training has diverged"
-        raise Refused(f"{what}. Try a smaller {' or '.join(now)}, or a longer warmup_iters")
+        c = run.config
+        rates = f"learning_rate (now {c.learning_rate:g}) or mem_learning_rate"
+        way_out = f"Try a smaller {rates} (now {c.mem_learning_rate:g}), or a longer warmup_iters"
+        diverged = f"is {number} at step {run.step}: training has diverged"
+        raise UserError(f"the {what} {diverged}. {way_out}")
 
 
 def save(run):
-    """Write ckpt.pt. Rank 0 does, but all take part: each may have a part of the table."""
-    largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())  # NaN if one is
-    refuse_nan(
-        sum(run.ranks.gather(largest)), run, "largest weight"
-    )  # the loss was that before the update
-    weights, pool = run.model.state_dict(), run.model.pool
-    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    if pool is not None:
-        weights["pool.values"] = whole_table(pool, weights["pool.values"])
-        for i, state in optimizers[1]["state"].items():  # which is the optimiser's own
-            tables = {k: whole_table(pool, x) for k, x in state.items() if torch.is_tensor(x)}
-            optimizers[1]["state"][i] = state | tables
-    checkpoint = {"format": FORMAT, "model": weights, "optimizers": optimizers, **run.state}
-    checkpoint |= {name: run.data[name] for name in ("vocabulary", "separator", "fingerprint")}
-    checkpoint |= {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
+    """Write ckpt.pt. Rank 0 does, but all ranks take part: each may have a part of the table."""
+    largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())
+    check_finite(run.ranks.mean(largest), "largest weight", run)  # NaN if one is
+    weights, optimizers = whole_state(run.model, run.optimizers)
+    checkpoint = {
+        "format": FORMAT,
+        "iter": run.step,
+        "seconds": run.seconds,
+        "model": weights,
+        "optimizers": optimizers,
+        "model_config": asdict(run.model.config),
+        "train_config": asdict(run.config),
+        "vocabulary": run.data["vocabulary"],
+        "separator": run.data["separator"],
+        "fingerprint": run.data["fingerprint"],
+    }
     if run.ranks.rank == 0:
-        if run.config.update == "memory":
-            rows = updated_rows(pool, run.state["slots"])
-            save_delta(Path(run.config.out_dir, "delta.pt"), pool.values, rows, *run.state["base"])
-        save_checkpoint(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
+        save_tensors(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
 
 
-def start(given, ranks):
-    """Everything that can be wrong is found here, before training. Returns what train() needs."""
-    config, model_config = make_configs(complete_options(given))
-    M, steps, world = config.memory_parallel, config.gradient_accumulation_steps, ranks.world
-    if M > 1 and model_config.mem_layers and model_config.system != "memory":
-        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
-    M = M if model_config.mem_layers else 1
-    width = model_config.mem_value_dim
-    if steps % world:
-        raise ValueError(
-            f"gradient_accumulation_steps={steps} must be divisible by the {world} processes"
-        )
-    if world % M or width % M:
-        raise ValueError(
-            f"memory_parallel={M} must divide {world} processes and the width {width} of values"
-        )
-    if config.update == "memory" and world > 1:
-        raise ValueError(f"update=memory: is for one process, not {world}")
+def end_early(run, number):
+    """After a signal and a checkpoint."""
+    if run.ranks.rank == 0:
+        program = "python"
+        if run.ranks.by_torchrun:
+            program = "torchrun ..."
+        out_dir = shlex.quote(run.config.out_dir)
+        name = signal.Signals(number).name
+        print(f"Stopped by {name} after step {run.step}; ckpt.pt is saved.")
+        print(f"Continue with: {program} train.py --resume --out_dir={out_dir}")
+    exit_at_once(128 + number)
+
+
+# --- start and end --------------------------------------------------------------------
+
+
+def prepare(given, ranks):
+    """given: options of the command line. Returns a Run. Everything that can be wrong is found
+    here, before training, and no earlier run is touched until then."""
+    config, model_config = make_configs(complete_options(given), TrainConfig, GPTConfig)
+    check_processes(config, model_config, ranks.world)
     device = choose_device(config.device, ranks.local)
-    ranks.make_groups(M)
+    ranks.make_groups(processes_per_table(config, model_config))
     torch.manual_seed(config.seed)
-    if ranks.rank == 0 and Path(config.out_dir).is_dir():
-        hold(config)  # before its checkpoint is read: nobody may write another one meanwhile
     if ranks.local == 0:
-        find_folder(config.dataset)  # which makes the facts, if they are not there
-    ranks.gather(None)  # a barrier
-    folder, name = find_folder(config.dataset), f"the run in {config.out_dir}"
+        find_folder(config.dataset)  # makes the facts, if they are not there
+    ranks.wait()
+    folder = find_folder(config.dataset)
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
-    state = {"iter": 0, "seconds": 0.0, "base": None, "slots": None}
     with torch.device("meta"):  # which takes no room
         check_memory(GPT(model_config, initialize=False, group=ranks.group), device)
-    if config.resume or config.init_from:
-        path = Path(config.out_dir if config.resume else config.init_from, "ckpt.pt")
-        checkpoint = load_checkpoint(path, device, ranks.group, ranks.replicas)
-        model = checkpoint["model"]
-    else:
-        with device:  # there its numbers are drawn, which takes a CPU seconds
-            model = GPT(model_config, group=ranks.group, replicas=ranks.replicas)
-    if config.resume:
-        state = {key: checkpoint.get(key) for key in state}
-        if checkpoint["fingerprint"] != data["fingerprint"]:
-            raise ValueError(
-                f"dataset={config.dataset}: {folder} is not what {name} was trained on"
-            )
-        if state["iter"] >= config.max_iters:
-            raise ValueError(
-                f"{name} is complete at step {state['iter']}; to go on, give a larger max_iters"
-            )
-    if config.init_from:
-        prepare_update(model, data, config, state, device, checkpoint)
-    optimizers = make_optimizers(model, config)
-    if config.resume:
-        with blame(
-            f"{config.out_dir}/ckpt.pt: its optimisers have a wrong state", "go on from another one"
-        ):
-            restore(optimizers, checkpoint)
-    ranks.gather(None)  # nobody has found anything wrong
+    out_dir = Path(config.out_dir)
     if ranks.rank == 0:
-        prepare_out_dir(config, state["iter"])
-    parts = {
-        "model": model,
-        "optimizers": optimizers,
-        "data": data,
-        "state": state,
-        "before": {"iter": 0},
-    }
-    return SimpleNamespace(**parts, config=config, device=device, ranks=ranks)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock_folder(out_dir)  # nobody else may write a checkpoint from here on
+        if not config.resume and not config.overwrite:
+            check_unoccupied(out_dir)
+    ranks.wait()
+    model = make_model(config, model_config, device, ranks)
+    run = Run(config, model, make_optimizers(model, config), data, device, ranks)
+    if config.init_from:
+        add_background(run)
+    if config.resume:
+        continue_run(run, out_dir / "ckpt.pt", folder)
+    ranks.wait()  # nobody has found anything wrong
+    if ranks.rank == 0:
+        if config.resume:
+            cut_log(out_dir, run.step)
+        else:
+            clear_run(out_dir)
+    return run
 
 
-def prepare_update(model, data, config, state, device, checkpoint):
-    """Open what is not to be forgotten; with update=memory freeze the network, and choose slots."""
-    if config.background:
-        old = data["old"] = open_dataset(
-            find_folder(config.background), model.config.block_size, config.seed
-        )
-        asked = {
-            question["prompt"] for question in data["questions"] or ()
-        }  # and answered otherwise now
-        old["questions"] = [q for q in old["questions"] or () if q["prompt"] not in asked]
-        own = config.background == checkpoint["train_config"]["dataset"]
+def complete_options(given):
+    """Options of the command line -> all that are not defaults."""
+    classes = (TrainConfig, GPTConfig)
+    if given.get("resume"):
+        return options_to_resume(given, classes, DEFAULT_PRESET)
+    if "init_from" in given:
+        return options_to_finetune(given, classes)
+    return options_from_preset(given, PRESETS, DEFAULT_PRESET)
+
+
+def processes_per_table(config, model_config):
+    if model_config.mem_layers:
+        return config.memory_parallel
+    return 1
+
+
+def check_processes(config, model_config, world):
+    M = processes_per_table(config, model_config)
+    steps = config.gradient_accumulation_steps
+    width = model_config.mem_value_dim
+    if M > 1 and model_config.system != "memory":
+        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
+    if steps % world != 0:
+        must = f"must be divisible by the {world} processes"
+        raise ValueError(f"gradient_accumulation_steps={steps} {must}")
+    if world % M != 0 or width % M != 0:
+        must = f"must divide {world} processes and the width {width} of values"
+        raise ValueError(f"memory_parallel={M} {must}")
+
+
+def make_model(config, model_config, device, ranks):
+    folder = config.init_from
+    if config.resume:
+        folder = config.out_dir
+    if folder:
+        return GPT.from_checkpoint(Path(folder, "ckpt.pt"), device, ranks.group, ranks.replicas)
+    with device:  # there its numbers are drawn, which takes a CPU seconds
+        return GPT(model_config, group=ranks.group, replicas=ranks.replicas)
+
+
+def continue_run(run, path, folder):
+    checkpoint = read_checkpoint(path)
+    name = f"the run in {run.config.out_dir}"
+    if checkpoint["fingerprint"] != run.data["fingerprint"]:
+        what = f"{folder} is not what {name} was trained on"
+        raise ValueError(f"dataset={run.config.dataset}: {what}")
+    run.step = checkpoint["iter"]
+    run.seconds = checkpoint["seconds"]
+    if run.step >= run.config.max_iters:
+        way_out = "to go on, give a larger max_iters"
+        raise ValueError(f"{name} is complete at step {run.step}; {way_out}")
+    restore_optimizers(path, run.optimizers, run.model.pool)
+
+
+def add_background(run):
+    """Open what a run that finetunes reports, too: data["old"]."""
+    c = run.config
+    checkpoint = read_checkpoint(Path(c.init_from, "ckpt.pt"))
+    old = run.data
+    if c.background:
+        block_size = run.model.config.block_size
+        old = open_dataset(find_folder(c.background), block_size, c.seed)
+        own = c.background == checkpoint["train_config"]["dataset"]
         if own and old["fingerprint"] != checkpoint["fingerprint"]:
-            raise ValueError(
-                f"background={config.background}: not what {config.init_from} was trained on"
-            )
-    if not data["vocabulary"] == data.get("old", data)["vocabulary"] == checkpoint["vocabulary"]:
-        what = f"dataset={config.dataset}, background={config.background}"
-        raise ValueError(f"{what}: one has another vocabulary than {config.init_from}")
-    if config.update == "memory":
-        check_slots(state["slots"], config, model)
-        S = 0 if model.pool is None else model.pool.slots
-        if config.update_slots > S or S == 0:
-            raise ValueError(
-                f"update_slots={config.update_slots}: {config.init_from} has {S:,} slots"
-            )
-        model.requires_grad_(False).pool.values.requires_grad_(True)
-        state["base"] = state["base"] or [
-            identity(model.state_dict()),
-            f"{config.init_from}/ckpt.pt",
-        ]
-        if config.update_slots and state["slots"] is None:
-            began = time.perf_counter()
-            state["slots"] = choose_slots(model, data["train"], old["train"], config, device)
-            state["seconds"] += time.perf_counter() - began
-
-
-def check_slots(slots, config, model):
-    """Of an update that goes on: raises ValueError if a checkpoint has no such slots."""
-    if slots is None:
-        return
-    path = Path(config.out_dir, "ckpt.pt")
-    if (
-        not torch.is_tensor(slots)
-        or slots.dtype != torch.int64
-        or slots.shape != (config.update_slots,)
-    ):
-        raise ValueError(
-            f"{path} has no list of update_slots={config.update_slots} slots; it is damaged"
-        )
-    if slots.min() < 0 or slots.max() >= model.pool.slots:
-        raise ValueError(f"{path} has slots that the table does not have; it is damaged")
+            what = f"not what {c.init_from} was trained on"
+            raise ValueError(f"background={c.background}: {what}")
+        asked = {question["prompt"] for question in run.data["questions"]}
+        # those have other answers now
+        old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
+        run.data["old"] = old
+    if not run.data["vocabulary"] == old["vocabulary"] == checkpoint["vocabulary"]:
+        what = f"dataset={c.dataset}, background={c.background}"
+        raise ValueError(f"{what}: one has another vocabulary than {c.init_from}")
 
 
 def summarize(run, result):
-    model, c, data, steps = run.model, run.config, run.data, run.state["iter"]
-    tokens = steps * c.batch_size * c.gradient_accumulation_steps * model.config.block_size
-    print(f"\n{steps:,} steps, {tokens:,} tokens in {run.state['seconds']:.0f} s of training")
-    print(f"  {model.describe()}")
-    print(
-        "  loss         {train_loss:.3f} train, {val_loss:.3f} validation (nats a token)".format(
-            **result
-        )
-    )
-    for name, part in (("recall", data), ("old_recall", data.get("old"))):
-        if name in result:
-            asked = f"{len(part['questions']):,} {'old ' * (part is not data)}closed-book questions"
-            before = f" ({run.before[name]:.1%} before)" if name in run.before else ""
-            print(f"  recall       {result[name]:.1%} of {asked}{before}")
-    if model.pool is not None:
+    """result: the last line of the log."""
+    tokens = run.step * tokens_in_step(run)
+    print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of training")
+    print(f"  {run.model.describe()}")
+    losses = "{train_loss:.3f} train, {val_loss:.3f} validation (nats a token)"
+    print(f"  loss         {losses.format(**result)}")
+    print_recall(run.data["questions"], "recall", result, run.before)
+    if "old" in run.data:
+        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+    if run.model.pool is not None:
         even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
-    print(f"  written to   {c.out_dir}/ckpt.pt, log.jsonl{', delta.pt' * (c.update == 'memory')}")
-    words = ["sample.py", f"--out_dir={c.out_dir}", *["--recall"] * ("recall" in result)]
-    if c.update == "memory":
-        words[1:2] = (
-            f"--out_dir={c.init_from}",
-            f"--delta={c.out_dir}/delta.pt",
-            f"--dataset={c.dataset}",
-        )
-    print(f"\nNext: python {shlex.join(words)}")
+    print(f"  written to   {run.config.out_dir}/ckpt.pt, log.jsonl")
+    command = ["sample.py", f"--out_dir={run.config.out_dir}"]
+    if "recall" in result:
+        command.append("--recall")
+    print(f"\nNext: python {shlex.join(command)}")
+
+
+def print_recall(questions, name, result, before):
+    if name not in result:
+        return
+    text = f"{result[name]:.1%} of {len(questions):,} closed-book questions"
+    if name in before:
+        text += f" ({before[name]:.1%} before)"
+    print(f"  {name:10}   {text}")
 
 
 def main(argv):
-    rank, run = os.environ.get("RANK", "0"), None  # rank 0 speaks for all
-    with contextlib.nullcontext() if rank == "0" else contextlib.redirect_stderr(io.StringIO()):
-        options = parse_options(argv)
+    with errors_from_rank_0_only():
+        given = parse_command_line(argv, __doc__, (TrainConfig, GPTConfig), PRESETS)
+    run = None
     try:
-        with enough_memory():
-            ranks = Ranks(TrainConfig(timeout=options.get("timeout", TrainConfig.timeout)).timeout)
-            run = start(options, ranks)
-            if rank == "0":
-                groups = f", {ranks.world} processes, {ranks.M} to a table" if ranks.on else ""
-                print(f"{run.model.describe()}; on {run.device}{groups}", flush=True)
+        with explain_out_of_memory():
+            timeout = TrainConfig(timeout=given.get("timeout", TrainConfig.timeout)).timeout
+            ranks = Ranks(timeout, PARENT)
+            run = prepare(given, ranks)
+            announce(run)
+            if run.config.init_from and run.step == 0:
+                run.before["iter"] = 0
+                report(run, run.before, evaluating=True)
             result = train(run)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        lost = isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and "gloo" in str(error)
-        )
-        if run and not lost and not isinstance(error, (Refused, OSError)):
+        if run is None:
+            fail_on_rank(error)
+        if not lost_another_process(error) and not isinstance(error, (UserError, OSError)):
             raise  # an error of our own keeps its traceback
-        if (
-            rank != "0"
-        ):  # all may have found it: the others wait while rank 0 speaks, and torchrun ends them
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        message = (
-            f"rank {rank}: " * (rank != "0") + "another process is lost: " * lost + explain(error)
-        )
-        kept = run and Path(run.config.out_dir, "ckpt.pt").exists()
-        hint = (
-            "The last checkpoint is whole: go on with --resume"
-            if kept
-            else "Start again with --overwrite"
-        )
-        message += f". {hint}" if run else ""
-        print(
-            f"{chr(10) * bool(run)}train.py: {message}", file=sys.stderr, flush=True
-        )  # below the bar
-        (os._exit if dist.is_initialized() else sys.exit)(
-            1
-        )  # a tidy end would wait for the other processes
-    if rank == "0":
+        fail_on_rank(error, way_on(run))
+    if ranks.rank == 0:
         summarize(run, result)
-    if ranks.on:
-        dist.destroy_process_group()
-        os._exit(
-            0
-        )  # one of gloo's threads that frees a tensor while Python ends would abort a finished run
+    ranks.end()
+
+
+def announce(run):
+    if run.ranks.rank == 0:
+        processes = ""
+        if run.ranks.by_torchrun:
+            processes = f", {run.ranks.world} processes, {run.ranks.M} to a table"
+        print(f"{run.model.describe()}; on {run.device}{processes}", flush=True)
+
+
+def way_on(run):
+    """After an error."""
+    if Path(run.config.out_dir, "ckpt.pt").exists():
+        return "The last checkpoint is complete: continue with --resume"
+    return "Start again with --overwrite"
 
 
 if __name__ == "__main__":
-    steady_streams()
+    ignore_stream_errors()
     main(sys.argv[1:])

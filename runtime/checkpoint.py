@@ -9,11 +9,13 @@ ckpt.pt of a run holds
     fingerprint                     which shows if the dataset was prepared anew
 """
 
+import re
+
 import torch
 
 from kernels import RowAdam
-from runtime.files import atomic_write, explain_errors
-from runtime.sharded_pool import own_columns
+from runtime.files import atomic_write, explain_errors, remove_temporary_files, write_file
+from runtime.sharded_pool import own_columns, whole_table
 
 FORMAT = "nanomem-4"
 FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
@@ -58,6 +60,21 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def whole_state(model, optimizers):
+    """state_dicts of a model and its optimisers. Of a table that several processes share, rank 0
+    gets the whole; all ranks take part."""
+    pool = model.pool
+    weights = model.state_dict()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    if pool is not None:
+        weights["pool.values"] = whole_table(pool, weights["pool.values"])
+        moments = dict(states[1]["state"][0])  # a copy: the optimiser keeps its own
+        moments["means"] = whole_table(pool, moments["means"])
+        moments["squares"] = whole_table(pool, moments["squares"])
+        states[1]["state"] = {0: moments}
+    return weights, states
+
+
 def restore_optimizers(path, optimizers, pool):
     """Give the optimisers their moments in a checkpoint; rates and decays stay as they are.
     pool: the model's, or None. Raises ValueError if there is a wrong state."""
@@ -89,3 +106,40 @@ def check_moments(state, names, parameter, steps):
             raise ValueError(f"{name} has not the shape of its parameter")
     if state["step"] != steps:
         raise ValueError("its steps are not those of the run")
+
+
+# --- the folder of a run --------------------------------------------------------------
+
+RUN_FILES = ("ckpt.pt", "log.jsonl", "delta.pt")
+
+
+def check_unoccupied(folder):
+    """Raises ValueError if a folder holds a run."""
+    for name in RUN_FILES:
+        if (folder / name).exists():
+            way_out = "--overwrite it, or give another --out_dir"
+            if (folder / "ckpt.pt").exists():
+                way_out = f"go on with --resume, {way_out}"
+            raise ValueError(f"{folder} holds a run already: {way_out}")
+
+
+def clear_run(folder):
+    """Remove the run in a locked folder, and nothing else."""
+    remove_temporary_files(folder, RUN_FILES)
+    for name in ("log.jsonl", "delta.pt", "ckpt.pt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def cut_log(folder, last_step):
+    """Take lines of later steps out of the log, and a line that a kill has cut short."""
+    remove_temporary_files(folder, RUN_FILES)
+    log = folder / "log.jsonl"
+    if not log.exists():
+        return
+    lines = []
+    for line in log.read_bytes().splitlines(keepends=True):
+        step = re.match(rb'{"iter": (\d{1,18}),', line)
+        is_later = step is not None and int(step[1]) > last_step
+        if line.endswith(b"\n") and not is_later:
+            lines.append(line)
+    write_file(log, b"".join(lines))

@@ -1,6 +1,14 @@
-"""Options: fields of frozen dataclasses, from which the command line is made."""
+"""Options: fields of frozen dataclasses, from which the command line is made.
 
-from dataclasses import field, fields
+A dictionary {option: value} starts as what the command line gives, and is completed from a preset
+or from the checkpoint of an earlier run."""
+
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict, field, fields
+from pathlib import Path
+
+from runtime.checkpoint import REASONS, read_checkpoint
+from runtime.files import explain_errors
 
 
 def option(default, help, low=0, below=2**31, choices=()):
@@ -37,3 +45,142 @@ def check_limits(name, value, limits):
         raise ValueError(f"{name}={value}: must be at least {low}, below {below}")
     if choices and value not in choices:
         raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}")
+
+
+def make_configs(options, *classes):
+    """{option: value} -> a config of each class. Raises ValueError for options that do not fit."""
+    known = set()
+    configs = []
+    for config_class in classes:
+        names = {f.name for f in fields(config_class)}
+        own = {name: value for name, value in options.items() if name in names}
+        configs.append(config_class(**own))
+        known |= names
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name}: there is no such option")
+    return configs
+
+
+# --- command line ---------------------------------------------------------------------
+
+
+def parse_command_line(argv, description, classes, presets=()):
+    """argv -> {option: value} of what was given. presets: names for --preset. Exits with 2,
+    naming it, on an option that cannot be read."""
+    parser = ArgumentParser(
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+    )
+    if presets:
+        parser.add_argument("--preset", choices=presets, help="a named run (presets.py)")
+    for config_class in classes:
+        for f in fields(config_class):
+            if f.name != "vocab_size":  # the dataset has one
+                add_option(parser, f)
+    return vars(parser.parse_args(argv))
+
+
+def add_option(parser, f):
+    choices = f.metadata["choices"]
+    notes = [*choices, f"default: {f.default!r}"]
+    help = f"{f.metadata['help']} ({', '.join(notes)})".replace("%", "%%")
+    settings = {"help": help, "metavar": "", "type": type(f.default)}
+    if choices:
+        settings["type"] = str.lower
+    elif type(f.default) is tuple:
+        settings["type"] = whole_numbers
+    elif type(f.default) is bool:
+        settings["type"] = truth_value
+        settings["nargs"] = "?"  # --resume means --resume=true
+        settings["const"] = True
+    parser.add_argument(f"--{f.name}", **settings)
+
+
+def whole_numbers(text):
+    """For argparse: "2,6,10" -> (2, 6, 10)"""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def truth_value(text):
+    """For argparse."""
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+# --- presets, and runs that go on -----------------------------------------------------
+
+
+def options_from_preset(given, presets, default):
+    """Those of a new run: of its preset, overridden by what is given."""
+    name = given.get("preset", default)
+    options = {"out_dir": f"out/{name}", **presets[name], **given}
+    options.pop("preset", None)
+    return options
+
+
+def options_to_resume(given, classes, default):
+    """Those of a run that goes on: its own, in the checkpoint, overridden by what is given. What
+    would make it another run must stay."""
+    refuse_preset(given)
+    out_dir = given.get("out_dir", f"out/{default}")
+    saved = saved_options(out_dir, classes)
+    kept = ("seed", "batch_size", "gradient_accumulation_steps", "init_from")
+    check_kept(kept, given, saved, classes, out_dir)
+    return {**saved, "out_dir": out_dir, **given}
+
+
+def options_to_finetune(given, classes):
+    """Those of a run that begins with the weights of another one, init_from: its options,
+    overridden by what is given. The model must stay. What it was trained on becomes the
+    background."""
+    refuse_preset(given)
+    saved = saved_options(given["init_from"], classes)
+    check_kept((), given, saved, classes, given["init_from"])
+    saved["background"] = saved["dataset"]
+    saved["out_dir"] = "out/finetuned"
+    if "dataset" in given:
+        saved["out_dir"] = f"out/{Path(given['dataset']).name}"
+    saved["resume"] = False
+    saved["overwrite"] = False
+    saved["memory_parallel"] = 1
+    return {**saved, **given}
+
+
+def refuse_preset(given):
+    if "preset" in given:
+        way_out = "leave it out, give what is to change"
+        raise ValueError(f"preset: a run that goes on keeps its options; {way_out}")
+
+
+def saved_options(folder, classes):
+    """All options of the run in a folder."""
+    path = Path(folder, "ckpt.pt")
+    checkpoint = read_checkpoint(path)
+    with explain_errors(f"{path} has no options that fit", REASONS):
+        options = {**checkpoint["train_config"], **checkpoint["model_config"]}
+        return all_values(make_configs(options, *classes))
+
+
+def all_values(configs):
+    options = {}
+    for config in configs:
+        options.update(asdict(config))
+    return options
+
+
+def check_kept(names, given, saved, classes, folder):
+    """Raises ValueError if an option of the model, or one of names, is given another value."""
+    model_class = classes[1]
+    wanted = {**saved, **given}
+    if "mem_count" in given and "mem_layers" not in given:
+        wanted["mem_layers"] = ()  # which would override it
+    values = all_values(make_configs(wanted, *classes))
+    for name in [*names, *(f.name for f in fields(model_class))]:
+        if name in given and values[name] != saved[name]:
+            keeps = f"the run in {folder} keeps {name}={saved[name]}"
+            raise ValueError(f"{name}={given[name]}: {keeps}")

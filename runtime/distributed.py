@@ -1,0 +1,186 @@
+"""The processes of a run: ranks that torchrun has started, signals, and how a process ends."""
+
+import contextlib
+import datetime
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from runtime.files import UserError, error_line, explain_errors
+
+RANK_VARIABLES = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+
+
+class Ranks:
+    """This process among those of the run: `rank` of `world`, `local` on its machine.
+
+    With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on.
+    `group` is this rank's, or None; `replicas` are the ranks that hold the same columns.
+
+    timeout: seconds to wait for another process; parent: process id of torchrun. Raises
+    ValueError if the environment variables of torchrun are not enough to find the others."""
+
+    def __init__(self, timeout, parent):
+        self.rank = 0
+        self.local = 0
+        self.world = 1
+        self.M = 1
+        self.group = None
+        self.replicas = None
+        self.timeout = datetime.timedelta(seconds=timeout)
+        self.parent = parent
+        self.by_torchrun = "RANK" in os.environ
+        if self.by_torchrun:
+            what = f"processes do not find each other by {RANK_VARIABLES}"
+            with explain_errors(what, "start them with torchrun"):
+                self.join()
+
+    def join(self):
+        if self.torchrun_has_died():
+            raise ValueError("torchrun has died meanwhile")
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+        self.local = int(os.environ["LOCAL_RANK"])
+        dist.init_process_group(backend, timeout=self.timeout)
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+
+    def torchrun_has_died(self):
+        """A killed torchrun cannot end its processes: they stop as on SIGTERM."""
+        return self.by_torchrun and os.getppid() != self.parent
+
+    def make_groups(self, M):
+        """M ranks share a table; world / M hold the same columns. M divides world."""
+        self.M = M
+        if M > 1:
+            tables = [list(range(i, i + M)) for i in range(0, self.world, M)]
+            self.group, _ = dist.new_subgroups_by_enumeration(tables, self.timeout)
+        if self.world > M:
+            copies = [list(range(i, self.world, M)) for i in range(M)]
+            self.replicas, _ = dist.new_subgroups_by_enumeration(copies, self.timeout)
+
+    def gather(self, value):
+        """The value of every rank, a list. value: plain values and tensors"""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self):
+        """Until every rank has come here."""
+        self.gather(None)
+
+    def mean(self, number):
+        return sum(self.gather(number)) / self.world
+
+    def average_gradients(self, parameters):
+        """Replace gradients by their mean over all ranks, the same bits on each."""
+        if self.world > 1:
+            gradients = [p.grad for p in parameters]
+            vector = parameters_to_vector(gradients)
+            dist.all_reduce(vector)
+            vector_to_parameters(vector.div_(self.world), gradients)
+
+    def check_same_weights(self, model):
+        """All ranks must have the same weights, and replicas the same columns of the table.
+        Compares sums in float64."""
+        if self.world == 1:
+            return
+        sums = {}
+        for name, parameter in model.named_parameters():
+            pieces = parameter.detach().split(2**16)  # whose copies in float64 are small
+            sums[name] = sum(piece.double().sum().item() for piece in pieces)
+        table_sum = str(sums.pop("pool.values", 0))  # as text, NaN equals NaN
+        everyone = self.gather((table_sum, str(sums)))
+        for rank, theirs in enumerate(everyone):
+            first_replica = everyone[rank % self.M]
+            if theirs != (first_replica[0], everyone[0][1]):
+                what = "its weights are not those of the others"
+                raise UserError(f"rank {rank} is out of step: {what}")
+
+    def end(self):
+        """End a run that is complete."""
+        if self.by_torchrun:
+            dist.destroy_process_group()
+            # A thread of gloo that frees a tensor while Python ends would abort the process.
+            exit_at_once(0)
+
+
+class StopSignal:
+    """SIGINT or SIGTERM asks for the end of the run after the step: `number` is then the
+    signal's, else 0. torchrun passes a signal on, so it can come twice; a second Ctrl-C more
+    than a second later ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.time = 0.0
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, number, frame):
+        if self.number == 0:
+            self.number = number
+            self.time = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.time > 1:
+            os._exit(130)
+
+    def of_all(self, ranks):
+        """The signal that any rank has got, the same on all; 0: none."""
+        number = self.number
+        if ranks.torchrun_has_died():
+            number = signal.SIGTERM
+        return max(ranks.gather(number))
+
+
+def rank_from_environment():
+    """Before processes have found each other. Rank 0 speaks for all."""
+    return os.environ.get("RANK", "0")
+
+
+@contextlib.contextmanager
+def errors_from_rank_0_only():
+    """What all ranks would print to standard error."""
+    if rank_from_environment() == "0":
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+def lost_another_process(error):
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return is_gloo or isinstance(error, dist.DistError)
+
+
+def fail_on_rank(error, hint=""):
+    """End this process with one line on standard error and exit code 1. hint: a way out."""
+    rank = rank_from_environment()
+    message = error_line(error)
+    if lost_another_process(error):
+        message = f"another process is lost: {message}"
+    if rank != "0":
+        message = f"rank {rank}: {message}"
+        # All ranks may have found the error: wait while rank 0 speaks and torchrun ends us.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    if hint:
+        message += f". {hint}"
+    program = Path(sys.argv[0]).name
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    exit_at_once(1)
+
+
+def exit_at_once(status):
+    """Where there are other processes, a tidy end would wait for them."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
