@@ -72,7 +72,7 @@ def save(name, width, height, parts):
 
 
 def arrowheads():
-    """The same definitions in all pictures, for arrows that are added by hand."""
+    """All pictures in assets/ begin with these definitions; those drawn by hand have arrows."""
     look = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "orient": "auto"}
     size = {"markerUnits": "userSpaceOnUse", "markerWidth": 10, "markerHeight": 10}
     heads = []
@@ -160,11 +160,15 @@ def draw_curves(seeds, last, color):
     for points in zip(*seeds, strict=True):
         average.append((points[0][0], mean(recall for _, recall in points)))
     parts = []
-    for curve in [*seeds, average]:
-        path = [place(84, step / last, recall) for step, recall in curve]
-        parts.append(line(path, color, 0.7))
-    parts[-1] = line(path, color, 3.2)
+    for curve in seeds:
+        parts.append(recall_line(curve, last, color, 0.7))
+    parts.append(recall_line(average, last, color, 3.2))
     return parts
+
+
+def recall_line(curve, last, color, width):
+    points = [place(84, step / last, recall) for step, recall in curve]
+    return line(points, color, width)
 
 
 def draw_ends(recalls, share, color, second_line):
@@ -221,17 +225,100 @@ def draw_table(x0, title, reads, names, keys):
     return parts
 
 
-# --- updates.svg: old facts against new ones while a model learns 100 people -----------
+# --- updates.svg: old facts against new ones while a model learns 100 people ----------
 
-
-UPDATES = [
-    ("", INK, "all weights, AdamW and RowAdam at the rates of training"),
-    ("--learning_rate=0.0003", FAINT, "all weights, AdamW at 3e-4"),
-    ("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "all weights, AdamW at 1e-4, SGD for values"),
-    ("--slots=0", GREEN, "all rows of the table, SGD"),
-    ("--slots=32768", BLUE, "so many rows"),
-    ("--slots=16384", BLUE, "so many rows"),
-    ("--slots=4096", BLUE, "so many rows"),
-    ("--slots=1024", BLUE, "so many rows"),
-    ("--slots=16384 --choose_by=reads", ORANGE, "16,384 rows, chosen by reads"),
+UPDATES = [  # options, color, note at the end of the curve, and how far below that end
+    ("", INK, "", 0),
+    ("--learning_rate=0.0003", FAINT, "", 0),
+    ("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "", 0),
+    ("--slots=0", GREEN, "", 0),
+    ("--slots=32768", BLUE, "32,768", -22),
+    ("--slots=16384", BLUE, "16,384", 18),
+    ("--slots=4096", BLUE, "4,096", 18),
+    ("--slots=1024", BLUE, "1,024", 18),
+    ("--slots=16384 --choose_by=reads", ORANGE, "16,384", 18),
 ]
+LEGEND = [
+    (INK, "all weights, AdamW and RowAdam at the rates of training"),
+    (FAINT, "all weights, AdamW at 3e-4"),
+    (VIOLET, "all weights, AdamW at 1e-4, SGD for values"),
+    (GREEN, "all rows of the table, SGD"),
+    (ORANGE, "16,384 rows, chosen by reads"),
+    (BLUE, "so many rows"),
+]
+
+
+def update_curves():
+    """{options: [(recall of new facts, of old ones), ...]}, means over seeds."""
+    seeds = {}
+    for result in read_results():
+        _, is_update, words = result["command"].partition("--dataset=out/facts-new")
+        if is_update:
+            options, _, _ = words.rpartition(" --seed=")
+            seeds.setdefault(options.strip(), []).append(result["curve"])
+    curves = {}
+    for options, several in seeds.items():
+        curves[options] = []
+        for points in zip(*several, strict=True):  # a point: step, new recall, ..., old one, loss
+            new = mean(point[1] for point in points)
+            old = mean(point[-2] for point in points)
+            curves[options].append((new, old))
+    return curves
+
+
+def draw_updates():
+    curves = update_curves()
+    parts = recall_axes(84, 0.0, "all of it")
+    for options, color, _, _ in UPDATES:
+        parts += update_line(update_points(curves[options], 84, 0.0), color)
+    parts += recall_axes(500, 0.85, "above 85%")
+    for options, color, note, shift in UPDATES:
+        points = update_points(curves[options], 500, 0.85)
+        parts += update_line(points, color)
+        if note:
+            x, y = points[-1]
+            parts.append(text(x - 10, y + shift, note, 12, color))
+    for i, (color, words) in enumerate(LEGEND):
+        x = 50 + 390 * (i % 2)
+        y = 378 + 20 * (i // 2)
+        parts.append(line([(x, y - 4), (x + 22, y - 4)], color, 2.5))
+        parts.append(text(x + 30, y, words, 12, anchor="start"))
+    save("updates.svg", 822, 432, parts)
+
+
+def recall_axes(x0, low, title):
+    """Frame of a chart of old recall, from low to 100%, against new recall, from 0 to 100%."""
+    parts = [
+        text(x0 + 145, 34, title, 15, font_weight="bold"),
+        text(x0 + 145, 350, "new facts known", 13),
+        upward_text(x0 - 50, 180, "old facts known", 13),
+    ]
+    for i in range(6):
+        y = 305 - 50 * i
+        parts.append(line([(x0, y), (x0 + 290, y)], GRID, 1))
+        parts.append(text(x0 - 8, y + 4, f"{low + (1 - low) * i / 5:.0%}", 12, SOFT, "end"))
+        parts.append(text(x0 + 58 * i, 326, f"{i / 5:.0%}", 12, SOFT))
+    return parts
+
+
+def update_points(curve, x0, low):
+    """Where the part of a curve above low is drawn."""
+    points = []
+    for new, old in curve:
+        if old >= low:
+            y = 305 - 250 * (old - low) / (1 - low)
+            points.append((round(x0 + 290 * new, 1), round(y, 1)))
+    return points
+
+
+def update_line(points, color):
+    parts = [line(points, color, 2)]
+    for x, y in points:
+        parts.append(ring(x, y, 3, color))
+    return parts
+
+
+if __name__ == "__main__":
+    draw_results()
+    draw_slots()
+    draw_updates()
