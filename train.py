@@ -497,7 +497,7 @@ def print_recall(questions, name, result, before):
     text = f"{result[name]:.1%} of {len(questions):,} closed-book questions"
     if name in before:
         text += f" ({before[name]:.1%} before)"
-    print(f"  {name:10}   {text}")
+    print(f"  {name.replace('_', ' '):10}   {text}")
 
 
 def main(argv):

@@ -180,3 +180,20 @@ def tolerant(number, stream):
         encoding = stream.encoding
     raw = io.BufferedWriter(TolerantStream(number, "w", closefd=False))
     return io.TextIOWrapper(raw, encoding, "replace", line_buffering=True)
+
+
+def print_strictly():
+    """For programs whose result is what they print: after ignore_stream_errors(), errors of
+    standard output count again."""
+    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def explain_output_errors():
+    """A reader of standard output who has seen enough, such as head, ends the program quietly."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"standard output: {error}") from None

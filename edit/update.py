@@ -1,0 +1,303 @@
+"""Teach a model other facts by changing rows of its memory; the network stays as it is.
+
+    python edit/update.py --init_from=out/facts-memory --dataset=facts-new --slots=4096
+    python sample.py --out_dir=out/facts-memory --delta=out/facts-new/delta.pt --dataset=facts-new --recall
+
+The slots are those that the new data need more than the old data do (choose_slots; Lin et al.
+2025, arXiv:2510.15103). The changed rows are written to delta.pt; the model's own checkpoint is
+not touched.
+"""
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+import train
+from data.dataset import find_folder, open_dataset
+from edit.delta import save_delta, weights_hash
+from kernels import RowAdam
+from model import GPT
+from runtime.checkpoint import check_unoccupied, clear_run, read_checkpoint
+from runtime.device import check_memory, choose_device, precision
+from runtime.distributed import Ranks
+from runtime.files import explain_out_of_memory, fail, ignore_stream_errors, lock_folder
+from runtime.options import check_options, make_configs, option, parse_command_line
+from runtime.progress import Clock, Progress
+
+BACKGROUND_WINDOWS = 1000  # of the old data, for the choice of slots
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How to update. Raises ValueError, naming the option, for a value that makes no sense."""
+
+    init_from: str = option("", "folder of the run whose model learns")
+    dataset: str = option("", "what it learns: a folder in data/, or a path")
+    background: str = option("", "what not to forget; default: what it was trained on; empty: none")
+    out_dir: str = option("", "folder for delta.pt and the log; default: out/DATASET")
+    overwrite: bool = option(False, "replace the update in out_dir")
+    slots: int = option(0, "change the values of so many slots; 0: of all")
+    choose_by: str = option("gradient", "how slots are scored", choices=("gradient", "reads"))
+    optimizer: str = option(
+        "auto", "auto: sgd, in bfloat16 rowadam", choices=("auto", "sgd", "rowadam")
+    )
+    learning_rate: float = option(0.0, "0: 1 with sgd, with rowadam the run's", below=1e31)
+    batch_size: int = option(8, "sequences in a step", 1)
+    max_iters: int = option(200, "steps", 1)
+    eval_interval: int = option(50, "steps between evaluations", 1)
+    eval_iters: int = option(20, "batches in an estimate of the loss", 1)
+    log_interval: int = option(10, "steps between lines of the log", 1)
+    seed: int = option(1, "of the order of the data", below=2**63)
+    device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
+    dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        check_options(self)
+        for name in ("init_from", "dataset", "out_dir"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}=: must name a folder; is it a variable that is not set?")
+        if self.slots > 0 and not self.background:
+            raise ValueError(f"slots={self.slots}: background= must name what not to forget")
+        if Path(self.init_from).resolve() == Path(self.out_dir).resolve():
+            way_out = "init_from= names the same folder; give another one"
+            raise ValueError(f"out_dir={self.out_dir}: {way_out}")
+
+
+# --- which slots ----------------------------------------------------------------------
+
+
+def choose_slots(run):
+    """The slots with the best scores, int64 (config.slots). The new data are read once, of the
+    old data a thousand windows."""
+    new = run.data["train"]
+    old = run.data["old"]["train"]
+    steps = max(1, len(new) // run.config.batch_size)
+    if run.config.choose_by == "reads":
+        counts = sum(read_counts(run, new, steps, run.config.batch_size))
+    else:
+        counts = gradient_norms(run, new, steps)
+    background = read_counts(run, old, BACKGROUND_WINDOWS, batch_size=1)
+    scores = score_slots(counts, background)
+    return scores.topk(run.config.slots).indices
+
+
+def score_slots(counts, background):
+    """TF-IDF of slots, (S): what new data need more than others do (Lin et al. 2025):
+
+        c(i) / sum of c * log((|B| + 1) / (1 + number of background batches that read slot i))
+
+    counts (S): c, how often the new data read a slot, or how much they would change it.
+    background: for each batch of B how often it reads each slot, (S)"""
+    batches = 0
+    containing = torch.zeros_like(counts)
+    for reads in background:
+        batches += 1
+        containing += reads > 0
+    return counts / counts.sum() * torch.log((batches + 1) / (1 + containing))
+
+
+@torch.no_grad()
+def read_counts(run, windows, steps, batch_size):
+    """Yield for each batch how often it reads each slot, (S)."""
+    bar = tqdm(range(steps), "which slots are read", unit="batch", leave=False)
+    context = precision(run.config.dtype, run.device)
+    for idx, _ in train.batches(windows, bar, batch_size, run.device):
+        with run.model.pool.record_usage() as usage, context:
+            run.model(idx)
+        yield usage.reads
+
+
+def gradient_norms(run, windows, steps):
+    """(S): the norm of a slot's gradient, summed over the batches. A slot can have several rows
+    (UltraMem)."""
+    pool = run.model.pool
+    bar = tqdm(range(steps), "which slots would change", unit="batch", leave=False)
+    context = precision(run.config.dtype, run.device)
+    for idx, targets in train.batches(windows, bar, run.config.batch_size, run.device):
+        with context:
+            _, loss = run.model(idx, targets)
+        loss.backward()
+    gradient = pool.take_gradient()
+    slots = gradient.indices()[0] % pool.slots
+    norms = gradient.values().float().norm(dim=1)
+    return torch.zeros(pool.slots, device=norms.device).index_add(0, slots, norms)
+
+
+def rows_of_slots(pool, slots):
+    """The rows of a pool's tables that hold the values of slots, sorted, int64."""
+    first = torch.arange(0, len(pool.values), pool.slots, device=slots.device)  # of each table
+    return (slots + first.unsqueeze(1)).flatten().sort().values
+
+
+# --- the update -----------------------------------------------------------------------
+
+
+class RowSGD:
+    """values[row] -= lr * gradient[row], of the rows that were read. The gradient is of the sum
+    over tokens, not of their mean: lr does not depend on the size of a batch."""
+
+    def __init__(self, pool, lr, tokens):
+        pool.collect_gradients()
+        self.pool = pool
+        self.lr = lr
+        self.tokens = tokens
+
+    @torch.no_grad()
+    def step(self):
+        gradient = self.pool.take_gradient()
+        rows = gradient.indices()[0]
+        rate = self.lr * self.tokens
+        self.pool.values.index_add_(0, rows, gradient.values(), alpha=-rate)
+
+
+def make_optimizer(run, train_config):
+    """train_config: of the run whose model learns"""
+    config = run.config
+    pool = run.model.pool
+    name = config.optimizer
+    if name == "auto":
+        name = "sgd"
+        if pool.values.dtype == torch.bfloat16:
+            name = "rowadam"  # whose stochastic rounding keeps small updates
+    if name == "sgd":
+        tokens = config.batch_size * run.model.config.block_size
+        return RowSGD(pool, config.learning_rate or 1.0, tokens)
+    betas = (train_config["beta1"], train_config["beta2"])
+    rate = config.learning_rate or train_config["mem_learning_rate"]
+    return RowAdam(pool, rate, betas, seed=config.seed)
+
+
+def update(run, rows, optimizer):
+    """Train the rows for max_iters steps. Returns the last line of the log."""
+    config = run.config
+    pool = run.model.pool
+    may_change = torch.zeros_like(pool.touched)
+    may_change[rows] = 1
+    context = precision(config.dtype, run.device)
+    bar = Progress(Path(config.out_dir).name, 0, config.max_iters)
+    clock = Clock(0)
+    numbers = range(config.max_iters)
+    for inputs, targets in train.batches(run.data["train"], numbers, config.batch_size, run.device):
+        # forward, backward, step
+        with context:
+            _, loss = run.model(inputs, targets)
+        loss.backward()
+        pool.touched &= may_change  # the optimiser takes the gradient of touched rows only
+        optimizer.step()
+        run.step += 1
+        bar.update()
+
+        # log, evaluate
+        evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
+        if run.step % config.log_interval == 0 or evaluating:
+            line = {"iter": run.step, "loss": loss.item()}
+            steps, seconds = clock.stop(run.step)
+            run.seconds += seconds
+            line["tokens_per_s"] = steps * inputs.numel() / seconds
+            train.report(run, line, evaluating)
+            bar.show(line)
+            clock.start(run.step)
+    bar.close()
+    return line
+
+
+# --- start and end --------------------------------------------------------------------
+
+
+def prepare(config, checkpoint):
+    """Returns a train.Run. Everything that can be wrong is found here."""
+    path = Path(config.init_from, "ckpt.pt")
+    if "RANK" in os.environ:
+        raise ValueError("an update is for one process: start it with python, not with torchrun")
+    device = choose_device(config.device)
+    model_config = make_configs(checkpoint["model_config"], train.GPTConfig)[0]
+    with torch.device("meta"):  # which takes no room
+        check_memory(GPT(model_config, initialize=False), device)
+    data = open_dataset(find_folder(config.dataset), model_config.block_size, config.seed)
+    model = GPT.from_checkpoint(path, device)
+    if model.pool is None:
+        raise ValueError(f"init_from={config.init_from}: the model has no memory")
+    if config.slots > model.pool.slots:
+        most = f"{config.init_from} has {model.pool.slots:,} slots"
+        raise ValueError(f"slots={config.slots}: {most}")
+    model.requires_grad_(False)
+    model.pool.values.requires_grad_(True)
+    run = train.Run(config, model, [], data, device, Ranks(timeout=600, parent=os.getppid()))
+    train.add_background(run)
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(out_dir)
+    if not config.overwrite:
+        check_unoccupied(out_dir)
+    clear_run(out_dir)
+    return run
+
+
+def complete_options(given):
+    """Options of the command line, with those that depend on the run -> all, and its
+    checkpoint."""
+    options = dict(given)
+    checkpoint = read_checkpoint(Path(given.get("init_from", ""), "ckpt.pt"))
+    options.setdefault("background", checkpoint["train_config"]["dataset"])
+    options.setdefault("out_dir", f"out/{Path(given.get('dataset', '')).name}")
+    return options, checkpoint
+
+
+def run_update(given):
+    if "init_from" not in given or "dataset" not in given:
+        raise ValueError("init_from= and dataset= must be given; --help tells more")
+    options, checkpoint = complete_options(given)
+    config = make_configs(options, UpdateConfig)[0]
+    run = prepare(config, checkpoint)
+    base = weights_hash(run.model.state_dict())
+    optimizer = make_optimizer(run, checkpoint["train_config"])
+    run.before["iter"] = 0
+    train.report(run, run.before, evaluating=True)
+    began = time.perf_counter()
+    if config.slots > 0:
+        rows = rows_of_slots(run.model.pool, choose_slots(run))
+    else:
+        rows = torch.arange(len(run.model.pool.values), device=run.device)
+    run.seconds = time.perf_counter() - began
+    result = update(run, rows, optimizer)
+    path = Path(config.out_dir, "delta.pt")
+    save_delta(path, run.model.pool.values, rows, base, f"{config.init_from}/ckpt.pt")
+    summarize(run, result, len(rows))
+
+
+def summarize(run, result, rows):
+    c = run.config
+    tokens = run.step * c.batch_size * run.model.config.block_size
+    print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of updating")
+    print(f"  {rows:,} of {len(run.model.pool.values):,} rows of the memory could change")
+    print(f"  loss         {result['val_loss']:.3f} validation (nats a token)")
+    train.print_recall(run.data["questions"], "recall", result, run.before)
+    if "old" in run.data:
+        train.print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+    print(f"  written to   {c.out_dir}/delta.pt, log.jsonl")
+    command = ["sample.py", f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt"]
+    command.append(f"--dataset={c.dataset}")
+    command.append("--recall")
+    print(f"\nNext: python {shlex.join(command)}")
+
+
+def main(argv):
+    given = parse_command_line(argv, __doc__, (UpdateConfig,))
+    try:
+        with explain_out_of_memory():
+            run_update(given)
+    except (Exception, KeyboardInterrupt) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    ignore_stream_errors()
+    main(sys.argv[1:])
