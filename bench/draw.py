@@ -52,23 +52,19 @@ def spot(x, y, radius, color, opacity):
     return tag("circle", cx=x, cy=y, r=radius, fill=color, fill_opacity=opacity)
 
 
-def ring(x, y, radius, color):
-    look = {"fill": "white", "stroke": color, "stroke_width": 1.5}
-    return tag("circle", cx=x, cy=y, r=radius, **look)
+def rings(points, radius, color):
+    look = {"r": radius, "fill": "white", "stroke": color, "stroke_width": 1.5}
+    return [tag("circle", cx=x, cy=y, **look) for x, y in points]
 
 
 def save(name, width, height, parts):
     """A white card with round corners: dark ink on it reads well on light and dark pages."""
     card = box(0.5, 0.5, width - 1, height - 1, radius=10)
     drawing = "\n".join([arrowheads(), card, *parts])
-    page = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": f"0 0 {width} {height}",
-        "width": width,
-        "height": height,
-        "font_family": "Helvetica, Arial, sans-serif",
-    }
-    (ASSETS / name).write_text(tag("svg", drawing, **page) + "\n", "utf-8")
+    view = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}"}
+    size = {"width": width, "height": height}
+    page = tag("svg", drawing, **view, **size, font_family="Helvetica, Arial, sans-serif")
+    (ASSETS / name).write_text(page + "\n", "utf-8")
 
 
 def arrowheads():
@@ -115,8 +111,7 @@ def axes(x0, ticks, title, note, x_title):
 
 
 def training_curves():
-    """{options: {seed: [(step, recall), ...]}} of the first line's machine; of a seed that was
-    trained twice the last."""
+    """{options: [[(step, recall), ...] of each seed]}, on the machine of the first line."""
     results = read_results()
     curves = {}
     for result in results:
@@ -124,8 +119,8 @@ def training_curves():
             _, _, words = result["command"].partition("--preset=")
             options, _, seed = words.rpartition(" --seed=")
             curve = [(step, recall) for step, recall, *_ in result["curve"]]
-            curves.setdefault(options, {})[seed] = curve
-    return curves
+            curves.setdefault(options, {})[seed] = curve  # the last, of a seed trained twice
+    return {options: list(seeds.values()) for options, seeds in curves.items()}
 
 
 def draw_results():
@@ -137,33 +132,22 @@ def draw_results():
         ("facts-dense2x", INK, "dense,", "2x FLOPs"),
         ("facts-dense", BLUE, "dense", ""),
     ]
-    looks = [look for look in looks if len(curves.get(look[0], {})) > 1]  # what has been run
-    last = 1000
-    if looks:
-        last = max(curve[-1][0] for look in looks for curve in curves[look[0]].values())
-    steps = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
+    last = max(step for look in looks for curve in curves[look[0]] for step, _ in curve)
+    ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
     columns = [((i + 0.5) / 5, look[2]) for i, look in enumerate(looks)]
     note = "each thin line a seed, thick: their mean"
-    parts = axes(84, steps, "while training", note, "thousand training steps of 1,024 tokens")
+    parts = axes(84, ticks, "while training", note, "thousand training steps of 1,024 tokens")
     note = "each dot a seed, the bars their mean and its error"
     parts += axes(500, columns, "at the end", note, "")
     for i, (options, color, _, second_line) in enumerate(looks):
-        seeds = list(curves[options].values())
-        share = (i + 0.5) / 5
-        parts += draw_curves(seeds, last, color)
-        parts += draw_ends([curve[-1][1] for curve in seeds], share, color, second_line)
+        seeds = curves[options]
+        steps = [step for step, _ in seeds[0]]
+        average = [mean(recall for _, recall in points) for points in zip(*seeds, strict=True)]
+        parts += [recall_line(curve, last, color, 0.7) for curve in seeds]
+        parts.append(recall_line(zip(steps, average, strict=True), last, color, 3.2))
+        recalls = [curve[-1][1] for curve in seeds]
+        parts += draw_ends(recalls, (i + 0.5) / 5, color, second_line)
     save("results.svg", 822, 396, parts)
-
-
-def draw_curves(seeds, last, color):
-    average = []
-    for points in zip(*seeds, strict=True):
-        average.append((points[0][0], mean(recall for _, recall in points)))
-    parts = []
-    for curve in seeds:
-        parts.append(recall_line(curve, last, color, 0.7))
-    parts.append(recall_line(average, last, color, 3.2))
-    return parts
 
 
 def recall_line(curve, last, color, width):
@@ -177,14 +161,12 @@ def draw_ends(recalls, share, color, second_line):
     x, y = place(500, share, average)
     top = place(500, share, average + error)
     bottom = place(500, share, average - error)
-    parts = [
+    return [
         line([top, bottom], color, 3.2),
         line([(x - 22, y), (x + 22, y)], color, 3.2),
         text(x, 368, second_line, 12, SOFT),
+        *rings([place(500, share, recall) for recall in recalls], 4, color),
     ]
-    for recall in recalls:
-        parts.append(ring(*place(500, share, recall), 4, color))
-    return parts
 
 
 # --- slots.svg: what questions read in a table of N * N slots -------------------------
@@ -270,11 +252,12 @@ def draw_updates():
     curves = update_curves()
     parts = recall_axes(84, 0.0, "all of it")
     for options, color, _, _ in UPDATES:
-        parts += update_line(update_points(curves[options], 84, 0.0), color)
+        points = update_points(curves[options], 84, 0.0)
+        parts += [line(points, color, 2), *rings(points, 3, color)]
     parts += recall_axes(500, 0.85, "above 85%")
     for options, color, note, shift in UPDATES:
         points = update_points(curves[options], 500, 0.85)
-        parts += update_line(points, color)
+        parts += [line(points, color, 2), *rings(points, 3, color)]
         if note:
             x, y = points[-1]
             parts.append(text(x - 10, y + shift, note, 12, color))
@@ -309,13 +292,6 @@ def update_points(curve, x0, low):
             y = 305 - 250 * (old - low) / (1 - low)
             points.append((round(x0 + 290 * new, 1), round(y, 1)))
     return points
-
-
-def update_line(points, color):
-    parts = [line(points, color, 2)]
-    for x, y in points:
-        parts.append(ring(x, y, 3, color))
-    return parts
 
 
 if __name__ == "__main__":
