@@ -205,8 +205,7 @@ def table(name, results):
 
 
 def training_row(part, training, lines, first):
-    """lines, first: {seed: line} of this row and of the first one. For the first row itself first
-    is empty."""
+    """lines: {seed: line}. first: those of the first row; of that row itself it is empty."""
     if not lines:
         return {"recall, % (each seed)": "not measured"}
     row = {}
@@ -257,8 +256,7 @@ def update_row(lines):
 
 
 def lost_at(curve, share):
-    """Recall of old facts lost when that share of the new ones is known, between two evaluations.
-    None: they are never known."""
+    """Recall of old facts lost when so many new ones are known, between evaluations; or None."""
     for before, after in itertools.pairwise(curve):
         if after[1] >= share:
             progress = (share - before[1]) / (after[1] - before[1])
@@ -312,7 +310,7 @@ def print_plan(name, missing, lines, gpu):
         seconds += took.get(command.rpartition(" ")[0], guess)
     minutes = seconds / runs_at_a_time(gpu) / 60
     to_do = f"{len(missing):3} of {len(part.runs()):3} runs to do, {minutes:3.0f} min"
-    print(f"{name:9} {to_do}: {part.question}")
+    print(f"{name:14} {to_do}: {part.question}")
 
 
 def parse_arguments(argv):
