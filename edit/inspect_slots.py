@@ -37,10 +37,12 @@ def parse(argv):
     add_model_options(parser)
     add("--max_new_tokens", type=int, default=8, help="to generate (default: %(default)s)")
     add("--dataset", help="whose passages (default: those that the run was trained on)")
-    add("--json", action="store_true", help="all that was read: one JSON object a token")
+    add("--json", action="store_true", help="all that was read, as JSON")
     add("--recall", action="store_true", help="the closed-book questions instead of a text")
+    add("--rows", type=int, default=0, help="only so many of them; 0: all (default: %(default)s)")
     args = parser.parse_args(argv)
     check_limits(parser, args, ("max_new_tokens",), low=1)
+    check_limits(parser, args, ("rows",), low=0)
     return args
 
 
@@ -89,9 +91,9 @@ def print_reads(text, found):
 # --- all questions --------------------------------------------------------------------
 
 
-def inspect_questions(sampler, questions):
+def inspect_questions(sampler, questions, as_json):
     """Print who shares the slot that a question reads most: other facts of the same person,
-    facts of the same attribute, or neither."""
+    facts of the same attribute, or neither. With as_json, what each question reads instead."""
     facts = []  # (person, attribute)
     for question in questions:
         person = question["prompt"].rsplit(" ", 3)[0]  # before a phrase of three words
@@ -99,7 +101,19 @@ def inspect_questions(sampler, questions):
     layers = zip(*reads_of_questions(sampler, questions), strict=True)
     for block, layer in zip(sampler.model.config.mem_layers, layers, strict=True):
         reads = [dict(zip(slots, shares, strict=True)) for slots, shares in layer]
-        print_sharing(block, facts, reads)
+        if as_json:
+            print_json(sampler.model.config.mem_keys, block, facts, reads)
+        else:
+            print_sharing(block, facts, reads)
+
+
+def print_json(keys, block, facts, reads):
+    """A line: the slots of each fact with their shares, in a memory of keys * keys slots."""
+    rows = []
+    for (person, attribute), shares in zip(facts, reads, strict=True):
+        pairs = [[slot, round(share, 4)] for slot, share in shares.items()]
+        rows.append([person, attribute, pairs])
+    print(json.dumps({"keys": keys, "block": block, "reads": rows}))
 
 
 @torch.no_grad()
@@ -177,8 +191,10 @@ def main(argv):
             questions = dataset.questions()
             if not questions:
                 raise ValueError(f"--recall: {dataset.folder} has no recall.jsonl")
+            if args.rows > 0:
+                questions = questions[: args.rows]
             with sampler.generating():
-                inspect_questions(sampler, questions)
+                inspect_questions(sampler, questions, args.json)
             return
         ids = sampler.encode(args.start)
         # of the checkpoint itself: an update changes what slots hold, not who reads them
