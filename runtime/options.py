@@ -75,7 +75,8 @@ def parse_command_line(argv, description, classes, presets=()):
         allow_abbrev=False,
     )
     if presets:
-        parser.add_argument("--preset", choices=presets, help="a named run (presets.py)")
+        help = f"a named run, written out in presets.py: {', '.join(presets)}"
+        parser.add_argument("--preset", choices=presets, help=help, metavar="NAME")
     for config_class in classes:
         for f in fields(config_class):
             if f.name != "vocab_size":  # the dataset has one
