@@ -1,6 +1,6 @@
 """Train a GPT, with memory layers or without.
 
-    python train.py                          a small Memory+ model on facts to remember
+    python train.py                          --preset=facts-memory: it remembers made-up facts
     python train.py --preset=facts-dense     the same compute without a memory, to compare
     python train.py --mem_keys=64 --out_dir=out/small            any option over any preset
     python train.py --resume --out_dir=out/small                 continue that run

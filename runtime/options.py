@@ -69,6 +69,7 @@ def parse_command_line(argv, description, classes, presets=()):
     """argv -> {option: value} of what was given. presets: names for --preset. Exits with 2,
     naming it, on an option that cannot be read."""
     parser = ArgumentParser(
+        usage="%(prog)s [--option=value ...]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
         argument_default=SUPPRESS,
@@ -86,8 +87,13 @@ def parse_command_line(argv, description, classes, presets=()):
 
 def add_option(parser, f):
     choices = f.metadata["choices"]
-    notes = [*choices, f"default: {f.default!r}"]
-    help = f"{f.metadata['help']} ({', '.join(notes)})".replace("%", "%%")
+    notes = list(choices)
+    if f.default not in ("", ()):
+        notes.append(f"default: {f.default}")
+    help = f.metadata["help"]
+    if notes:
+        help += f" ({', '.join(notes)})"
+    help = help.replace("%", "%%")
     settings = {"help": help, "metavar": "", "type": type(f.default)}
     if choices:
         settings["type"] = str.lower
