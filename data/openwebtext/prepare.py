@@ -1,23 +1,26 @@
-"""OpenWebText as GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens, 18 GB as uint16.
+"""OpenWebText as GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens (18 GB).
 
     python data/openwebtext/prepare.py                all 21 archives, a download of 13 GB
-    python data/openwebtext/prepare.py --subsets=0    only the first, to try; --subsets=0-4 later adds four
+    python data/openwebtext/prepare.py --subsets=0    only the first, to try
     python data/openwebtext/prepare.py --source=DIR   archives in a folder, or on a mirror (a URL)
 
-The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are read as they arrive and not stored. The
-program may be interrupted or killed at any time: the next call starts again with the archive that was being
-read, and the files come out the same, byte for byte.
+The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are downloaded to archives/ in the
+output folder, and stay there. If this is interrupted, the next call continues the download, and
+starts tokenising from the beginning: all archives take half an hour on two cores.
 
-    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (an xz-compressed tar) > one text file per document
+    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (an xz-compressed tar) > a file per document
 
-The text of a document is the same as in the Hugging Face dataset: runs of blank lines become one blank line,
-and white space at both ends is removed. A hash of the document decides whether it is for validation: one in
-2,000 is. The code reads from top to bottom: reading an archive, what a worker does, the whole.
+The text of a document is the same as in the Hugging Face dataset: runs of blank lines become one
+blank line, and white space at both ends is removed. A hash of the document decides whether it is
+for validation: one in 2,000 is.
+
+Damaged archives are noticed. A download must have the size and the SHA-256 that the server states.
+Before tokenising starts, an archive must have valid headers up to its end mark, which is missing
+if it is truncated. The checksums in its xz-compressed parts must be right.
 """
 
 import argparse
-import collections
-import contextlib
+import functools
 import hashlib
 import http.client
 import io
@@ -36,378 +39,291 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import PARTS, load_json, make_encoding, write_meta
-from data.files import (
-    atomic_write,
-    blame,
-    lock,
-    one_line,
-    steady_streams,
-    sweep,
-    to_folder,
-    writing,
+import runtime.files as files
+from data.dataset import (
+    FILES,
+    GPT2_SEPARATOR,
+    GPT2_SIZE,
+    UNFINISHED,
+    check_free,
+    make_encoding,
+    write_meta,
 )
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
-ARCHIVES, DOCUMENTS = 21, 8_013_769
-VOCABULARY, SEPARATOR = "gpt2", 50256
-FILES = TRAIN, VAL = "train.bin", "val.bin"
-VALIDATION = 2000  # one document in this many is for validation
+ARCHIVES = 21
+ARCHIVE_BYTES = 0.63e9  # the size of an archive, about
 TOKEN_BYTES = 1.5  # a byte of archive becomes 1.4 bytes of tokens
-ATTEMPTS = 12  # that fail in a row before a download is given up: about four minutes
-START_OVER = (
-    "to start over, delete progress.json and all files whose names begin with train.bin or val.bin"
-)
+DOCUMENTS = 8_013_769
+VALIDATION = 2000  # one document in this many is for validation
+VOCABULARY = "gpt2"
+WAITS = [0, 1, 2, 4, 8, 15, 30, 60, 60]  # seconds before each attempt to download an archive
+REFUSALS = [401, 403, 404, 410]  # HTTP errors after which there is no other attempt
+WAY_OUT = "delete it, and run this again without --source, which downloads it"
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
-    """The hub redirects to its storage. Only this redirect states the size and SHA-256 of the file."""
+    """The hub redirects to its storage. Only this redirect states the SHA-256 of the file."""
 
-    size = sha256 = None
+    sha256 = ""
 
     def redirect_request(self, request, response, code, message, headers, url):
-        self.size = headers.get("X-Linked-Size", self.size)
-        self.sha256 = headers.get("X-Linked-Etag", self.sha256)
+        self.sha256 = headers.get("X-Linked-Etag", "").strip('"')
         return super().redirect_request(request, response, code, message, headers, url)
 
 
-class Archive:
-    """A file at a URL (https or file), read once from start to end. Reconnects when a connection breaks.
-
-    size: in bytes. sha256: as the server states it, or None. copy: a file to write what is read to, or None.
-    Raises OSError if a server refuses or cannot be reached, ValueError if size or SHA-256 are wrong."""
-
-    def __init__(self, url, attempts):
-        self.url, self.attempts, self.failures, self.response = url, attempts, 0, None
-        self.position, self.size, self.sha256 = 0, None, None
-        self.digest, self.copy = hashlib.sha256(), None
-        self.read(0)  # connects
-
-    def connect(self):
-        redirect = Redirect()
-        request = urllib.request.Request(self.url, headers={"User-Agent": "nanomem"})
-        if self.position:
-            request.add_header("Range", f"bytes={self.position}-")
-        self.response = urllib.request.build_opener(redirect).open(request, timeout=30)
-        headers = (
-            self.response.headers
-        )  # "bytes FIRST-LAST/SIZE", or else the whole file is sent again
-        partial = re.fullmatch(r"(?i)bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-        first, size = partial.groups() if partial else (0, headers.get("Content-Length"))
-        sizes = {int(s) for s in (size, self.size, redirect.size) if s not in (None, "*")}
-        if len(sizes) != 1:
-            raise ValueError(f"{self.url}: it should have one size, not {sorted(sizes) or 'none'}")
-        self.size, sha256 = sizes.pop(), (redirect.sha256 or "").strip('"')
-        self.sha256 = sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else self.sha256
-        for start in range(int(first), self.position, 2**20):  # what has been read before
-            self.response.read(min(2**20, self.position - start))
-
-    def read(self, n):
-        """n bytes, or fewer at the end of the file."""
-        parts = []
-        while self.response is None or (n > 0 and self.position < self.size):
-            try:
-                if self.response is None:
-                    self.connect()
-                elif part := self.response.read(min(n, self.size - self.position)):
-                    parts.append(part)
-                    self.position, n, self.failures = self.position + len(part), n - len(part), 0
-                else:
-                    raise ConnectionError("the connection was closed")
-            except (OSError, http.client.HTTPException) as error:
-                self.pause(error)
-        data = b"".join(parts)
-        self.digest.update(data)
-        if self.copy:
-            self.copy.write(data)
-        if self.position == self.size and self.sha256 not in (None, self.digest.hexdigest()):
-            raise ValueError(
-                f"its SHA-256 is {self.digest.hexdigest()}, and should be {self.sha256}"
-            )
-        return data
-
-    def pause(self, error):
-        """Wait before the next attempt, longer each time. Raises OSError if there is to be none."""
-        self.close()
-        self.failures += 1
-        code = getattr(error, "code", 500)  # of an HTTPError
-        if self.failures == self.attempts or (code < 500 and code not in (408, 429)):
-            raise OSError(f"{self.url}: {error}") from None
-        if self.failures > 1:
-            attempt = f"attempt {self.failures} of {self.attempts}"
-            tqdm.write(f"{self.url}: {error} at byte {self.position:,}; {attempt}", sys.stderr)
-        time.sleep(min(60, 0.1 * 2**self.failures))
-
-    def close(self):
-        if self.response is not None:
-            self.response.close()
-        self.response = None
+def fetch(url, part):
+    """Append what is missing to the file `part`. Returns the SHA-256 that the server states, or
+    an empty text."""
+    size = 0
+    if part.exists():
+        size = part.stat().st_size
+    headers = {"User-Agent": "nanomem", "Range": f"bytes={size}-"}
+    request = urllib.request.Request(url, headers=headers)
+    redirect = Redirect()
+    with urllib.request.build_opener(redirect).open(request, timeout=30) as response:
+        length = response.headers.get("Content-Length")
+        if length is None:
+            raise ValueError(f"{url}: the server does not state the size of the file")
+        if response.status != 206:  # the server sends the whole file again
+            part.unlink(missing_ok=True)
+            size = 0
+        total = size + int(length)
+        with tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True) as bar:
+            while size < total:
+                data = response.read(2**20)
+                if not data:
+                    raise ConnectionError(f"the connection was closed at byte {size:,}")
+                files.append_to_file(part, data)
+                size += len(data)
+                bar.update(len(data))
+    return redirect.sha256
 
 
-def tar_files(file):
-    """Yield name and content of each file in a tar archive. Raises ValueError or TarError if it is damaged.
-
-    (tarfile.open takes a damaged header, or the lack of an end mark, for the end. It is slower, too.)"""
-    while (header := file.read(512)) != bytes(512):
-        entry = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
-        content = file.read(-(-entry.size // 512) * 512)[: entry.size]
-        if len(content) < entry.size:
-            raise ValueError("truncated file")
-        if entry.type in b"LKS" or (
-            entry.type in b"xg" and re.search(rb"\d+ (path|GNU\.sparse)", content)
-        ):
-            raise ValueError(f"{entry.name}: a long name or a sparse file, which is not supported")
-        if entry.isreg():  # neither a folder nor a header with times and owners
-            yield entry.name, content
-
-
-# --- what a worker does -----------------------------------------------------------------------------------
+def fetch_patiently(url, part):
+    """fetch, in several attempts if the network or the server fails."""
+    for wait in WAITS:
+        time.sleep(wait)
+        try:
+            return fetch(url, part)
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", None)  # of an HTTPError
+            if code in REFUSALS:
+                raise OSError(f"{url}: {error}") from None
+            if code == 416:  # the part is as long as the file, or longer
+                part.unlink()
+            print(f"{url}: {error}", file=sys.stderr)
+    raise OSError(f"{url}: {len(WAITS)} attempts have failed; run this again to continue")
 
 
-def start_worker(vocabulary):
-    global encoding
+def download(url, archive):
+    part = Path(f"{archive}.part")
+    sha256 = fetch_patiently(url, part)
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 and digest != sha256:
+        part.unlink()
+        raise ValueError(f"{url}: its SHA-256 is {digest}, and should be {sha256}; run this again")
+    if not tarfile.is_tarfile(part):
+        part.unlink()
+        raise ValueError(f"{url} is not a tar archive; run this again")
+    os.replace(part, archive)
+
+
+def check_space(out, archives):
+    """Raises OSError if the disk has no room for tokens, and archives that are missing."""
+    sizes = [archive.stat().st_size for archive in archives if archive.exists()]
+    missing = ARCHIVE_BYTES * (len(archives) - len(sizes))
+    needed = missing + TOKEN_BYTES * (missing + sum(sizes))
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        both = f"needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise OSError(f"{out} {both}: give another --out, or fewer --subsets")
+
+
+def get_archives(source, out, names):
+    """Paths of the archives. If source is a URL, they are downloaded to out/archives."""
+    folder = Path(source)
+    if "://" in source:
+        folder = out / "archives"
+        folder.mkdir(exist_ok=True)
+    archives = [folder / name for name in names]
+    check_space(out, archives)
+    for archive in archives:
+        if "://" in source and not archive.exists():
+            download(f"{source.rstrip('/')}/{archive.name}", archive)
+    return archives
+
+
+# --- tokenise -------------------------------------------------------------------------
+
+
+def list_files(file):
+    """The files in a tar archive: list of TarInfo. Raises an error if a header is damaged."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        infos = [info for info in tar if info.isfile()]
+        file.seek(tar.offset)  # where tarfile has stopped: at the end mark, or a damaged header
+        if file.read(512) != bytes(512):
+            raise ValueError(f"truncated, or damaged at byte {tar.offset:,}")
+    return infos
+
+
+def list_parts(archive):
+    """The xz-compressed tars in an archive: list of TarInfo."""
+    what = f"{archive} is damaged, or not an archive of OpenWebText"
+    with files.explain_errors(what, WAY_OUT), open(archive, "rb") as f:
+        parts = [info for info in list_files(f) if info.name.endswith("_data.xz")]
+        if not parts:
+            raise ValueError("it has no *_data.xz")
+    return parts
+
+
+def tokenize(archive, vocabulary, part):
+    """Token ids of a part for training and for validation, as bytes; the number of documents."""
     encoding = make_encoding(vocabulary)
-
-    def follow():  # a parent that is killed cannot end its workers
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def tokenize(member, data):
-    """An xz-compressed tar -> {TRAIN: token ids as bytes, VAL: the same}, counts. member: its name."""
-    ids, sizes, separator = {TRAIN: [], VAL: []}, [], np.array([SEPARATOR], "<u2")
-    with blame(f"{member} is damaged", "get the archive again"):
-        for name, content in tar_files(io.BytesIO(lzma.decompress(data))):
-            try:
-                text = re.sub("\n\n\n+", "\n\n", content.decode()).strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name} is not UTF-8 text: {error}") from None
-            tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-            # the split depends on the document alone: not on its place, nor on how many archives there are
-            number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-            ids[TRAIN if number % VALIDATION else VAL] += [separator, tokens]
-            sizes.append(len(content))
-    ids = {file: b"".join(parts) for file, parts in ids.items()}
-    counts = {file: len(data) for file, data in ids.items()}
-    return ids, counts | {"documents": len(sizes), "text_bytes": sum(sizes)}
+    separator = GPT2_SEPARATOR.to_bytes(2, "little")
+    train = []
+    val = []
+    with files.explain_errors(f"{archive} is damaged in {part.name}", WAY_OUT):
+        with open(archive, "rb") as f:
+            f.seek(part.offset_data)
+            data = lzma.decompress(f.read(part.size))
+        infos = list_files(io.BytesIO(data))
+        for info in infos:
+            document = data[info.offset_data : info.offset_data + info.size]
+            text = re.sub("\n\n\n+", "\n\n", document.decode()).strip()
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+            tokens = separator + ids.astype("<u2").tobytes()
+            # The split depends on the document alone: not on its place, nor on --subsets.
+            number = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
+            if number % VALIDATION == 0:
+                val.append(tokens)
+            else:
+                train.append(tokens)
+    return b"".join(train), b"".join(val), len(infos)
 
 
-def tokenize_all(archive, pool, limit):
-    """Yield what tokenize returns for each member of an archive, in order. limit: members held in memory."""
-    waiting = collections.deque()
-    for name, data in tar_files(archive):
-        if name.endswith("_data.xz"):
-            waiting.append(pool.submit(tokenize, name, data))
-        if len(waiting) > limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-# --- the whole --------------------------------------------------------------------------------------------
+def start_worker():
+    """The parent handles Ctrl-C. If it is killed, it cannot end its workers: they watch it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def read_progress(out, names):
-    """{archive: counts} of the finished archives, in order, and the sum of the counts. names: of the archives
-    that are asked for. Raises ValueError if the folder `out` holds anything else, or is damaged."""
-    file, meta = out / "progress.json", out / "meta.json"
-    with blame(f"{file} is damaged", START_OVER):
-        progress = json.loads(file.read_text()) if file.exists() else {}
-        total = sum(map(collections.Counter, progress.values()), collections.Counter())
-    finished = list(progress)
-    archives = load_json(meta).get("archives") if meta.exists() else finished
-    if archives != finished or (not finished and any((out / name).exists() for name in PARTS)):
-        raise ValueError(
-            f"{out} holds a dataset that this program has not made; give another --out"
-        )
-    for name in FILES:
-        file = out / name if (out / name).exists() else out / f"{name}.partial"
-        size = file.stat().st_size if file.exists() else 0
-        # a partial file may be longer, by what was added of an unfinished archive
-        if size < total[name] or (size > total[name] and file.name == name):
-            raise ValueError(
-                f"{file} has {size:,} bytes, and should have {total[name]:,}; {START_OVER}"
-            )
-    if names[: len(finished)] != finished:
-        way_out = (
-            "--subsets must name these, too, and otherwise only later ones; or give another --out"
-        )
-        raise ValueError(f"{out} begins with {', '.join(finished)}: {way_out}")
-    return progress, total
+def start_pool(workers):
+    """Processes that ignore Ctrl-C from the start: a terminal sends it to them, too."""
+    context = multiprocessing.get_context("spawn")  # the same on every system
+    pool = ProcessPoolExecutor(workers, context, start_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
+    for _ in range(workers):
+        pool.submit(int)  # starts a process
+    signal.signal(signal.SIGINT, handler)
+    return pool
 
 
-def add_archive(archive, outputs, pool, limit, bar):
-    """Append the tokens of an archive to the outputs. Returns its counts."""
-    counts, start = collections.Counter(bytes=archive.size), bar.n
-    for ids, part in tokenize_all(archive, pool, limit):
-        for name, data in ids.items():
-            with writing(outputs[name].name):
-                outputs[name].write(data)
-        counts.update(part)
-        bar.set_postfix(documents=f"{counts['documents']:,}", refresh=False)
-        bar.update(start + archive.position - bar.n)
-    while archive.read(2**20):  # what follows the end mark counts for the SHA-256
-        pass
-    if not counts["documents"]:
-        raise ValueError("no documents: it has no *_data.xz with a text file in it")
-    for file in outputs.values():
-        file.flush()
-        os.fsync(file.fileno())
-    return counts
+def write_tokens(out, parts, pool):
+    """parts: {archive: list of TarInfo}. Returns the number of documents."""
+    documents = 0
+    size = sum(part.size for archive in parts for part in parts[archive])
+    with tqdm(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
+        for archive in parts:  # one after another, because results that wait take memory
+            work = functools.partial(tokenize, archive, VOCABULARY)
+            results = pool.map(work, parts[archive])
+            for part, (train, val, count) in zip(parts[archive], results, strict=True):
+                files.append_to_file(out / "train.bin", train)
+                files.append_to_file(out / "val.bin", val)
+                documents += count
+                bar.set_postfix(documents=f"{documents:,}", refresh=False)
+                bar.update(part.size)
+    return documents
 
 
 def prepare(args):
-    """Returns the counts of the whole dataset, and how many bytes of text this call has added."""
-    out, keep, added = args.out, args.keep, 0
-    make_encoding(
-        VOCABULARY
-    )  # an error now if it cannot be had; later workers find it in tiktoken's cache
-    for folder in (out, keep or out):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
-        sweep(folder, r"(meta|progress)\.json|urlsf_subset\d\d\.tar")
-    names, meta = [f"urlsf_subset{i:02}.tar" for i in args.subsets], out / "meta.json"
-    progress, total = read_progress(out, names)
-    missing = names[len(progress) :]
-    if not missing and meta.exists():
-        return total, added
-    source = (
-        args.source.rstrip("/") if "://" in args.source else Path(args.source).resolve().as_uri()
-    )
-    size = 0
-    for name in missing:  # an archive that cannot be had is an error now, not hours later
-        with contextlib.closing(Archive(f"{source}/{name}", attempts=1)) as archive:
-            size += archive.size
-    needs = collections.Counter()  # per disk
-    for folder, bytes_there in ((out, TOKEN_BYTES * size), (keep or out, size if keep else 0)):
-        disk, free = os.stat(folder).st_dev, shutil.disk_usage(folder).free
-        needs[disk] += bytes_there
-        if needs[disk] > free:
-            raise OSError(
-                f"{folder} needs {needs[disk] / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are left"
-            )
-
-    print(
-        "If interrupted, the same command continues after the last finished archive",
-        file=sys.stderr,
-    )
-    meta.unlink(missing_ok=True)  # only a complete folder has one
-    outputs = {}
+    out = args.out
+    make_encoding(VOCABULARY)  # an error now if it cannot be had
+    out.mkdir(parents=True, exist_ok=True)
+    files.lock_folder(out)
+    check_free(out, args.overwrite)
+    names = [f"urlsf_subset{number:02}.tar" for number in args.subsets]
+    archives = get_archives(args.source, out, names)
+    parts = {archive: list_parts(archive) for archive in archives}
+    files.write_file(out / "meta.json", json.dumps(UNFINISHED) + "\n")
+    files.remove_temporary_files(out, FILES)
     for name in FILES:
-        partial = out / f"{name}.partial"
-        if (out / name).exists():
-            os.replace(out / name, partial)
-        outputs[name] = partial.open("ab")
-        outputs[name].truncate(total[name])
-    context = multiprocessing.get_context("spawn")  # the same on every system
-    bar = tqdm(total=total["bytes"] + size, initial=total["bytes"], unit="B", unit_scale=True)
-    with bar, ProcessPoolExecutor(args.workers, context, start_worker, (VOCABULARY,)) as pool:
-        handler = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # inherited: only the parent handles Ctrl-C
-        for _ in range(args.workers):
-            pool.submit(int)  # starts a worker
-        signal.signal(signal.SIGINT, handler)
-        for name in missing:
-            bar.set_description(name)
-            copy = atomic_write(keep / name) if keep else contextlib.nullcontext()
-            with (
-                contextlib.closing(Archive(f"{source}/{name}", ATTEMPTS)) as archive,
-                copy as archive.copy,
-            ):
-                try:
-                    counts = add_archive(archive, outputs, pool, 2 * args.workers, bar)
-                except (ValueError, tarfile.TarError) as error:
-                    what = f"{name} is incomplete, damaged, or not an archive of OpenWebText"
-                    where = f"{archive.position:,} of {archive.size:,} bytes read"
-                    raise ValueError(f"{what}: {error} ({where})") from None
-            progress[name] = counts
-            with atomic_write(
-                out / "progress.json"
-            ) as file:  # from here on this archive is finished
-                file.write(json.dumps(progress, indent=2).encode())
-            total, added = total + counts, added + counts["text_bytes"]
-    for name, file in outputs.items():
-        file.close()
-        os.replace(out / f"{name}.partial", out / name)
-    write_meta(out, "gpt2", "uint16", 50257, SEPARATOR, archives=names)
-    return total, added
-
-
-def to_subsets(text):
-    """For argparse: "0,2,5-7" -> [0, 2, 5, 6, 7]"""
-    spans = {f"{a}-{b}": range(a, b + 1) for a in range(ARCHIVES) for b in range(a, ARCHIVES)}
-    spans |= {str(a): [a] for a in range(ARCHIVES)}
+        if name != "meta.json":
+            (out / name).unlink(missing_ok=True)
+    pool = start_pool(args.workers)
     try:
-        return sorted({i for part in text.split(",") for i in spans[part]})
-    except KeyError:
-        message = f"{text} is not a list of numbers from 0 to {ARCHIVES - 1}, as in 0,1 or 0-4"
-        raise argparse.ArgumentTypeError(message) from None
+        documents = write_tokens(out, parts, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    tokens = {}
+    for name in ("train.bin", "val.bin"):
+        with open(out / name, "rb+") as f:
+            os.fsync(f.fileno())
+            tokens[name] = f.seek(0, os.SEEK_END) // 2
+    write_meta(out, "gpt2", "uint16", GPT2_SIZE, GPT2_SEPARATOR, archives=names)
+    counts = f"{tokens['train.bin']:,} training and {tokens['val.bin']:,} validation tokens"
+    print(f"{out}: {documents:,} documents, {counts}")
+    if args.source == SOURCE and len(names) == ARCHIVES and documents != DOCUMENTS:
+        raise ValueError(f"the corpus should have {DOCUMENTS:,} documents: please report this")
 
 
-def main():
+# --- command line ---------------------------------------------------------------------
+
+
+def subsets_argument(text):
+    """For argparse: "0,2,5-7" -> [0, 2, 5, 6, 7]"""
+    numbers = set()
+    for span in text.split(","):
+        match = re.fullmatch(r"([0-9]+)(-([0-9]+))?", span)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as in 0,1 or 0-4")
+        first = int(match[1])
+        last = int(match[3] or first)
+        if not first <= last < ARCHIVES:
+            raise argparse.ArgumentTypeError(f"{span} is not within 0 to {ARCHIVES - 1}")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--subsets",
-        type=to_subsets,
-        default="0-20",
-        help="which archives, as in 0,1 or 0-4 (default: all)",
-    )
-    add(
-        "--source",
-        default=SOURCE,
-        help="folder or URL with the archives (default: the hub, %(default)s)",
-    )
-    add(
-        "--keep",
-        type=to_folder,
-        metavar="DIR",
-        help="store the archives there, for --source (default: no)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="processes (default: one per core, %(default)s)",
-    )
-    add(
-        "--out",
-        type=to_folder,
-        default=Path(__file__).parent,
-        help="folder to write to (default: this one)",
-    )
-    args = parser.parse_args()
+    add("--subsets", type=subsets_argument, default="0-20", help="as in 0,1 or 0-4 (default: all)")
+    add("--source", default=SOURCE, help="folder or URL with the archives (default: the hub)")
+    cores = os.cpu_count()
+    add("--workers", type=int, default=cores, help="processes (default: one per core, %(default)s)")
+    here = Path(__file__).parent
+    add("--out", type=files.folder_argument, default=here, help="folder (default: this one)")
+    add("--overwrite", action="store_true", help="replace the dataset in that folder")
+    args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers={args.workers}: must be at least 1")
-    if args.keep and "://" not in args.source:
-        parser.error(
-            f"--keep is for downloads: the archives in --source={args.source} are kept anyway"
-        )
-    start = time.perf_counter()
-    with one_line("prepare.py"):
-        total, added = prepare(args)
-    tokens = f"{total[TRAIN] // 2:,} training tokens and {total[VAL] // 2:,} validation tokens"
-    print(f"{args.out}: {total['documents']:,} documents, {tokens}")
-    if added:
-        seconds, size = time.perf_counter() - start, added / 1e6
-        print(f"{size:,.1f} MB of text in {seconds:,.1f} s: {size / seconds:,.1f} MB/s")
-    if args.source == SOURCE and len(args.subsets) == ARCHIVES and total["documents"] != DOCUMENTS:
-        sys.exit(f"prepare.py: the corpus should have {DOCUMENTS:,} documents: please report this")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    try:
+        prepare(args)
+    except (Exception, KeyboardInterrupt) as error:
+        files.fail(error)
 
 
 if __name__ == "__main__":
-    steady_streams()
-    main()
+    files.ignore_stream_errors()
+    main(sys.argv[1:])
