@@ -1,13 +1,11 @@
-"""data/openwebtext/prepare.py as a user runs it: a miniature corpus in the nested format, served over HTTP by
-a server that drops connections, truncates what it sends, and lies; kills at random moments; folders that are
-damaged, full, or someone else's."""
+"""data/openwebtext/prepare.py on a miniature corpus in the nested format, served over HTTP by a server that breaks
+connections, states wrong checksums and sends pages; archives that are damaged; kills."""
 
 import contextlib
 import functools
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import lzma
 import os
@@ -16,83 +14,107 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
-import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.corpus import pack, tar
 from data.dataset import Dataset, describe_vocabulary, make_encoding
+from data.openwebtext import prepare
+from helpers import assert_refused, children, refusal, run, start, wait_until
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"urlsf_subset{i:02}.tar" for i in range(3)]
-
-# The program with one byte for one token (GPT-2's vocabulary is not everywhere), and less patience.
-DRIVER = """
-import json, sys
+# One byte is one token: GPT-2's vocabulary is not everywhere.
+BYTES = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
+PROGRAM = f"""
+import sys
 import data.openwebtext.prepare as prepare
-prepare.VOCABULARY, prepare.ATTEMPTS = json.load(open(sys.argv.pop(1))), 4
-prepare.main()
+if __name__ == "__main__":
+    prepare.VOCABULARY = {BYTES!r}
+    prepare.WAITS = [0, 0.5, 0.5]
+    prepare.main(sys.argv[1:])
 """
 
 
-def held_out(document):
+def is_for_validation(document):
     """The rule of the split, said once more: the first 64 bits of SHA-256 are a multiple of 2,000."""
     return int(hashlib.sha256(document).hexdigest()[:16], 16) % 2000 == 0
 
 
-def as_bytes(documents, split):
-    """The file of a split, written down independently: 50256 before each document, one byte for one token."""
+def expected(documents, split, encode=str.encode):
+    """The token ids of a split, written down independently: 50256 before each document."""
     ids = []
     for document in documents:
-        if held_out(document) == (split == "val"):
-            ids += [50256, *re.sub(r"\n{3,}", "\n\n", document.decode()).strip().encode()]
+        if is_for_validation(document) == (split == "val"):
+            ids += [50256, *encode(re.sub(r"\n{3,}", "\n\n", document.decode()).strip())]
     return np.array(ids, dtype="<u2").tobytes()
+
+
+def tar(files):
+    """{name: bytes} -> a tar archive, as bytes"""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def pack(documents, number, repeats=1):
+    """Documents (bytes) -> urlsf_subset{number}.tar: a tar of xz-compressed tars of one file a document."""
+    parts = []
+    for first in range(0, len(documents), 9):
+        files = {
+            f"{first + i:07}.txt": document
+            for i, document in enumerate(documents[first : first + 9])
+        }
+        parts.append(lzma.compress(tar(files)))
+    name = f"openwebtext/urlsf_subset{number:02}"
+    return tar({f"{name}-{i}_data.xz": part for i, part in enumerate(parts * repeats, 1)})
 
 
 @functools.cache
 def corpus():
     """{name: archive} of three archives of 80 documents, two in each for validation; all documents."""
-    generator, archives, documents = random.Random(0), {}, []
+    generator = random.Random(0)
+    archives = {}
+    documents = []
     for number, name in enumerate(NAMES):
         here = [b"", "  über \n\n\n\n\n\U0001f600<|endoftext|>\r\n ".encode()]
         while len(here) < 78:
             here.append(generator.randbytes(700).hex().replace("0", "\n").encode())
         tries = (f"{number} {i}".encode() for i in range(10**6))
-        here[5:5] = [next(filter(held_out, tries)), next(filter(held_out, tries))]
-        archives[name] = pack(here, number, per_member=9)
+        here[5:5] = [next(filter(is_for_validation, tries)), next(filter(is_for_validation, tries))]
+        archives[name] = pack(here, number)
         documents += here
     return archives, documents
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """What must come out of all three archives."""
-    return {split: as_bytes(corpus()[1], split) for split in ("train", "val")}
-
-
-def assert_result(out, want):
-    for split, data in want.items():
-        assert (out / f"{split}.bin").read_bytes() == data
+def assert_result(out, documents=None):
+    for split in ("train", "val"):
+        assert (out / f"{split}.bin").read_bytes() == expected(documents or corpus()[1], split)
     meta = json.loads((out / "meta.json").read_text())
     assert (meta["encoding"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "uint16", 50257)
-    assert meta["separator"] == 50256
-    assert not list(out.glob("*.partial")) and not list(out.glob("*.tmp"))
+    assert meta["separator"] == 50256 and not list(out.glob("*.tmp"))
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary") / "vocab.json"
-    path.write_text(
-        json.dumps(describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {}))
-    )
-    return [sys.executable, "-c", DRIVER, str(path)]
+def assert_no_dataset(out):
+    with pytest.raises((FileNotFoundError, ValueError)):
+        Dataset(out)
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    monkeypatch.setattr(prepare, "WAITS", [0] * 4)
+
+
+@pytest.fixture
+def quick(monkeypatch, short_waits):
+    monkeypatch.setattr(prepare, "VOCABULARY", BYTES)
 
 
 @pytest.fixture
@@ -103,492 +125,383 @@ def folder(tmp_path):
     return tmp_path / "archives"
 
 
-def run(command, *arguments, **options):
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120} | options
-    return subprocess.run([*command, *map(str, arguments)], **options)
-
-
-def start(command):
-    """In a session of its own, to which signals can be sent as a terminal does."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-
-
-def assert_refused(done, *words):
-    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/hub/NAME redirects to /storage/NAME, as the hub does; what goes wrong is in server.trouble."""
+    """/hub/NAME redirects to /storage/NAME, as the hub does; server.trouble says what goes wrong."""
 
     def log_message(self, *arguments):
         pass
 
     def do_GET(self):
-        name, trouble = self.path.rsplit("/", 1)[1], self.server.trouble
-        body = corpus()[0].get(name)
+        trouble = self.server.trouble
+        name = self.path.rsplit("/", 1)[1]
+        body = self.server.archives.get(name)
         if body is None:
-            return self.send_error(404)
-        if "/hub/" in self.path:
+            self.send_error(404)
+        elif "/hub/" in self.path:
             self.server.asked.append(name)
-            if len(self.server.asked) in trouble.refuse:
+            if len(self.server.asked) in trouble.busy:
                 return self.send_error(503)
             self.send_response(302)
             self.send_header("Location", f"/storage/{name}")
-            self.send_header("X-Linked-Size", trouble.linked_size or len(body))
             self.send_header(
                 "X-Linked-Etag", f'"{trouble.sha256 or hashlib.sha256(body).hexdigest()}"'
             )
             self.send_header("Content-Length", "0")
-            return self.end_headers()
-        asked_for = re.findall(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        begin = int(asked_for[0]) if asked_for and trouble.ranges else 0
-        if trouble.page:
-            body, begin = b"<!DOCTYPE html><p>Log in to use this network." * 300, 0
-        self.send_response(206 if begin else 200)
-        if begin:
-            size = "*" if begin % 2 else len(body)
-            self.send_header("Content-Range", f"Bytes {begin}-{len(body) - 1}/{size}")
+            self.end_headers()
+        else:
+            self.send_body(trouble, trouble.page or body)
+
+    def send_body(self, trouble, body):
+        asked_for = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        if asked_for >= len(body):
+            return self.send_error(416)
+        begin = asked_for if trouble.ranges else 0
+        self.server.begins.append(begin)
+        self.send_response(206 if trouble.ranges else 200)
         if trouble.length:
             self.send_header("Content-Length", len(body) - begin)
         self.end_headers()
-        with contextlib.suppress(
-            ConnectionError
-        ):  # the program looked at the size only, or was killed
+        with contextlib.suppress(ConnectionError):  # the program was killed
             self.wfile.write(body[begin : begin + next(trouble.cuts, len(body))])
-
-
-def random_cuts():
-    """Every answer ends early, somewhere."""
-    generator = random.Random(1)
-    return iter(lambda: generator.randrange(40_000), None)
 
 
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.trouble = types.SimpleNamespace(
-            cuts=iter(()),
-            ranges=True,
-            length=True,
-            page=False,
-            refuse=(),
-            linked_size=None,
-            sha256=None,
+            cuts=iter(()), ranges=True, length=True, page=None, busy=(), sha256=None
         )
-        server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}/hub"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.archives = corpus()[0]
+        server.asked = []  # names
+        server.begins = []  # bytes at which answers have begun
+        server.url = f"http://127.0.0.1:{server.server_port}/hub"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
 
 
-# --- the same bytes, whatever happens ---------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_dropped_connections_and_kills_at_any_moment_change_nothing(
-    driver, server, tmp_path, whole, workers
+def test_downloaded_archives_become_the_tokens_of_an_independent_computation(
+    quick, server, tmp_path, capsys
 ):
-    server.trouble.cuts = random_cuts()
-    generator, kills, finished = random.Random(workers), 0, []
-    for seconds in [generator.uniform(0, 0.7) for _ in range(5)] + [60]:
-        server.asked.clear()
-        command = [*driver, f"--source={server.url}", "--subsets=0-2"]
-        process = start([*command, f"--workers={workers}", f"--out={tmp_path}"])
-        while (
-            len(server.asked) <= 3 - len(finished) and process.poll() is None
-        ):  # it looks at the sizes
-            time.sleep(0.01)
-        try:
-            _, errors = process.communicate(timeout=seconds)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            kills += 1
-        process.communicate()
-        end = time.monotonic() + 20
-        with pytest.raises(
-            ProcessLookupError
-        ):  # its workers end, too: nobody of the process group is left
-            while time.monotonic() < end:
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-        for split, data in whole.items():  # what has the name of a finished file is one
-            file = tmp_path / f"{split}.bin"
-            assert not file.exists() or file.read_bytes() == data
-        assert not any(
-            name in server.asked for name in finished
-        )  # what is done is not even asked for
-        progress = tmp_path / "progress.json"
-        finished = list(json.loads(progress.read_text())) if progress.exists() else []
-    assert process.returncode == 0, errors
-    assert kills >= 2
-    assert_result(tmp_path, whole)
-
-
-def test_a_killed_finish_is_finished_by_the_next_call(driver, folder, tmp_path, whole):
-    """All archives done, one of two files renamed: the narrowest moment."""
-    out = tmp_path / "out"
-    arguments = (f"--source={folder}", "--subsets=0-2", f"--out={out}")
-    assert run(driver, *arguments).returncode == 0
-    for renamed in (["train.bin"], ["train.bin", "val.bin"], []):
-        (out / "meta.json").unlink()
-        for split in {"train.bin", "val.bin"} - set(renamed):
-            os.replace(out / split, out / f"{split}.partial")
-        assert run(driver, *arguments).returncode == 0
-        assert_result(out, whole)
-
-
-def test_ctrl_c_stops_and_the_next_call_goes_on(driver, server, tmp_path, whole):
-    server.trouble.cuts = random_cuts()
-    arguments = (f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}")
-    process = start([*driver, *arguments])
-    while not (tmp_path / "progress.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
-    errors = process.communicate(timeout=60)[1]
-    assert (
-        process.returncode == 130
-        and "Traceback" not in errors
-        and "the same command continues" in errors
-    )
-    assert run(driver, *arguments).returncode == 0
-    assert_result(tmp_path, whole)
-
-
-def test_an_early_ctrl_c_is_quiet(driver, folder, tmp_path):
-    for seconds in (0, 0.1, 0.2, 0.3):  # while workers start
-        out = tmp_path / str(seconds)
-        process = start(
-            [*driver, f"--source={folder}", "--subsets=0-2", "--workers=4", f"--out={out}"]
-        )
-        while not out.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.killpg(process.pid, signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode in (0, 130) and "Traceback" not in errors, errors
-
-
-def test_what_is_kept_is_what_was_sent_and_a_source(driver, server, tmp_path, whole):
-    server.trouble.cuts = random_cuts()
-    kept, out = tmp_path / "kept", tmp_path / "out"
-    done = run(driver, f"--source={server.url}", "--subsets=0-2", f"--keep={kept}", f"--out={out}")
-    assert done.returncode == 0 and f"{len(corpus()[1])} documents" in done.stdout, done.stderr
-    assert_result(out, whole)
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == corpus()[0]
-    done = run(
-        driver, f"--source={kept}", "--subsets=0-2", "--workers=3", f"--out={tmp_path / 'again'}"
-    )
-    assert done.returncode == 0
-    assert_result(tmp_path / "again", whole)
-
-
-def test_a_server_that_begins_anew_is_read_on_where_it_broke(driver, server, tmp_path, whole):
-    server.trouble.ranges = False
-    server.trouble.cuts = iter([0, 0, 0, 9_000, 4_000, 40_000])  # the first three: sizes
-    done = run(driver, f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert_result(tmp_path, whole)
-
-
-def test_one_archive_can_be_followed_by_more(driver, folder, tmp_path, whole):
-    out = tmp_path / "out"
-    assert run(driver, f"--source={folder}", "--subsets=0", f"--out={out}").returncode == 0
-    assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
-    done = run(driver, f"--source={folder}", "--subsets=1,2", f"--out={out}")
-    assert_refused(
-        done, "begins with urlsf_subset00.tar", "--subsets must name these, too", "--out"
-    )
-    assert_result(out, {split: as_bytes(corpus()[1][:80], split) for split in ("train", "val")})
-    (folder / NAMES[0]).unlink()  # it is not needed again
-    damaged = (folder / NAMES[2]).read_bytes()[:-30_000]
-    (folder / NAMES[2]).write_bytes(damaged)
-    assert_refused(run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}"), NAMES[2])
-    done = run(
-        driver, f"--source={folder}", "--subsets=0-1", f"--out={out}"
-    )  # gives back what there was
-    assert done.returncode == 0, done.stderr
-    assert_result(out, {split: as_bytes(corpus()[1][:160], split) for split in ("train", "val")})
-    (folder / NAMES[2]).write_bytes(corpus()[0][NAMES[2]])
-    done = run(driver, f"--source={folder}", "--subsets=2,0-1", f"--out={out}")
-    assert done.returncode == 0, done.stderr
-    assert_result(out, whole)
-    shutil.rmtree(folder)
-    done = run(
-        driver, f"--source={folder}", "--subsets=0-2", f"--out={out}"
-    )  # there is nothing left to do
-    assert done.returncode == 0, done.stderr
-    assert_result(out, whole)
+    server.trouble.cuts = iter([9_000, 4_000, 40_000])
+    command = [f"--source={server.url}", "--workers=2", f"--out={tmp_path}"]
+    prepare.main([*command, "--subsets=0"])
+    assert_result(tmp_path, corpus()[1][:80])
+    server.asked.clear()
+    assert "holds a dataset already" in refusal(prepare.main, [*command, "--subsets=0-2"], capsys)
+    prepare.main([*command, "--subsets=2,0-1", "--overwrite"])
+    assert_result(tmp_path)
+    assert set(server.asked) == set(NAMES[1:])  # an archive that is there is not downloaded again
+    assert f"{len(corpus()[1])} documents" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "archives").iterdir()} == corpus()[
+        0
+    ]
 
 
 def test_gpt2_tokens_are_those_of_tiktoken(folder, tmp_path, gpt2):
-    command = [sys.executable, "data/openwebtext/prepare.py"]
-    done = run(command, f"--source={folder}", "--subsets=0,1", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr
-    dataset = Dataset(tmp_path / "out")
+    prepare.main([f"--source={folder}", "--subsets=1", "--workers=1", f"--out={tmp_path}"])
     for split in ("train", "val"):
-        want = []
-        for document in corpus()[1][:160]:
-            if held_out(document) == (split == "val"):
-                text = re.sub(r"\n{3,}", "\n\n", document.decode()).strip()
-                want += [50256, *make_encoding("gpt2").encode_ordinary(text)]
-        assert dataset.tokens(split).tolist() == want
+        want = expected(corpus()[1][80:160], split, make_encoding("gpt2").encode_ordinary)
+        assert Dataset(tmp_path).tokens(split).tobytes() == want
 
 
-# --- what cannot be taken for data ------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------
+
+
+def test_a_broken_download_continues_where_it_broke(short_waits, server, tmp_path):
+    server.trouble.cuts = iter([9_000, 0, 4_000])
+    prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert server.begins == [0, 9_000, 9_000, 13_000]
+    assert (tmp_path / NAMES[0]).read_bytes() == corpus()[0][NAMES[0]]
+
+
+def test_a_server_that_cannot_continue_begins_anew(short_waits, server, tmp_path):
+    server.trouble.ranges = False
+    server.trouble.cuts = iter([9_000, 40_000])
+    prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert server.begins == [0, 0, 0]
+    assert (tmp_path / NAMES[0]).read_bytes() == corpus()[0][NAMES[0]]
+
+
+def test_a_whole_part_whose_process_was_killed_does_not_stop_the_next_call(
+    short_waits, server, tmp_path
+):
+    (tmp_path / f"{NAMES[0]}.part").write_bytes(corpus()[0][NAMES[0]])
+    prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert [path.name for path in tmp_path.iterdir()] == [NAMES[0]]
+
+
+def test_a_busy_server_is_asked_again_and_then_given_up(short_waits, server, tmp_path, capsys):
+    server.trouble.busy = range(2, 5)
+    server.trouble.cuts = iter([9_000])
+    with pytest.raises(
+        OSError, match=f"{NAMES[0]}: 4 attempts have failed; run this again to continue"
+    ):
+        prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert "503" in capsys.readouterr().err
+    prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert server.begins == [0, 9_000]
+    assert (tmp_path / NAMES[0]).read_bytes() == corpus()[0][NAMES[0]]
+
+
+@pytest.mark.parametrize(
+    "trouble, words",
+    [
+        ({"sha256": "0" * 64}, "its SHA-256 is [0-9a-f]{64}, and should be 000"),
+        ({"length": False}, "does not state the size"),
+        ({"page": b"<!DOCTYPE html><p>Log in to use this network."}, "SHA-256"),
+    ],
+)
+def test_a_download_that_is_not_as_stated_is_refused(short_waits, server, tmp_path, trouble, words):
+    vars(server.trouble).update(trouble)
+    with pytest.raises(ValueError, match=f"{server.url}/{NAMES[0]}.*{words}"):
+        prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_without_checksums_will_do_but_must_send_archives(short_waits, server, tmp_path):
+    url = server.url.replace("/hub", "/storage")
+    prepare.download(f"{url}/{NAMES[0]}", tmp_path / NAMES[0])
+    assert (tmp_path / NAMES[0]).read_bytes() == corpus()[0][NAMES[0]]
+    server.trouble.page = b"<!DOCTYPE html><p>Log in to use this network." * 300
+    with pytest.raises(ValueError, match=f"{NAMES[1]} is not a tar archive; run this again"):
+        prepare.download(f"{url}/{NAMES[1]}", tmp_path / NAMES[1])
+    assert [path.name for path in tmp_path.iterdir()] == [NAMES[0]]
+
+
+def test_no_server_and_no_such_file_are_named(quick, server, tmp_path, capsys):
+    said = refusal(
+        prepare.main, [f"--source={server.url}", "--subsets=3", f"--out={tmp_path}"], capsys
+    )
+    assert f"{server.url}/urlsf_subset03.tar: HTTP Error 404" in said
+    said = refusal(
+        prepare.main, ["--source=http://127.0.0.1:9/x", "--subsets=0", f"--out={tmp_path}"], capsys
+    )
+    assert "127.0.0.1:9/x/urlsf_subset00.tar" in said and "refused" in said
+    said = refusal(
+        prepare.main, [f"--source={tmp_path}/no", "--subsets=0", f"--out={tmp_path}"], capsys
+    )
+    assert "No such file" in said and f"{tmp_path}/no/urlsf_subset00.tar" in said
+    assert not list(tmp_path.glob("*.bin"))
+
+
+# --- damage ---------------------------------------------------------------------------
 
 
 def members(archive):
-    """{name: content} of an archive, by the tarfile module."""
+    """{name: content} of an archive."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as file:
         return {name: file.extractfile(name).read() for name in file.getnames()}
 
 
-def with_member(number, content):
+def with_member(number, change):
     parts = members(corpus()[0][NAMES[1]])
-    return tar(parts | {list(parts)[number]: content(parts[list(parts)[number]])})
+    name = list(parts)[number]
+    return tar(parts | {name: change(parts[name])})
 
 
 def end_of_first_member(archive):
     return 512 + -(-len(next(iter(members(archive).values()))) // 512) * 512
 
 
-def damage_second_header(archive):
-    begin = end_of_first_member(archive)
-    return archive[:begin] + b"?" + archive[begin + 1 :]
-
-
-FLIP = 2_000  # a byte in the middle of a compressed member
+def flip(archive, position):
+    return archive[:position] + bytes([archive[position] ^ 1]) + archive[position + 1 :]
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda a: a[:30_000], ["incomplete", "truncated file (30,000 of 30,000 bytes read)"]),
-        (lambda a: a[:30_720], ["incomplete", "truncated file (30,720 of 30,720 bytes read)"]),
-        (lambda a: a[:700], ["incomplete", "truncated file (700 of 700 bytes read)"]),
-        (lambda a: a[:200], ["incomplete", "truncated header (200 of 200 bytes read)"]),
-        (lambda a: a[: end_of_first_member(a)], ["incomplete", "empty header ("]),
-        (lambda a: b"", ["incomplete", "empty header (0 of 0 bytes read)"]),
-        (
-            lambda a: b"<html>" + bytes(600),
-            ["not an archive of OpenWebText: bad checksum (512 of 606"],
-        ),
-        (lambda a: a[:100] + b"9" + a[101:], ["damaged", "bad checksum (512 of"]),
-        (damage_second_header, ["damaged", "bad checksum ("]),
-        (lambda a: a[:FLIP] + bytes([a[FLIP] ^ 1]) + a[FLIP + 1 :], ["urlsf_subset01-1_data.xz"]),
-        (lambda a: with_member(3, lambda xz: xz[:-20]), ["urlsf_subset01-4_data.xz"]),
-        (
-            lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad": b"\xff"}))),
-            ["bad is not UTF-8"],
-        ),
-        (
-            lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)),
-            ["urlsf_subset01-9_data.xz"],
-        ),
-        (lambda a: tar({"readme.txt": b"hello"}), ["no documents"]),
-        (lambda a: tar({"a" * 120 + "_data.xz": b"hello"}), ["a long name"]),
+        (lambda a: a[:30_000], "unexpected end of data"),
+        (lambda a: a[:700], "unexpected end of data"),
+        (lambda a: a[:200], "truncated header"),
+        (lambda a: a[: end_of_first_member(a)], "truncated, or damaged at byte"),
+        (lambda a: a[: end_of_first_member(a) + 200], "truncated, or damaged at byte"),
+        (lambda a: b"", "empty"),
+        (lambda a: b"<html>" + bytes(600), "not an archive of OpenWebText"),
+        (lambda a: flip(a, 100), "bad checksum"),
+        (lambda a: flip(a, end_of_first_member(a) + 100), "truncated, or damaged at byte"),
+        (lambda a: flip(a, 2_000), "openwebtext/urlsf_subset01-1_data.xz"),
+        (lambda a: with_member(3, lambda xz: xz[:-20]), "urlsf_subset01-4_data.xz"),
+        (lambda a: with_member(2, lambda xz: lzma.compress(tar({"bad": b"\xff"}))), "-3_data.xz .*utf-8"),
+        (lambda a: with_member(8, lambda xz: lzma.compress(b"no tar" * 100)), "urlsf_subset01-9_data.xz"),
+        (lambda a: tar({"readme.txt": b"hello"}), "it has no .*_data.xz"),
     ],
-)
-def test_a_damaged_archive_is_named_and_nothing_of_it_is_kept(
-    driver, folder, tmp_path, whole, damage, words
+)  # fmt: skip
+def test_a_damaged_archive_is_named_with_the_way_out(folder, damage, words):
+    archive = folder / NAMES[1]
+    archive.write_bytes(damage(corpus()[0][NAMES[1]]))
+    with pytest.raises(
+        ValueError, match=f"{archive} is damaged.*{words}.*; delete it, and run this again"
+    ):
+        for part in prepare.list_parts(archive):
+            prepare.tokenize(archive, BYTES, part)
+
+
+def test_each_truncation_of_an_archive_is_noticed(tmp_path):
+    whole = tar({f"{i}_data.xz": bytes(300 + i) for i in range(3)})
+    end_mark = whole.rindex(b"ustar") - 257 + 1024  # after the last header and its content
+    for size in range(0, end_mark + 512, 64):
+        (tmp_path / "a.tar").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+            prepare.list_parts(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(whole[: end_mark + 512])
+    assert len(prepare.list_parts(tmp_path / "a.tar")) == 3
+
+
+def test_damage_leaves_no_dataset_and_the_mended_archive_gives_the_whole(
+    quick, folder, tmp_path, capsys
 ):
-    good, out = corpus()[0][NAMES[1]], tmp_path / "out"
-    (folder / NAMES[1]).write_bytes(damage(good))
-    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}")
-    assert_refused(done, NAMES[1], *words)
-    assert not (out / "train.bin").exists() and not (out / "meta.json").exists()
-    assert list(json.loads((out / "progress.json").read_text())) == NAMES[:1]
-    with pytest.raises(FileNotFoundError):
-        Dataset(out)
-    (folder / NAMES[1]).write_bytes(good)
-    assert run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}").returncode == 0
-    assert_result(out, whole)
+    out = tmp_path / "out"
+    command = [f"--source={folder}", "--subsets=0-2", "--workers=1", f"--out={out}"]
+    good = corpus()[0][NAMES[2]]
+    (folder / NAMES[2]).write_bytes(good[:-30_000])
+    assert str(folder / NAMES[2]) in refusal(prepare.main, command, capsys)
+    assert not list(out.iterdir())  # noticed before tokenising
+    (folder / NAMES[2]).write_bytes(flip(good, 2_000))
+    said = refusal(prepare.main, command, capsys)
+    assert f"{folder / NAMES[2]} is damaged in openwebtext/urlsf_subset02-1_data.xz" in said
+    assert_no_dataset(out)
+    (folder / NAMES[2]).write_bytes(good)
+    prepare.main(command)
+    assert_result(out)
+
+
+# --- the folder and the options -------------------------------------------------------
+
+
+def test_a_dataset_is_not_replaced_unless_asked(quick, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [f"--source={folder}", "--subsets=0-2", "--workers=1", f"--out={out}"]
+    for name in ("train.bin", "vocab.json", "recall.jsonl"):
+        (out / name).write_text("precious")
+        assert f"holds a dataset already ({name}" in refusal(prepare.main, command, capsys)
+        assert (out / name).read_text() == "precious"
+        os.replace(out / name, out / f"old-{name}")
+    for name in ("train.bin", "vocab.json", "recall.jsonl"):
+        os.replace(out / f"old-{name}", out / name)
+    (out / "mine.tmp").write_text("not ours to delete")
+    prepare.main([*command, "--overwrite"])
+    (out / "mine.tmp").unlink()
+    assert_result(out)
+    assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+
+
+def test_a_full_disk_is_foreseen(quick, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "ARCHIVE_BYTES", 1e16)
+    command = [f"--source={server.url}", "--subsets=0,1", f"--out={tmp_path}"]
+    said = refusal(prepare.main, command, capsys)
+    assert "needs 50,000,000.0 GB" in said and "--subsets" in said
+    assert not server.asked
+    (tmp_path / "archives" / NAMES[0]).write_bytes(corpus()[0][NAMES[0]])
+    assert "needs 25,000,000.0 GB" in refusal(prepare.main, command, capsys)
 
 
 @pytest.mark.parametrize(
-    "trouble, words",
-    [
-        ({"page": True}, ["urlsf_subset00.tar: it should have one size"]),
-        ({"linked_size": 5}, ["urlsf_subset00.tar: it should have one size"]),
-        ({"sha256": "0" * 64}, ["urlsf_subset00.tar is incomplete, damaged,", "its SHA-256 is"]),
-        ({"refuse": [1]}, ["urlsf_subset00.tar", "503"]),
-    ],
+    "option",
+    "--subsets=21 --subsets=0,-1 --subsets= --subsets=3-1 --subsets=0,3-1 --subsets=1- --subsets=0-99999999999 "
+    "--subsets=all --workers=0 --out=".split(),
 )
-def test_what_a_server_says_must_be_true(driver, server, tmp_path, whole, trouble, words):
-    kept, out = tmp_path / "kept", tmp_path / "out"
-    vars(server.trouble).update(trouble)
-    arguments = (f"--source={server.url}", "--subsets=0-2", f"--keep={kept}", f"--out={out}")
-    assert_refused(run(driver, *arguments), *words)
-    assert not (out / "train.bin").exists() and not list(kept.iterdir())
-    vars(server.trouble).update(page=False, length=True, linked_size=None, sha256=None)
-    assert run(driver, *arguments).returncode == 0
-    assert_result(out, whole)
-
-
-def test_a_server_without_checksums_will_do(driver, server, tmp_path, whole):
-    url = server.url.replace("/hub", "/storage")
-    assert run(driver, f"--source={url}", "--subsets=0-2", f"--out={tmp_path}").returncode == 0
-    assert_result(tmp_path, whole)
-    server.trouble.page = True  # a page instead of data, and nothing to compare its size with
-    done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
-    assert_refused(
-        done, "urlsf_subset00.tar is incomplete, damaged, or not an archive", "invalid header"
+def test_an_option_that_makes_no_sense_is_named(tmp_path, option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main([f"--out={tmp_path / 'out'}", option])
+    assert (
+        ended.value.code == 2 and option.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
     )
-    server.trouble.length = False
-    done = run(driver, f"--source={url}", "--subsets=0", f"--out={tmp_path / 'page'}")
-    assert_refused(done, "urlsf_subset00.tar: it should have one size, not none")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_busy_server_is_asked_again_and_then_given_up(driver, server, tmp_path, whole):
-    server.trouble.cuts = itertools.repeat(
-        50_000
-    )  # two requests an archive, after three for the sizes
-    arguments = (
-        f"--source={server.url}",
-        "--subsets=0-2",
-        f"--keep={tmp_path}",
-        f"--out={tmp_path}",
-    )
-    server.trouble.refuse = range(5, 100)
-    done = run(driver, *arguments)
-    assert_refused(done, "attempt 3 of 4", "at byte 50,000")
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"prepare.py: {server.url}/urlsf_subset00.tar: ") and "503" in last
-    server.asked.clear()
-    server.trouble.refuse = (5, 6, 8, 9)  # in the middle of an archive, and at the beginning of one
-    assert run(driver, *arguments).returncode == 0
-    assert len(server.asked) == 3 + 3 * 2 + 4
-    assert_result(tmp_path, whole)
+def test_subsets_are_numbers_and_spans():
+    assert prepare.subsets_argument("0-20") == list(range(21))
+    assert prepare.subsets_argument("7,0-2,1-3") == [0, 1, 2, 3, 7]
 
 
-def test_a_file_that_changes_during_its_download_is_refused(driver, server, tmp_path):
-    def cuts():
-        yield 0  # its size
-        server.trouble.linked_size = 5
-        yield 20_000
-
-    server.trouble.cuts = cuts()
-    done = run(driver, f"--source={server.url}", "--subsets=0", f"--out={tmp_path}")
-    assert_refused(done, "urlsf_subset00.tar: it should have one size, not [5, ")
+# --- processes ------------------------------------------------------------------------
 
 
-def test_no_server_and_no_such_file_are_said_at_once(driver, server, tmp_path):
-    began = time.monotonic()
-    done = run(driver, f"--source={server.url}", "--subsets=1-3", f"--out={tmp_path}")
-    assert_refused(done, "urlsf_subset03.tar", "404")
-    done = run(driver, "--source=http://127.0.0.1:9/x", "--subsets=0", f"--out={tmp_path}")
-    assert_refused(done, "127.0.0.1:9/x/urlsf_subset00.tar", "refused")
-    done = run(driver, f"--source={tmp_path}/no", "--subsets=0", f"--out={tmp_path}")
-    assert_refused(done, "No such file", "urlsf_subset00.tar")
-    assert time.monotonic() - began < 30
-    assert not list(tmp_path.glob("*.bin*"))
+def start_program(*arguments):
+    """In a session of its own: signals can be sent to all its processes, as a terminal does."""
+    return start(sys.executable, "-c", PROGRAM, *arguments, start_new_session=True)
 
 
-def test_a_full_disk_is_foreseen_and_one_that_fills_up_loses_nothing(
-    driver, server, folder, tmp_path, whole
-):
-    server.trouble.linked_size, server.trouble.length = 10**16, False
+def is_larger(path, size):
+    return path.exists() and path.stat().st_size > size
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(quick, server, tmp_path, capsys):
+    """Killed while it downloads, and while it tokenises an archive that is 100 times as large."""
+    server.trouble.cuts = iter([9_000, 4_000, 10**6, 20_000])
+    documents = corpus()[1] + 100 * corpus()[1][:80]
+    server.archives = corpus()[0] | {"urlsf_subset03.tar": pack(corpus()[1][:80], 3, repeats=100)}
+    command = [f"--source={server.url}", "--subsets=0-3", "--workers=2", f"--out={tmp_path}"]
+    archives = tmp_path / "archives"
+    moments = [
+        lambda: is_larger(archives / f"{NAMES[0]}.part", 0),
+        lambda: is_larger(archives / f"{NAMES[1]}.part", 0),
+        lambda: is_larger(tmp_path / "train.bin", 2**20),
+    ]
+    finished = []
+    for moment in moments:
+        server.asked.clear()
+        process = start_program(*command)
+        wait_until(moment, process)
+        assert "another process is at work" in refusal(prepare.main, command, capsys)
+        process.kill()
+        process.communicate()  # until its workers have closed the pipes: they end, too
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+        assert_no_dataset(tmp_path)
+        assert not set(finished) & set(server.asked)
+        finished = [path.name for path in archives.glob("*.tar")]
+    assert len(finished) == 4
+    prepare.main(command)
+    assert_result(tmp_path, documents)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_quiet(folder, tmp_path):
+    (folder / "urlsf_subset03.tar").write_bytes(pack(corpus()[1][:80], 3, repeats=100))
     out = tmp_path / "out"
-    done = run(driver, f"--source={server.url}", "--subsets=0", f"--out={out}")
-    assert_refused(done, "needs 15,000,000.0 GB", "left")
-    assert not list(out.glob("*.bin*"))
-    limit = 2 * len(whole["train"]) // 5 * 2  # room for two archives, not for three
+    moments = [
+        lambda: len(children(process)) == 3,  # two of them are workers that are starting
+        lambda: is_larger(out / "train.bin", 2**20),
+    ]
+    for moment in moments:
+        process = start_program(f"--source={folder}", "--subsets=3", "--workers=2", f"--out={out}")
+        wait_until(moment, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        assert_no_dataset(out)
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named(quick, folder, tmp_path):
+    out = tmp_path / "out"
 
     def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = run(
-        driver, f"--source={folder}", "--subsets=0-2", f"--out={out}", preexec_fn=little_room
-    )
-    assert_refused(done, "File too large", str(out))
-    assert list(json.loads((out / "progress.json").read_text())) == NAMES[:2]
-    assert not (out / "train.bin").exists()
-    assert run(driver, f"--source={folder}", "--subsets=0-2", f"--out={out}").returncode == 0
-    assert_result(out, whole)
+    command = [f"--source={folder}", "--subsets=0-2", "--workers=1", f"--out={out}"]
+    done = run("-c", PROGRAM, *command, preexec_fn=little_room)
+    assert_refused(done, f"could not write {out / 'train.bin'}", "File too large")
+    assert_no_dataset(out)
+    prepare.main(command)
+    assert_result(out)
 
 
 def test_a_vocabulary_that_cannot_be_fetched_is_said_before_anything_else(folder, tmp_path):
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
-    nowhere = {name: "http://127.0.0.1:9" for name in proxies}
-    environment = os.environ | nowhere | {"NO_PROXY": "", "no_proxy": ""}
-    environment["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
-    command = [sys.executable, "data/openwebtext/prepare.py"]
-    done = run(
-        command, f"--source={folder}", "--subsets=0", f"--out={tmp_path / 'out'}", env=environment
+    nowhere = dict.fromkeys(proxies, "http://127.0.0.1:9") | {"NO_PROXY": "", "no_proxy": ""}
+    environment = os.environ | nowhere | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
+    command = ["data/openwebtext/prepare.py", f"--source={folder}", f"--out={tmp_path / 'out'}"]
+    done = run(*command, env=environment)
+    assert_refused(
+        done, "prepare.py: GPT-2's vocabulary could not be fetched", "TIKTOKEN_CACHE_DIR"
     )
-    assert_refused(done, "GPT-2's vocabulary could not be fetched", "TIKTOKEN_CACHE_DIR")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "option, words",
-    [
-        ("--subsets=21", ["--subsets", "0 to 20"]),
-        ("--subsets=0,-1", ["--subsets"]),
-        ("--subsets=", ["--subsets"]),
-        ("--subsets=3-1", ["--subsets", "0 to 20"]),
-        ("--subsets=0,3-1", ["--subsets", "0 to 20"]),
-        ("--subsets=1-", ["--subsets", "0 to 20"]),
-        ("--subsets=0-99999999999", ["--subsets", "0 to 20"]),
-        ("--subsets=all", ["--subsets", "0 to 20"]),
-        ("--workers=0", ["--workers=0"]),
-        ("--keep=kept", ["--keep", "--source"]),
-    ],
-)
-def test_an_option_that_makes_no_sense_is_named(driver, folder, tmp_path, option, words):
-    done = run(driver, f"--source={folder}", option, f"--out={tmp_path / 'out'}")
-    assert_refused(done, *words)
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(driver, folder, tmp_path):
-    arguments = (f"--source={folder}", "--subsets=0", f"--out={tmp_path}")
-    (tmp_path / "train.bin").write_bytes(b"precious")
-    (tmp_path / "mine.tmp").write_text("not ours to delete")
-    assert_refused(run(driver, *arguments), "has not made", "--out")
-    assert (tmp_path / "train.bin").read_bytes() == b"precious"
-    (tmp_path / "train.bin").unlink()
-    for name in ("meta.json", "vocab.json", "recall.jsonl"):
-        (tmp_path / name).write_text("{}")
-        assert_refused(run(driver, *arguments), "has not made", "--out")
-        assert (tmp_path / name).read_text() == "{}"
-        (tmp_path / name).unlink()
-    for text in ("{", "[]", '{"urlsf_subset00.tar": {"bytes": "many"}}'):
-        (tmp_path / "progress.json").write_text(text)
-        assert_refused(run(driver, *arguments), "progress.json is damaged", "delete")
-    (tmp_path / "progress.json").unlink()
-    assert run(driver, *arguments).returncode == 0
-    val = (tmp_path / "val.bin").read_bytes()
-    for contents in (b"", val + b"00", None):  # not what progress.json says
-        (tmp_path / "val.bin").unlink()
-        if contents is not None:
-            (tmp_path / "val.bin").write_bytes(contents)
-        for subsets in ("0", "0,1"):
-            done = run(driver, f"--source={folder}", f"--subsets={subsets}", f"--out={tmp_path}")
-            assert_refused(done, "val.bin", "to start over, delete progress.json and all files")
-    (tmp_path / "val.bin").write_bytes(val)
-    (tmp_path / "meta.json").write_text('{"encoding": "gpt2"}')  # written over by another program
-    assert_refused(run(driver, *arguments), "has not made", "--out")
-    assert (tmp_path / "val.bin").read_bytes() == val
-    assert (tmp_path / "mine.tmp").read_text() == "not ours to delete"
-
-
-def test_two_at_once_do_not_write_to_one_folder(driver, server, folder, tmp_path, whole):
-    server.trouble.cuts = random_cuts()
-    command = [*driver, f"--source={server.url}", "--subsets=0-2", f"--out={tmp_path}"]
-    first = start(command)
-    while not (tmp_path / "train.bin.partial").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    done = run(driver, f"--source={folder}", "--subsets=0-2", f"--out={tmp_path}")
-    assert_refused(done, "another process is at work")
-    assert first.wait(60) == 0
-    first.communicate()
-    assert_result(tmp_path, whole)
