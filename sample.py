@@ -24,14 +24,8 @@ from edit.delta import apply_deltas
 from model import GPT
 from runtime.checkpoint import read_checkpoint
 from runtime.device import choose_device, precision
-from runtime.files import (
-    explain_errors,
-    explain_out_of_memory,
-    explain_output_errors,
-    fail,
-    ignore_stream_errors,
-    print_strictly,
-)
+from runtime.files import explain_errors, explain_out_of_memory, explain_output_errors, fail
+from runtime.files import ignore_stream_errors, print_strictly
 
 
 def parse(argv):
