@@ -1,12 +1,12 @@
-"""Checks and speeds on a GPU, for the tables of bench/README.md. On one H100, by estimate:
+"""Run the checks and measurements on a GPU, for the tables of bench/README.md.
 
-    python bench/gpu.py --minutes=8     the kernels, the gpt2 presets, the demo: what tells most
-    python bench/gpu.py --minutes=4     again: goes on where it stopped
+    python bench/gpu.py --minutes=8     what tells most comes first
+    python bench/gpu.py --minutes=4     again: what is not done yet
     python bench/gpu.py --only=tiles    one part, even if it is done
-    python bench/gpu.py --device=cpu    a miniature of every part: does the command work?
+    python bench/gpu.py --device=cpu    short forms of the commands: do they work?
 
-Each part is a process with a time limit: a crash or a hang loses one part. --out holds what has
-been measured, and is written after each part.
+Each part is a command with a time limit, so that a crash or a hang loses one part. --out holds
+what all have printed, and is written after each part. Runs of train.py are in a folder beside it.
 """
 
 import contextlib
@@ -15,251 +15,135 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # before bench/, which has a kernels.py
-from bench import kernels, speed
-from presets import PRESETS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime.device import choose_device
 from runtime.files import fail, write_file
 
 ROOT = Path(__file__).resolve().parents[1]
-MINIATURE = dict(
-    n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=2,
-    mem_keys=16, mem_topk=4, mem_heads=2,
-)  # fmt: skip
 
 
-# --- the parts: device -> what is written to --out ------------------------------------
+@dataclass
+class Part:
+    """A command of python. seconds: that it takes on an H100, an estimate; with less time left it
+    is not begun. limit: seconds after which it is killed."""
+
+    seconds: int
+    limit: int
+    command: str
 
 
-def checks(device):
-    if device.type == "cpu":
-        return {path: kernels.check_path(path, device, widths=(24,)) for path in kernels.PATHS}
-    passed = {path: kernels.check_path(path, device) for path in kernels.PATHS}
-    passed["selection"] = kernels.check_select(device)
-    return passed
-
-
-def lookup(device):
-    if device.type == "cpu":
-        shape = kernels.Shape("zipf", 2**10, 16, n=64, k=8, dtype=torch.float32)
-        return kernels.benchmark(device, [shape], elements=2**16)
-    return kernels.benchmark(device, kernels.GPU_SHAPES, elements=2**29)
-
-
-def tiles(device):
-    if device.type == "cpu":
-        shape = kernels.Shape("zipf", 16, 16, n=1, k=2, dtype=torch.float32)
-        return kernels.tiles(device, shape, N=8, K=2, repeats=1)
-    return kernels.tiles(device, kernels.GPU_SHAPES[0], N=1024, K=32)
-
-
-def fit(options, device):
-    """On a CPU a tiny model of the same kind."""
-    if device.type == "cpu":
-        return {**options, **MINIATURE, "mem_count": min(1, options.get("mem_count", 0))}
-    return options
-
-
-def preset(name, compiled, device):
-    """Steps with all their micro-steps: one that compiles, three for the speed, one profiled."""
-    compiled = compiled and device.type == "cuda"
-    return speed.preset_speed(fit(PRESETS[name], device), device, compiled, repeats=3)
-
-
-def layer(device):
-    return speed.layer_times(fit(speed.GPU_MODEL, device), device, repeats=10)
-
-
-def generation(device):
-    """Tokens a second of the first text and of later ones."""
-    rates = {}
-    for name in ("gpt2-memory", "gpt2-dense"):
-        training = speed.Training(fit(PRESETS[name], device), device)
-        rates[name] = training.generation(new_tokens=20)
-        print(f"{name}: {rates[name]} tokens a second, the first text and later ones", flush=True)
-    return rates
-
-
-def demo(device):
-    """All its 3,500 steps, or those of 85 seconds."""
-    lines = train_demo([], ["--dtype=bfloat16"], device, seconds=85)
-    last = [line for line in lines if "recall" in line][-1]
-    print(f"recall {last['recall']:.1%} at step {last['iter']}", flush=True)
-    return last
-
-
-def torchrun(device):
-    """The last lines of two logs: of one process started by python, and by torchrun (NCCL)."""
-    options = ["--max_iters=200", "--eval_interval=200", "--log_interval=100", "--eval_iters=1"]
-    launch = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=1"
-    result = {}
-    for name, launcher in {"python": [], "torchrun": launch.split()}.items():
-        result[name] = train_demo(launcher, options, device, seconds=60)[-1]
-        print(name, result[name], flush=True)
-    return result
-
-
-def train_demo(launcher, options, device, seconds):
-    """Train it as a user does. Returns the lines of its log."""
-    with tempfile.TemporaryDirectory() as folder:
-        if device.type == "cpu":
-            prepare = [sys.executable, ROOT / "data/facts/prepare.py", f"--out={folder}/facts"]
-            subprocess.run([*prepare, "--people=9", "--biographies=20"], check=True)
-            options = [*options, f"--dataset={folder}/facts", "--max_iters=2", "--eval_iters=1"]
-        out = Path(folder, "out")
-        options = [f"--device={device.type}", "--compile=false", f"--out_dir={out}", *options]
-        command = [sys.executable, *launcher, ROOT / "train.py", *options]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, check=True, timeout=seconds, stdout=subprocess.DEVNULL)
-        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def tests(device):
-    """The tests of kernels and layer, which run on the GPU."""
-    which = ["-n4", "tests/test_kernels.py", "tests/test_memory.py"]
-    if device.type == "cpu":
-        which = ["-n0", "tests/test_kernels.py", "--collect-only"]
-    command = [sys.executable, "-m", "pytest", *which]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-3000:], flush=True)
-    done.check_returncode()
-    return done.stdout.splitlines()[-1]
-
-
-# part: (function, seconds that it takes on an H100 by estimate, seconds after which it is killed).
-# What tells most comes first. A part is not begun with less time left than the estimate.
-PARTS = {
-    "checks": (checks, 45, 90),
-    "lookup": (lookup, 35, 75),
-    "gpt2-memory compiled": (partial(preset, "gpt2-memory", True), 80, 140),
-    "gpt2-dense compiled": (partial(preset, "gpt2-dense", True), 60, 110),
-    "layer": (layer, 25, 60),
-    "demo": (demo, 65, 105),
-    "generation": (generation, 25, 60),
-    "torchrun": (torchrun, 45, 130),
-    "tiles": (tiles, 60, 100),
-    "gpt2-memory eager": (partial(preset, "gpt2-memory", False), 35, 70),
-    "gpt2-dense eager": (partial(preset, "gpt2-dense", False), 30, 60),
-    "tests": (tests, 90, 150),
+TRAIN = "train.py --compile=false --overwrite --out_dir=FOLDER"
+SHORT = "--max_iters=300 --eval_interval=300 --eval_iters=1"
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=1"
+# A step of a preset has all its micro-steps. One compiles, three are timed, one is profiled.
+GPU_PARTS = {
+    "checks": Part(45, 90, "bench/kernels.py --only=checks"),
+    "lookup": Part(35, 75, "bench/kernels.py --only=times"),
+    "memory": Part(80, 140, "bench/speed.py --preset=gpt2-memory --compile --repeats=3"),
+    "dense": Part(60, 110, "bench/speed.py --preset=gpt2-dense --compile --repeats=3"),
+    "layer": Part(50, 90, "bench/speed.py --repeats=10"),  # and generation at batch 1
+    "demo": Part(70, 110, f"{TRAIN}/demo --dtype=bfloat16"),
+    "python": Part(20, 50, f"{TRAIN}/python {SHORT}"),
+    "torchrun": Part(25, 60, f"{TORCHRUN} {TRAIN}/torchrun {SHORT}"),  # with NCCL
+    "tiles": Part(60, 100, "bench/kernels.py --only=tiles"),
+    "memory eager": Part(35, 70, "bench/speed.py --preset=gpt2-memory --repeats=3"),
+    "dense eager": Part(30, 60, "bench/speed.py --preset=gpt2-dense --repeats=3"),
+    "tests": Part(90, 150, "-m pytest -n4 tests/test_kernels.py tests/test_memory.py"),
+}
+PREPARE = "data/facts/prepare.py --people=9 --biographies=20 --overwrite --out=FOLDER/facts"
+SMALL = "--dataset=FOLDER/facts --device=cpu --max_iters=2 --eval_iters=1"
+CPU_PARTS = {
+    "checks": Part(5, 60, "bench/kernels.py --only=checks --device=cpu"),
+    "lookup": Part(5, 60, "bench/kernels.py --only=times --device=cpu"),
+    "memory": Part(5, 60, "bench/speed.py --preset=facts-memory --device=cpu --repeats=1"),
+    "layer": Part(5, 60, "bench/speed.py --device=cpu --repeats=1"),
+    "facts": Part(5, 60, PREPARE),
+    "demo": Part(5, 60, f"{TRAIN}/demo {SMALL} --dtype=bfloat16"),
+    "torchrun": Part(5, 60, f"{TORCHRUN} {TRAIN}/torchrun {SMALL}"),
+    "tests": Part(5, 60, "-m pytest -n0 tests/test_kernels.py -k same_bits"),
 }
 
 
-# --- running the parts ----------------------------------------------------------------
-
-
-def run_parts(names, device, out, end):
-    """Run parts until a time.monotonic()."""
-    if device.type == "cpu":
-        run_process(names, device, out, end - time.monotonic())  # one start for all
-        return
-    for name in names:
-        _, estimate, limit = PARTS[name]
-        left = end - time.monotonic()
-        if left < estimate:
-            print(f"\n=== {name}: {left:.0f} s are left, it takes {estimate}", flush=True)
-        else:
-            run_process([name], device, out, min(limit, left))
-
-
-def run_process(names, device, out, seconds):
-    """Run parts in a process, which is killed after its time with all that it has started."""
-    for name in names:
-        save(out, name, {"failed": f"it crashed, or was killed after {seconds:.0f} s"})
-    command = [sys.executable, __file__, f"--device={device.type}", f"--out={out}"]
-    command += [f"--part={name}" for name in names]
-    environment = dict(os.environ)
-    if device.type == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    process = subprocess.Popen(command, start_new_session=True, env=environment)
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        print(f"killed after {seconds:.0f} s", flush=True)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def run_here(names, device, out):
-    for name in names:
-        print(f"\n=== {name}", flush=True)
-        began = time.monotonic()
+def run_part(command, limit, folder):
+    """Returns what a command has printed, how long it took, and what went wrong, if anything."""
+    words = [word.replace("FOLDER", str(folder)) for word in command.split()]
+    began = time.monotonic()
+    with open(folder / "output.txt", "w") as f:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=f, stderr=f, start_new_session=True
+        )
         try:
-            outcome = {"result": PARTS[name][0](device)}
-        except Exception as error:
-            traceback.print_exc()
-            outcome = {"failed": f"{type(error).__name__}: {error}"}
-        outcome["seconds"] = round(time.monotonic() - began)
-        print(f"=== {name} took {outcome['seconds']} s", flush=True)
-        save(out, name, outcome)
+            process.wait(timeout=limit)
+            failed = ""
+            if process.returncode != 0:
+                failed = f"it ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            failed = f"killed after {limit:.0f} s"
+        finally:  # with all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = round(time.monotonic() - began)
+    output = (folder / "output.txt").read_text(errors="replace")
+    return {"command": command, "seconds": seconds, "failed": failed, "output": output}
 
 
-def save(out, name, outcome):
-    done = json.loads(out.read_text())
-    done["parts"][name] = outcome
-    write_file(out, json.dumps(done, indent=1))
+def last_evaluation(path):
+    """The last line of a log of train.py that has a validation loss, or "" """
+    lines = [""]
+    if path.exists():
+        lines += [line for line in path.read_text().splitlines() if "val_loss" in line]
+    return lines[-1]
+
+
+def run_parts(parts, names, done, out, end):
+    """Run parts until time.monotonic() is `end`. done: the content of the file `out`"""
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        part = parts[name]
+        left = end - time.monotonic()
+        print(f"\n=== {name}: python {part.command}", flush=True)
+        if left < part.seconds:
+            print(f"left for another call: {left:.0f} s of {part.seconds} are left", flush=True)
+            continue
+        result = run_part(part.command, min(left, part.limit), folder)
+        result["log"] = last_evaluation(folder / name / "log.jsonl")
+        done["parts"][name] = result
+        write_file(out, json.dumps(done, indent=1))
+        print(f"{result['output'][-4000:]}{result['log']}\n=== {result['seconds']} s", flush=True)
 
 
 def open_results(out, device):
-    """The parts in a file; it is made if there is none. Raises ValueError if its numbers are of
-    another machine."""
-    machine = f"CPU, PyTorch {torch.__version__}"
+    """What is in --out, if it is of this machine; else raises ValueError."""
+    machine = f"{device.type}, PyTorch {torch.__version__}"
     if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        machine = f"{card}, PyTorch {torch.__version__}, Triton {kernels.triton.__version__}"
+        machine = f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out, json.dumps({"machine": machine, "parts": {}}))
+        return {"machine": machine, "parts": {}}
     done = json.loads(out.read_text())
     if done["machine"] != machine:
         raise ValueError(f"--out={out} has numbers of {done['machine']}; give another file")
-    return done["parts"]
+    return done
 
 
-# --- tables ---------------------------------------------------------------------------
-
-
-def print_tables(out):
-    """What bench/README.md shows, in Markdown."""
-    done = json.loads(out.read_text())
-    got = {name: part["result"] for name, part in done["parts"].items() if "result" in part}
-    print(f"\n{done['machine']}\n\n| | forward | backward | `RowAdam` | `F.embedding_bag` |")
-    print("|---|---|---|---|---|")
-    for row in got.get("lookup", []):
-        cells = [f"{row['reads']}, {row['S']:,} slots of {row['D']}"]
-        for part in ("forward", "backward", "RowAdam"):
-            cells.append(f"{row[part]:,.0f} GB/s ({row[part] / row['copy']:.0%})")
-        cells.append(f"{row['bag']:.1f} / {row['bag with backward']:.1f} times as long")
-        print(f"| {' | '.join(cells)} |")
-    columns = [name for name in PARTS if name.startswith("gpt2")]
-    print(f"\n| | {' | '.join(columns)} |\n|---|---|---|---|---|")
-    labels = ("tokens a second", "MFU", "peak memory, GiB", "first step, s", *speed.PARTS)
-    for label in labels:
-        cells = [label]
-        for name in columns:
-            value = got.get(name, {}).get(label, "not yet measured")
-            cells.append(format_number(value))
-        print(f"| {' | '.join(cells)} |")
-    for name in ("checks", "layer", "generation", "demo", "torchrun", "tests"):
-        print(f"\n{name}: {got.get(name, 'not yet measured')}")
-
-
-def format_number(value):
-    if isinstance(value, str):
-        return value
-    return f"{value:,.4g}"
+def print_tables(done):
+    """What bench/README.md shows: the rows in Markdown that the parts have printed."""
+    print(f"\n{done['machine']}")
+    for name, result in done["parts"].items():
+        print(f"\n{name}: `python {result['command']}`, {result['seconds']} s {result['failed']}")
+        lines = result["output"].splitlines()
+        rows = [line for line in lines if line.startswith("|")]
+        if not rows:
+            rows = lines[-3:]
+        print("\n".join([*rows, result["log"]]))
 
 
 def main():
@@ -268,23 +152,26 @@ def main():
     add("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
     add("--out", type=Path, default=ROOT / "out/gpu.json", help="results; default: %(default)s")
     add("--minutes", type=float, default=12, help="for all parts; default: %(default)s")
-    add("--only", choices=PARTS, action="append", metavar="PART", help="can be given again")
-    add("--part", choices=PARTS, action="append", help=SUPPRESS)  # of a process of run_process
+    add("--only", action="append", metavar="PART", help="can be given again")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     device = choose_device(args.device)
-    if args.part:
-        run_here(args.part, device, args.out)
-        return
-    parts = open_results(args.out, device)
+    parts = CPU_PARTS
+    if device.type == "cuda":
+        parts = GPU_PARTS
+    out = args.out.resolve()
+    done = open_results(out, device)
+    passed = [name for name, result in done["parts"].items() if not result["failed"]]
     names = args.only
     if not names:
-        names = [name for name in PARTS if "result" not in parts.get(name, {})]
-        names.sort(key=lambda name: name in parts)  # those that have failed come last
-    run_parts(names, device, args.out, end)
-    print_tables(args.out)
-    parts = open_results(args.out, device)
-    failed = [f"{name} ({part['failed']})" for name, part in parts.items() if "failed" in part]
+        names = [name for name in parts if name not in passed]
+        names.sort(key=lambda name: name in done["parts"])  # those that have failed come last
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"--only={name}: must be one of {', '.join(parts)}")
+    run_parts(parts, names, done, out, end)
+    print_tables(done)
+    failed = [name for name, result in done["parts"].items() if result["failed"]]
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}")
 

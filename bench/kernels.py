@@ -1,13 +1,11 @@
 """Check kernels.py (lookup, gradient, RowAdam, selection of slots) against float64, and time it.
 
     python bench/kernels.py                       on a GPU if there is one; or --device=cpu
+    python bench/kernels.py --only=tiles          on a GPU: time Triton's kernels with other tiles
     TRITON_INTERPRET=1 python bench/kernels.py    without a GPU: only check the Triton kernels
 
 Speeds are in GB/s, the bytes that must move (kernels.py counts them) divided by the time, and
-shares of what a plain copy reaches.
-
-Letters: n tokens, k slots that a token reads, S slots in the table, D width of a value, R distinct
-rows read, H heads, N sub-keys a half, K slots that a head reads.
+shares of what a plain copy reaches. Letters: those of kernels.py and memory.py.
 """
 
 import contextlib
@@ -23,9 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # before bench/, which has a kernels.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ has a kernels.py, too
 import kernels
 from kernels import RowAdam, triton
 from memory import ValuePool, candidate_ranks
@@ -61,7 +57,7 @@ def random_problem(n, k, S, D, dtype, device, reads="uniform"):
 # --- checks ---------------------------------------------------------------------------
 
 
-def check_path(path, device, widths=WIDTHS):
+def check_path(path, device, widths):
     """Print the errors of a path at awkward shapes. Returns whether all are small, and a second
     run gives the same bits."""
     print(f"\n{path}: relative errors against float64")
@@ -90,10 +86,8 @@ def results(path, values, indices, weights, grad):
     rows, grad_rows, dW = backward(values, indices, weights, grad)
     before = values.float()
     moved = before.clone()
-    means = torch.zeros_like(moved)
-    squares = torch.ones_like(moved)
-    no_bits = grad_rows  # float32 is not rounded
-    adam(moved, means, squares, rows, grad_rows, no_bits, **ADAM)
+    moments = (torch.zeros_like(moved), torch.ones_like(moved))
+    adam(moved, *moments, rows, grad_rows, grad_rows, **ADAM)  # float32 needs no random bits
     return {
         "y": forward(values, indices, weights),
         "dV": torch.zeros_like(values).index_copy(0, rows, grad_rows),
@@ -103,8 +97,7 @@ def results(path, values, indices, weights, grad):
 
 
 def brute_force(values, indices, weights, grad, dV):
-    """The same in float64, by the matrix form in the docstring of kernels.py. dV: the gradient
-    that RowAdam gets."""
+    """The same in float64, by the matrix form in kernels.py. dV: the gradient that RowAdam gets"""
     values, weights, grad, dV = (x.cpu().double() for x in (values, weights, grad, dV))
     indices = indices.cpu()
     W = torch.zeros(len(indices), len(values), dtype=torch.float64)  # (n, S)
@@ -180,9 +173,20 @@ def timed(run, device):
 
 
 def median_seconds(run, device, repeats=9):
-    """After two runs that warm up."""
+    """After two runs to warm up."""
     times = [timed(run, device) for _ in range(2 + repeats)]
     return sorted(times[2:])[repeats // 2]
+
+
+def print_row(*cells):
+    """Of a table in Markdown."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(*cells):
+    print()
+    print_row(*cells)
+    print("|---" * len(cells) + "|")
 
 
 def embedding_bag(values, indices, weights):
@@ -217,105 +221,104 @@ class Lookups:
         options = self.optimizer.param_groups[0]
         self.optimizer.update(self.pool.values, self.rows, self.grad_rows, self.state, options)
 
-    def embedding_bag(self):
-        return embedding_bag(self.pool.values, self.indices, self.weights)
-
     def with_backward(self, forward):
         self.pool.values.grad = None
         self.weights.grad = None
         forward().backward(self.grad)
 
 
-def measure(shape, device):
-    """{"R/S": share of rows that are read, part: GB/s, "bag": times as long as ours}"""
+def measure(shape, device, copy):
+    """Print a row of the table. copy: bytes a second"""
     lookups = Lookups(shape, device)
     R = len(lookups.rows)
     D = shape.D
     e = shape.dtype.itemsize
+    parts = (  # bytes as counted above the kernels
+        (lookups.forward, (shape.n * shape.k + shape.n) * D * e),
+        (lookups.backward, (3 * R + shape.n) * D * e),
+        (lookups.update, (3 * e + 16) * R * D),
+    )
+    cells = [f"{shape.reads}, {shape.S:,} slots of {D}", f"{R / shape.S:.0%}"]
+    for run, moved in parts:
+        with torch.no_grad():
+            speed = moved / median_seconds(run, device)
+        cells.append(f"{speed / 1e9:,.1f} ({speed / copy:.0%})")
+    bag = partial(embedding_bag, lookups.pool.values, lookups.indices, lookups.weights)
     with torch.no_grad():
-        forward = median_seconds(lookups.forward, device)
-        backward = median_seconds(lookups.backward, device)
-        update = median_seconds(lookups.update, device)
-        bag = median_seconds(lookups.embedding_bag, device)
-    both = median_seconds(partial(lookups.with_backward, lookups.forward), device)
-    bag_both = median_seconds(partial(lookups.with_backward, lookups.embedding_bag), device)
-    return {  # bytes as counted above the kernels
-        "R/S": R / shape.S,
-        "forward": (shape.n * shape.k + shape.n) * D * e / forward / 1e9,
-        "backward": (3 * R + shape.n) * D * e / backward / 1e9,
-        "RowAdam": (3 * e + 16) * R * D / update / 1e9,
-        "bag": bag / forward,
-        "bag with backward": bag_both / both,
-        "ms": [1e3 * t for t in (forward, backward, update, both)],
-    }
+        ratio = median_seconds(bag, device) / median_seconds(lookups.forward, device)
+    theirs = median_seconds(partial(lookups.with_backward, bag), device)
+    ours = median_seconds(partial(lookups.with_backward, lookups.forward), device)
+    print_row(*cells, f"{ratio:.1f} / {theirs / ours:.1f}")
 
 
-def benchmark(device, shapes, elements):
-    """Print and return the rows of a table. elements: of the copy"""
+def measure_all(device, shapes, elements):
+    """elements: of the copy"""
     source = torch.zeros(elements, dtype=shapes[0].dtype, device=device)
     target = torch.ones_like(source)
-    copy = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device) / 1e9
-    print(f"\nGB/s, and share of a plain copy, which moves {copy:,.0f} GB/s:")
-    rows = []
+    copy = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+    title = f"GB/s, and share of a copy, which moves {copy / 1e9:,.0f}"
+    bag = "`F.embedding_bag` / ours: forward / with backward"
+    print_header(title, "slots read", "forward", "backward", "`RowAdam`", bag)
     for shape in shapes:
-        row = {"reads": shape.reads, "S": shape.S, "D": shape.D, "copy": copy}
-        row.update(measure(shape, device))
-        rows.append(row)
-        text = f"  {shape.reads:7} {shape.S:9,} slots of {shape.D:4} ({row['R/S']:4.0%} read)"
-        for part in ("forward", "backward", "RowAdam"):
-            text += f"  {part} {row[part]:7,.1f} {row[part] / copy:4.0%}"
-        print(f"{text}  bag {row['bag']:.1f} / {row['bag with backward']:.1f}", flush=True)
-    print("bag: F.embedding_bag, times as long as ours, forward / with backward")
-    return rows
+        measure(shape, device, copy)
 
 
-def tiles(device, shape, N, K, repeats=9):
-    """Time the kernels with other tiles than those that kernels.py chooses:
-    {function that chooses: [[tile, ms], ...]}, the fastest first."""
+@torch.no_grad()
+def time_tiles(device, shape, N, K):
+    """Print the fastest tiles of each kernel, among those that kernels.py chooses and others."""
     D = shape.D
     x = Lookups(shape, device)
-    tensors = (x.pool.values.data, x.indices, x.weights.detach())
+    tensors = (x.pool.values, x.indices, x.weights)
     scores = torch.randn(2, 4, shape.n, N, device=device)
     forward = partial(kernels.triton_forward, *tensors)
     backward = partial(kernels.triton_backward, *tensors, x.grad)
-    update = torch.no_grad()(x.update)
     select = partial(kernels.triton_select, scores, candidate_ranks(K).to(device), K)
-    found = {}
+    print_header("function that chooses the tile", "fastest tiles, ms")
     for name, run, candidates in (
         ("forward_tile", forward, product((1, 2, 4, 8), (D // 4, D // 2, D), (2, 4, 8))),
         ("backward_tile", backward, product((1, 2, 4, 8), (D,), (2, 4, 8, 16))),
-        ("adam_warps", update, (1, 2, 4, 8, 16)),
+        ("adam_warps", x.update, (1, 2, 4, 8, 16)),
         ("select_tile", select, product((N,), (K,), (2, 4), (1, 2, 4))),
     ):
-        times = [["its own", 1e3 * median_seconds(run, device, repeats)]]
+        times = {"its own": median_seconds(run, device)}
         choose = getattr(kernels, name)
         for tile in candidates:
             setattr(kernels, name, lambda *_, tile=tile: tile)
-            with contextlib.suppress(triton.errors.TritonError):  # one that the GPU has no room for
-                times.append([tile, 1e3 * median_seconds(run, device, repeats)])
+            with contextlib.suppress(triton.errors.TritonError):  # one that does not fit the GPU
+                times[tile] = median_seconds(run, device)
         setattr(kernels, name, choose)
-        found[name] = sorted(times, key=lambda pair: pair[1])
-        best = ", ".join(f"{tile} {ms:.3f} ms" for tile, ms in found[name][:5])
-        print(f"{name}: {best}", flush=True)
-    return found
+        best = sorted(times, key=times.get)[:5]
+        print_row(name, ", ".join(f"{tile} {1e3 * times[tile]:.3f}" for tile in best))
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
-    device = choose_device(parser.parse_args().device)
+    parser.add_argument("--only", choices=("checks", "times", "tiles"), help="one part")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    on_gpu = device.type == "cuda"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    paths = {"pytorch": WIDTHS}
+    if on_gpu and kernels.HAS_TRITON:
+        paths["triton"] = WIDTHS
+    if interpreted:
+        paths = {"triton": (1, 24, 96)}  # the interpreter is slow
     passed = []
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        passed.append(check_path("triton", device, widths=(1, 24, 96)))  # the interpreter is slow
-        passed.append(check_select(device))
-    else:
-        passed.append(check_path("pytorch", device))
-        if device.type == "cuda":
-            passed.append(check_path("triton", device))
+    if args.only in ("checks", None):
+        passed = [check_path(path, device, widths) for path, widths in paths.items()]
+        if "triton" in paths:
             passed.append(check_select(device))
-            benchmark(device, GPU_SHAPES, elements=2**29)
+    if args.only in ("times", None) and not interpreted:
+        if on_gpu:
+            measure_all(device, GPU_SHAPES, elements=2**29)
         else:
-            benchmark(device, CPU_SHAPES, elements=2**25)
+            measure_all(device, CPU_SHAPES, elements=2**25)
+    if args.only == "tiles":
+        if on_gpu:
+            time_tiles(device, GPU_SHAPES[0], N=1024, K=32)
+        else:  # does the command work?
+            time_tiles(device, Shape("zipf", 16, 16, n=1, k=2, dtype=torch.float32), N=8, K=2)
     if not all(passed):
         raise ValueError("a check has failed")
 

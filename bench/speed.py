@@ -20,11 +20,9 @@ from torch.autograd import DeviceType
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile, record_function
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # before bench/, which has a kernels.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ has a kernels.py, too
 import train
-from bench.kernels import embedding_bag, timed
+from bench.kernels import embedding_bag, print_header, print_row, timed
 from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
@@ -101,7 +99,7 @@ def layer_step(layer, inputs, optimizers, device):
 
 
 def layer_times(options, device, repeats):
-    """{kind of layer: ms of a training step}"""
+    """Print what a training step of a layer takes."""
     config, shape = make_configs(options, train.TrainConfig, GPTConfig)
     tokens = config.batch_size * shape.block_size
     C = shape.n_embd
@@ -120,19 +118,17 @@ def layer_times(options, device, repeats):
         "straightforward": layer_step(plain, [x, plain_pool], [adam], device),
         "SwiGLU": layer_step(swiglu, [x], [], device),
     }
-    ms = {name: 1e3 * t for name, t in in_turns(runs, device, repeats).items()}
-    print(f"\nTraining step of a layer, {tokens:,} tokens of width {C}, {slots:,} slots:")
-    for name, t in ms.items():
-        print(f"  {name:15} {t:8.2f} ms, Memory+ takes {ms['Memory+'] / t:.2f} times as long")
-    return ms
+    seconds = in_turns(runs, device, repeats)
+    print_header(f"step of a layer, {tokens:,} tokens of width {C}, {slots:,} slots", "ms", "ratio")
+    for name, t in seconds.items():
+        print_row(name, f"{1e3 * t:.2f}", f"{t / seconds['SwiGLU']:.2f}")
 
 
 # --- a model --------------------------------------------------------------------------
 
 
 class Training:
-    """The steps of train.py. options: as in presets.py; micro_steps: of a step, 0: as many as
-    the options say"""
+    """The steps of train.py. micro_steps: of a step, 0: as many as the options say"""
 
     def __init__(self, options, device, compiled=False, micro_steps=0):
         options = {"vocab_size": VOCABULARY[options["dataset"]], **options}
@@ -149,13 +145,11 @@ class Training:
             self.run_model = torch.compile(self.model)
         self.optimizers = train.make_optimizers(self.model, self.config)
         self.network = [p for group in self.optimizers[0].param_groups for p in group["params"]]
-        if self.model.pool is not None:
-            self.name_parts(self.model.pool, self.optimizers[1])
-
-    def name_parts(self, pool, optimizer):
-        """For the profiler: names of parts that are no operators."""
-        pool.take_gradient = record_function("take_gradient")(pool.take_gradient)
-        optimizer.update = record_function("RowAdam.update")(optimizer.update)
+        if self.model.pool is not None:  # names for the profiler
+            pool = self.model.pool
+            row_adam = self.optimizers[1]
+            pool.take_gradient = record_function("take_gradient")(pool.take_gradient)
+            row_adam.update = record_function("RowAdam.update")(row_adam.update)
 
     def step(self):
         size = (self.config.batch_size, self.shape.block_size + 1)
@@ -213,35 +207,33 @@ def shares_of(events, on_gpu):
         parts["RowAdam"] = ("adam_kernel", "aten::random_")  # and the bits to round by
     else:
         step = times["step"]
+    if step == 0:
+        raise ValueError("the profiler has found no kernels")
     shares = {}
     for part, names in parts.items():
         shares[part] = sum(times.get(name, 0) for name in names) / step
     return shares
 
 
-def preset_speed(options, device, compiled=False, micro_steps=0, repeats=5):
-    """Print and return tokens a second, share of the card's FLOPs, memory, shares of a step."""
+def preset_speed(name, device, compiled, micro_steps, repeats):
+    """Print the speed of a preset, the memory it takes, and the shares of a step."""
     if device.type == "cuda":
         gc.collect()  # the model before this one
         torch.cuda.reset_peak_memory_stats()
-    training = Training(options, device, compiled, micro_steps)
+    training = Training(PRESETS[name], device, compiled, micro_steps)
     times = [timed(training.step, device) for _ in range(1 + repeats)]
     rate = training.tokens / statistics.median(times[1:])
-    result = {
-        "tokens a second": rate,
-        "micro-steps a step": training.micro_steps,
-        "first step, s": times[0],
-    }
+    print_header(name, f"{training.micro_steps} micro-steps a step")
+    print_row("tokens a second", f"{rate:,.0f}")
+    print_row("first step, seconds", f"{times[0]:.1f}")
     if device.type == "cuda":
-        result["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        print_row("peak memory, GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
         flops = 3 * sum(training.model.flops_per_token(training.shape.block_size).values())
         for card, peak in PEAK_FLOPS.items():
             if card in torch.cuda.get_device_name():
-                result["MFU"] = rate * flops / peak
-    result.update(training.shares(steps=1))
-    for label, value in result.items():
-        print(f"  {label:24} {value:12,.3f}", flush=True)
-    return result
+                print_row("MFU", f"{rate * flops / peak:.1%}")
+    for part, share in training.shares(steps=1).items():
+        print_row(part, f"{share:.1%}")
 
 
 def compare(trainings, repeats):
@@ -249,13 +241,14 @@ def compare(trainings, repeats):
     {name: Training}, one of them "dense" """
     device = trainings["dense"].device
     seconds = in_turns({name: x.step for name, x in trainings.items()}, device, repeats)
-    print("\nTokens a second (of dense) in training, and generating at batch 1; of a step:")
+    training = "training, tokens a second (of dense)"
+    generation = "generating at batch 1: first text / later ones"
+    print_header("", training, generation, "more than 3% of a step")
     for name, x in trainings.items():
-        rate = x.tokens / seconds[name]
-        ratio = seconds["dense"] / seconds[name]
-        _, text = x.generation(new_tokens=64)
+        rate = f"{x.tokens / seconds[name]:,.0f} ({seconds['dense'] / seconds[name]:.2f})"
+        first, later = x.generation(new_tokens=64)
         large = [f"{part} {share:.0%}" for part, share in x.shares(5).items() if share > 0.03]
-        print(f"  {name:9} {rate:9,.0f} ({ratio:.2f}) {text:7,.0f}  {', '.join(large)}", flush=True)
+        print_row(name, rate, f"{first:,.0f} / {later:,.0f}", ", ".join(large))
 
 
 def main():
@@ -271,8 +264,7 @@ def main():
     device = choose_device(args.device)
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads", flush=True)
     for name in args.preset:
-        print(f"\n{name}", flush=True)
-        preset_speed(PRESETS[name], device, args.compile, args.micro_steps, args.repeats)
+        preset_speed(name, device, args.compile, args.micro_steps, args.repeats)
     if args.preset:
         return
     memory = PRESETS["facts-memory"]
