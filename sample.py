@@ -1,9 +1,9 @@
 """Text from a checkpoint, or answers to the closed-book questions of its dataset.
 
-    python sample.py                            samples from the default run, out/facts-memory
-    python sample.py --start="Once upon a"      continue a text; FILE:path reads a file, - standard input
-    python sample.py --recall                   ask for the facts in words that training did not use
-    python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt     with an update
+    python sample.py                          samples from the default run, out/facts-memory
+    python sample.py --start="Once upon a"    continue a text (FILE:path: a file, -: standard input)
+    python sample.py --recall                 ask for the facts in words not used in training
+    python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt
 
 edit/update.py makes deltas, edit/inspect_slots.py shows which slots a text reads.
 """

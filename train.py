@@ -1,10 +1,10 @@
 """Train a GPT, with memory layers or without.
 
-    python train.py                          a small Memory+ model on facts to remember, in minutes
+    python train.py                          --preset=facts-memory: it remembers made-up facts
     python train.py --preset=facts-dense     the same compute without a memory, to compare
-    python train.py --mem_keys=64 --out_dir=out/small      any option over any preset
-    python train.py --resume --out_dir=out/small           continue that run, on a CPU to the same bits
-    python train.py --init_from=out/small --dataset=facts-new --max_iters=200      finetune that model
+    python train.py --mem_keys=64 --out_dir=out/small            any option over any preset
+    python train.py --resume --out_dir=out/small                 continue that run
+    python train.py --init_from=out/small --dataset=facts-new    finetune that model
     torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2
 
 Options are the fields of TrainConfig and of GPTConfig (model.py), presets are in presets.py.
@@ -149,13 +149,20 @@ def memory_rate(config, it):
     return learning_rate(config, it, config.mem_learning_rate) * factor
 
 
-def set_rates(optimizers, config, it):
-    """Returns the network's."""
-    lr = learning_rate(config, it, config.learning_rate)
-    for group in optimizers[0].param_groups:
+def optimizer_step(run, network):
+    """Clip the gradients of the network's parameters, set the rates, and step. Returns the
+    network's rate."""
+    config = run.config
+    if config.grad_clip > 0:
+        clip_grad_norm_(network, config.grad_clip)
+    lr = learning_rate(config, run.step, config.learning_rate)
+    for group in run.optimizers[0].param_groups:
         group["lr"] = lr
-    for optimizer in optimizers[1:]:
-        optimizer.param_groups[0]["lr"] = memory_rate(config, it)
+    for optimizer in run.optimizers[1:]:
+        optimizer.param_groups[0]["lr"] = memory_rate(config, run.step)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return lr
 
 
@@ -225,19 +232,17 @@ def evaluate(model, data, config, device):
 
 
 def train(run):
-    """Train to max_iters. Returns the last line of the log. A signal ends the run after the step
-    that it comes in, with a checkpoint."""
+    """Train to max_iters, or until a signal. Returns the last line of the log."""
     config = run.config
-    ranks = run.ranks
     model = compile_model(run)
     network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
     context = precision(config.dtype, run.device)
-    micro_steps = config.gradient_accumulation_steps // ranks.world
+    micro_steps = config.gradient_accumulation_steps // run.ranks.world
     pairs = training_batches(run)
     inputs, targets = next(pairs)
     stop = StopSignal()
-    bar = Progress(Path(config.out_dir).name, run.step, config.max_iters, hidden=ranks.rank > 0)
-    clock = Clock(run.step)
+    bar = Progress(run, hidden=run.ranks.rank > 0)
+    clock = Clock(run)
     while run.step < config.max_iters:
         # forward and backward; then the next batch, while a GPU is still at work with this one
         loss = torch.zeros((), device=run.device)
@@ -249,35 +254,25 @@ def train(run):
             loss += micro_loss.detach()
             inputs, targets = next(pairs)
 
-        # the mean gradient of all ranks; the pool takes its own
-        ranks.average_gradients(network)
-        if config.grad_clip > 0:
-            clip_grad_norm_(network, config.grad_clip)
-
-        # step
-        lr = set_rates(run.optimizers, config, run.step)
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        # the mean gradient of all ranks (the pool takes its own), then the optimisers' step
+        run.ranks.average_gradients(network)
+        lr = optimizer_step(run, network)
         run.step += 1
         bar.update()
 
         # log, evaluate, save
         evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
-        stopped_by = stop.of_all(ranks)
+        stopped_by = stop.of_all(run.ranks)
         if run.step % config.log_interval == 0 or evaluating or stopped_by:
-            line = {"iter": run.step, "loss": ranks.mean(loss.item()), "lr": lr}
-            steps, seconds = clock.stop(run.step)
-            run.seconds += seconds
-            line["tokens_per_s"] = steps * tokens_in_step(run) / seconds
+            line = {"iter": run.step, "loss": run.ranks.mean(loss.item()), "lr": lr}
+            line["tokens_per_s"] = clock.stop() * tokens_in_step(run)
             report(run, line, evaluating)
             bar.show(line)
             if evaluating or stopped_by:
                 save(run)
-            clock.start(run.step)
+            clock.start()
         if stopped_by and run.step < config.max_iters:
-            bar.close()
-            end_early(run, stopped_by)
+            end_early(run, bar, stopped_by)
     bar.close()
     return line
 
@@ -342,8 +337,9 @@ def save(run):
         save_tensors(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
 
 
-def end_early(run, number):
+def end_early(run, bar, number):
     """After a signal and a checkpoint."""
+    bar.close()
     if run.ranks.rank == 0:
         program = "python"
         if run.ranks.by_torchrun:

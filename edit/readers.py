@@ -1,181 +1,197 @@
-"""Who reads a slot: the passages of the training data that read it with the largest weights, which sample.py
---inspect shows. Kept beside the checkpoint, in readers.pt: READERS positions in train.bin for each slot."""
+"""Who reads a slot: the passages of the training data that read it with the largest weights.
+edit/inspect_slots.py shows them. They are kept beside the checkpoint, in readers.pt.
 
-import json
+Letters: S slots, n tokens, k slots that a token reads in a layer (all cores and heads), R =
+READERS, T time."""
+
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import identity, read_checkpoint, save_checkpoint
 from data.dataset import make_encoding, open_dataset
-from data.files import blame
+from edit.delta import weights_hash
+from runtime.checkpoint import read_tensors, save_tensors
+from runtime.files import explain_errors
 
 FORMAT = "nanomem-readers-1"
-READERS, WORDS, WINDOWS = (
-    8,
-    7,
-    2**14,
-)  # of a slot; tokens by which passages differ; windows read at most
+READERS = 8  # of a slot
+WORDS = 7  # tokens by which two passages differ
+MOST_WINDOWS = 2**14  # of the training data that are read
 
 
 class Reads:
-    """What tokens read, while this is a pool's `usage`: each memory layer in its turn adds slots and absolute
-    weights, (n, k) each, to .layers. k = cores * heads * top-k"""
+    """Records what tokens read, while it is a pool's `usage`: each memory layer in its turn adds
+    slots and absolute weights, (n, k) each."""
 
     def __init__(self, config):
-        self.k, self.layers = config.mem_cores * config.mem_heads * config.mem_topk, []
+        self.k = config.mem_cores * config.mem_heads * config.mem_topk
+        self.layers = []
 
     def add(self, slots, weights):
-        kinds = (slots, np.int64), (weights.detach().float().abs(), np.float32)
-        self.layers.append([x.reshape(-1, self.k).cpu().numpy().astype(kind) for x, kind in kinds])
+        slots = slots.reshape(-1, self.k)
+        weights = weights.detach().float().abs().reshape(-1, self.k)
+        self.layers.append((slots.cpu().numpy().astype(np.int64), weights.cpu().numpy()))
 
     def take(self):
-        """What has been added since the last call."""
-        layers, self.layers = self.layers, []
+        """What has been added since the last call: (slots, weights) for each layer."""
+        layers = self.layers
+        self.layers = []
         return layers
 
-    def last(self):
-        """For each layer the slots that the last token has read, and their shares of its weights."""
+    def last_token(self):
+        """For each layer the slots that the last token has read, and their shares of its
+        weights, the largest first."""
         result = []
         for slots, weights in self.take():
-            found, places = np.unique(
-                slots[-1], return_inverse=True
-            )  # several heads can read a slot
-            shares = np.bincount(
-                places, weights[-1].astype(np.float64) / max(weights[-1].sum(), 1e-30)
-            )
+            found, places = np.unique(slots[-1], return_inverse=True)  # several heads can read one
+            weights = weights[-1].astype(np.float64)
+            shares = np.bincount(places, weights / max(weights.sum(), 1e-30))
             order = np.argsort(-shares, kind="stable")
             result.append((found[order].tolist(), shares[order].tolist()))
         return result
 
 
 class Readers:
-    """positions (S, READERS) int64, of the tokens that read a slot most, no two of the same words, or -1;
-    weights (S, READERS) float32, theirs, largest first."""
+    """The R tokens that read each slot with the largest weights, no two of the same words.
 
-    def __init__(self, S):
-        self.weights, self.positions = np.zeros((S, READERS), np.float32), np.full((S, READERS), -1)
-        self.words = np.zeros((S, READERS), np.int64)
+    weights (S, R) float32, the largest first; positions (S, R) int64 of the tokens in train.bin,
+    or -1; words (S, R) int64, hashes of their passages"""
+
+    def __init__(self, slots):
+        self.weights = np.zeros((slots, READERS), np.float32)
+        self.positions = np.full((slots, READERS), -1)
+        self.words = np.zeros((slots, READERS), np.int64)
 
     def add(self, slots, weights, positions, words):
-        """Tokens at positions (n), words (n) the hashes of their passages, read slots with weights (n, k)."""
-        new = (
-            slots.ravel(),
-            weights.ravel(),
-            *(x.repeat(slots.shape[1]) for x in (positions, words)),
-        )
-        new = [x[new[1] > self.weights[new[0], -1]] for x in new]
-        known, tables = np.unique(new[0]), (self.weights, self.positions, self.words)
-        old = known.repeat(READERS), *(table[known].ravel() for table in tables)
-        slots, weights, positions, words = map(np.concatenate, zip(new, old, strict=True))
-        order = np.lexsort(
-            (positions, -weights, words, slots)
-        )  # of the same words the largest weight stays
+        """n tokens at positions (n), with words (n), read slots with weights (n, k)."""
+        k = slots.shape[1]
+        slots = slots.ravel()
+        weights = weights.ravel()
+        positions = positions.repeat(k)
+        words = words.repeat(k)
+        better = weights > self.weights[slots, -1]
+        changed = np.unique(slots[better])
+        # those known so far of these slots, and the new ones
+        slots = np.concatenate([slots[better], changed.repeat(READERS)])
+        weights = np.concatenate([weights[better], self.weights[changed].ravel()])
+        positions = np.concatenate([positions[better], self.positions[changed].ravel()])
+        words = np.concatenate([words[better], self.words[changed].ravel()])
+        best = self.best_of(slots, weights, positions, words)
+        slots = slots[best]
+        rank = np.arange(len(slots)) - np.searchsorted(slots, slots)  # 0, 1, ... in each slot
+        kept = rank < READERS
+        best = best[kept]
+        place = (slots[kept], rank[kept])
+        self.weights[changed] = 0
+        self.positions[changed] = -1
+        self.words[changed] = 0
+        self.weights[place] = weights[best]
+        self.positions[place] = positions[best]
+        self.words[place] = words[best]
+
+    @staticmethod
+    def best_of(slots, weights, positions, words):
+        """Indices sorted by slot, then by weight from the largest; of the same words in a slot
+        the largest weight alone."""
+        order = np.lexsort((positions, -weights, words, slots))
         first = np.ones(len(order), bool)
-        first[1:] = (np.diff(slots[order]) != 0) | (np.diff(words[order]) != 0)
+        new_slot = np.diff(slots[order]) != 0
+        new_words = np.diff(words[order]) != 0
+        first[1:] = new_slot | new_words
         order = order[first]
-        order = order[np.lexsort((positions[order], -weights[order], slots[order]))]
-        rank = np.arange(len(order)) - np.searchsorted(slots[order], slots[order])
-        order, rank = order[rank < READERS], rank[rank < READERS]
-        for table, x, empty in zip(tables, (weights, positions, words), (0, -1, 0), strict=True):
-            table[known] = empty
-            table[slots[order], rank] = x[order]
+        return order[np.lexsort((positions[order], -weights[order], slots[order]))]
 
 
-def find_readers(readers, model, windows, ends, context):
-    """One pass over the training data, or WINDOWS of its windows (dataset.Batches), adds them to readers.
-    ends (vocab_size) bool: tokens after which a passage begins."""
-    reads, T = Reads(model.config), windows.block_size
-    prime, count = np.uint64(0x9E3779B97F4A7C15), min(len(windows), WINDOWS)
+def hash_passages(ids, starts_passage):
+    """For each token a hash of it and of up to WORDS - 1 tokens before it in its passage.
+
+    ids (B, T); starts_passage (vocab_size) bool: tokens after which one begins -> (B, T) int64"""
+    T = ids.shape[1]
+    prime = np.uint64(0x9E3779B97F4A7C15)
+    begin = np.zeros(ids.shape, np.int64)  # where the passage of a token begins
+    begin[:, 1:] = np.arange(1, T) * starts_passage[ids[:, :-1]]
+    begin = np.maximum.accumulate(begin, axis=1)
+    words = np.zeros(ids.shape, np.uint64)
+    for shift in reversed(range(WORDS)):
+        before = ids[:, : T - shift].astype(np.uint64)
+        hashed = words[:, shift:] * prime + before + np.uint64(1)
+        in_passage = begin[:, shift:] <= np.arange(T - shift)
+        words[:, shift:] = np.where(in_passage, hashed, words[:, shift:])
+    return words.view(np.int64)
+
+
+@torch.no_grad()
+def find_readers(readers, model, windows, starts_passage, context):
+    """One pass over the training data, or MOST_WINDOWS of its windows (dataset.Batches), adds
+    them to readers."""
+    reads = Reads(model.config)
+    device = model.embedding.weight.device
+    count = min(len(windows), MOST_WINDOWS)
     model.pool.usage = reads
     for first in tqdm(range(0, count, 16), "who reads which slot", unit="batch", leave=False):
         numbers = range(first, min(first + 16, count))
-        ids, starts = (
-            windows(numbers),
-            [windows.start(number) for number in numbers],
-        )  # (B, T + 1), (B)
-        words, begins = np.zeros((len(ids), T), np.uint64), np.zeros((len(ids), T), np.int64)
-        begins[:, 1:] = np.maximum.accumulate(np.arange(1, T) * ends[ids[:, : T - 1]], axis=1)
-        for shift in reversed(
-            range(WORDS)
-        ):  # the hash of a token and those before it in its passage
-            hashed = words[:, shift:] * prime + ids[:, : T - shift].astype(np.uint64) + np.uint64(1)
-            same = begins[:, shift:] <= np.arange(T - shift)
-            words[:, shift:] = np.where(same, hashed, words[:, shift:])
-        with torch.no_grad(), context:
-            model(torch.from_numpy(ids[:, :-1]).to(model.embedding.weight.device))
-        positions = np.add.outer(starts, np.arange(T)).ravel()
+        ids = windows.windows(numbers)[:, :-1]  # (B, T)
+        with context:
+            model(torch.from_numpy(ids).to(device))
+        starts = [windows.start(number) for number in numbers]
+        positions = np.add.outer(starts, np.arange(ids.shape[1])).ravel()
+        words = hash_passages(ids, starts_passage).ravel()
         for slots, weights in reads.take():
-            readers.add(slots, weights, positions, words.view(np.int64).ravel())
+            readers.add(slots, weights, positions, words)
     model.pool.usage = None
 
 
 def open_readers(path, model, dataset, context):
-    """Readers of a checkpoint, before any delta, and the token ids that they are positions of. From the file
-    beside it, which is made anew if it is of other weights or data."""
+    """The Readers of a checkpoint, before any delta, and the token ids of their positions. From
+    the file beside the checkpoint, which is made anew if it is of other weights or data."""
     windows = open_dataset(dataset.folder, model.config.block_size, 0)["train_eval"]
-    file, readers = Path(path).with_name("readers.pt"), Readers(model.pool.slots)
-    readers.ids, base = windows.ids, f"{identity(model.state_dict())} {dataset.fingerprint()}"
+    file = path.with_name("readers.pt")
+    base = f"{weights_hash(model.state_dict())} {dataset.fingerprint()}"
+    readers = Readers(model.pool.slots)
     if file.exists():
-        saved = read_checkpoint(file, "list of readers", FORMAT)
-        with blame(f"{file} is damaged", "remove it: it will be made anew"):
+        saved = read_tensors(file, "list of readers", FORMAT)
+        with explain_errors(f"{file} is damaged", "remove it: it will be made anew"):
             if saved["base"] == base:
-                positions, weights = saved["positions"].numpy(), saved["weights"].numpy()
-                if (
-                    positions.shape != readers.positions.shape
-                    or positions.max() >= len(windows.ids) - 1
-                ):
-                    raise ValueError("it has positions that are not there")
-                readers.positions, readers.weights = positions, weights
-                return readers
-    encoding = make_encoding(dataset.vocabulary())
-    texts = [encoding.decode_bytes([i]) for i in range(encoding.n_vocab)]
-    ends = np.array(
-        [i == dataset.separator or text.endswith(b"\n") for i, text in enumerate(texts)]
-    )
-    find_readers(readers, model, windows, ends, context)
-    tensors = {name: torch.from_numpy(getattr(readers, name)) for name in ("positions", "weights")}
+                load_readers(readers, saved, len(windows.ids))
+                return readers, windows.ids
+    find_readers(readers, model, windows, passage_ends(dataset), context)
+    content = {
+        "format": FORMAT,
+        "base": base,
+        "positions": torch.from_numpy(readers.positions),
+        "weights": torch.from_numpy(readers.weights),
+    }
     try:
-        save_checkpoint(file, {"format": FORMAT, "base": base, **tensors})
-    except (
-        OSError
-    ) as error:  # a folder that is only to be read: what was found can be shown all the same
-        print(f"{error}: the next --inspect reads the data again", file=sys.stderr)
-    return readers
+        save_tensors(file, content)
+    except OSError as error:  # they can be shown all the same
+        print(f"{error}: the next call reads the data again", file=sys.stderr)
+    return readers, windows.ids
+
+
+def load_readers(readers, saved, tokens):
+    positions = saved["positions"].numpy()
+    if positions.shape != readers.positions.shape or positions.max() >= tokens - 1:
+        raise ValueError("it has positions that are not there")
+    readers.positions = positions
+    readers.weights = saved["weights"].numpy()
+
+
+def passage_ends(dataset):
+    """(vocab_size) bool: tokens after which a passage begins, the separator and ends of lines"""
+    encoding = make_encoding(dataset.vocabulary())
+    ends = np.zeros(encoding.n_vocab, bool)
+    for i in range(encoding.n_vocab):
+        ends[i] = encoding.decode_bytes([i]).endswith(b"\n")
+    ends[dataset.separator] = True
+    return ends
 
 
 def passage(ids, position, encoding):
     """The sentence up to the token at a position, and the token that follows: two texts."""
-    before = encoding.decode(ids[max(0, position - 2 * WORDS) : position + 1].tolist())
+    first = max(0, position - 2 * WORDS)
+    before = encoding.decode(ids[first : position + 1].tolist())
     for end in (*encoding.special_tokens_set, "\n"):
         before = before.removesuffix(end).rpartition(end)[2]
     return before.strip(), encoding.decode([int(ids[position + 1])])
-
-
-def reads_printer(model, encoding, readers, as_json):
-    """A function that prints, for the token that a model has just given, the slots that were read most in
-    each layer, their share of all weights, and the passages of the training data that read these most."""
-    model.pool.usage = reads = Reads(model.config)
-
-    def print_reads(text):
-        layers = []
-        for block, (slots, shares) in zip(model.config.mem_layers, reads.last(), strict=True):
-            for slot, share in [*zip(slots, shares, strict=True)][: None if as_json else 3]:
-                positions = [
-                    position for position in readers.positions[slot].tolist() if position >= 0
-                ]
-                passages = [passage(readers.ids, position, encoding) for position in positions]
-                layers.append({"block": block, "slot": slot, "share": share, "readers": passages})
-        if as_json:
-            print(json.dumps({"token": text, "reads": layers}))
-            return
-        print(f"\n\n{text!r}")
-        for read in layers:
-            head = f"  block {read['block']}, slot {read['slot']:,}, {read['share']:.1%} of weights, read by"
-            passages = dict.fromkeys(" →".join(texts).strip("\n") for texts in read["readers"])
-            print("\n      ".join([head, *passages][:5]))
-
-    return print_reads

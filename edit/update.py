@@ -1,7 +1,7 @@
 """Teach a model other facts by changing rows of its memory; the network stays as it is.
 
     python edit/update.py --init_from=out/facts-memory --dataset=facts-new --slots=4096
-    python sample.py --out_dir=out/facts-memory --delta=out/facts-new/delta.pt --dataset=facts-new --recall
+    python sample.py --delta=out/facts-new/delta.pt --dataset=facts-new --recall
 
 The slots are those that the new data need more than the old data do (choose_slots; Lin et al.
 2025, arXiv:2510.15103). The changed rows are written to delta.pt; the model's own checkpoint is
@@ -182,8 +182,8 @@ def update(run, rows, optimizer):
     may_change = torch.zeros_like(pool.touched)
     may_change[rows] = 1
     context = precision(config.dtype, run.device)
-    bar = Progress(Path(config.out_dir).name, 0, config.max_iters)
-    clock = Clock(0)
+    bar = Progress(run)
+    clock = Clock(run)
     numbers = range(config.max_iters)
     for inputs, targets in train.batches(run.data["train"], numbers, config.batch_size, run.device):
         # forward, backward, step
@@ -199,12 +199,10 @@ def update(run, rows, optimizer):
         evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
         if run.step % config.log_interval == 0 or evaluating:
             line = {"iter": run.step, "loss": loss.item()}
-            steps, seconds = clock.stop(run.step)
-            run.seconds += seconds
-            line["tokens_per_s"] = steps * inputs.numel() / seconds
+            line["tokens_per_s"] = clock.stop() * inputs.numel()
             train.report(run, line, evaluating)
             bar.show(line)
-            clock.start(run.step)
+            clock.start()
     bar.close()
     return line
 

@@ -37,8 +37,12 @@ def read_tensors(path, kind, format):
     with explain_errors(f"{path} is damaged or not a {kind}", "give another one"):
         # mmap: only what is used is read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"{path} is not a {kind} of this version of nanomem")
+    found = None
+    if isinstance(content, dict):
+        found = content.get("format")
+    if found != format:
+        formats = f"its format is {found!r}, not {format!r}"
+        raise ValueError(f"{path} is not a {kind} of this version of nanomem: {formats}")
     return content
 
 

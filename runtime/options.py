@@ -69,13 +69,15 @@ def parse_command_line(argv, description, classes, presets=()):
     """argv -> {option: value} of what was given. presets: names for --preset. Exits with 2,
     naming it, on an option that cannot be read."""
     parser = ArgumentParser(
+        usage="%(prog)s [--option=value ...]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
         argument_default=SUPPRESS,
         allow_abbrev=False,
     )
     if presets:
-        parser.add_argument("--preset", choices=presets, help="a named run (presets.py)")
+        help = f"a named run, written out in presets.py: {', '.join(presets)}"
+        parser.add_argument("--preset", choices=presets, help=help, metavar="NAME")
     for config_class in classes:
         for f in fields(config_class):
             if f.name != "vocab_size":  # the dataset has one
@@ -85,8 +87,13 @@ def parse_command_line(argv, description, classes, presets=()):
 
 def add_option(parser, f):
     choices = f.metadata["choices"]
-    notes = [*choices, f"default: {f.default!r}"]
-    help = f"{f.metadata['help']} ({', '.join(notes)})".replace("%", "%%")
+    notes = list(choices)
+    if f.default not in ("", ()):
+        notes.append(f"default: {f.default}")
+    help = f.metadata["help"]
+    if notes:
+        help += f" ({', '.join(notes)})"
+    help = help.replace("%", "%%")
     settings = {"help": help, "metavar": "", "type": type(f.default)}
     if choices:
         settings["type"] = str.lower

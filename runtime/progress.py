@@ -1,6 +1,7 @@
 """The progress bar of a run, and the clock of its training time."""
 
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,14 +16,15 @@ SHOWN = {  # of a line of the log
 
 
 class Progress:
-    """A bar of the steps, with the latest of the numbers in SHOWN."""
+    """A bar of the steps, with the latest of the numbers in SHOWN. run: its step, config.out_dir,
+    config.max_iters"""
 
-    def __init__(self, name, step, steps, hidden=False):
+    def __init__(self, run, hidden=False):
         self.numbers = {}
         self.bar = tqdm(
-            desc=name,
-            initial=step,
-            total=steps,
+            desc=Path(run.config.out_dir).name,
+            initial=run.step,
+            total=run.config.max_iters,
             unit="step",
             dynamic_ncols=True,
             disable=hidden,
@@ -44,15 +46,18 @@ class Progress:
 
 
 class Clock:
-    """Seconds of training, without evaluations and checkpoints: it runs from start() to stop()."""
+    """Counts the training time of a run, run.seconds, without evaluations and checkpoints."""
 
-    def __init__(self, step):
-        self.start(step)
+    def __init__(self, run):
+        self.run = run
+        self.start()
 
-    def start(self, step):
+    def start(self):
         self.began = time.perf_counter()
-        self.step = step
+        self.first_step = self.run.step
 
-    def stop(self, step):
-        """Steps and seconds since the start."""
-        return step - self.step, time.perf_counter() - self.began
+    def stop(self):
+        """Steps a second since the start."""
+        seconds = time.perf_counter() - self.began
+        self.run.seconds += seconds
+        return (self.run.step - self.first_step) / seconds

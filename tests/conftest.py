@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels
-from helpers import SMALL, prepare, run
+from helpers import SMALL, prepare, train_here
 
 kernels.DEBUG = True  # slots out of range are errors, on a GPU, too
 os.environ["OMP_NUM_THREADS"] = (
@@ -54,6 +54,5 @@ def facts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(facts, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run("train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}")
-    assert done.returncode == 0, done.stderr
+    train_here(*SMALL, f"--dataset={facts}", f"--out_dir={out}")
     return out

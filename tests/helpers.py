@@ -1,6 +1,7 @@
 """What the tests of programs share: real processes, small models, folders to compare."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -15,7 +19,7 @@ SMALL = (
     "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
 ).split()
 SYSTEMS = {  # options of a model of at least two blocks
-    "memory": [],
+    "memory": [],  # of SMALL
     "moe": ["--system=moe", "--mem_layers=0,1", "--moe_experts=4", "--moe_topk=2"],
     "peer": ["--system=peer", "--mem_gate=false"],
     "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
@@ -34,6 +38,20 @@ def start(*command, **options):
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+
+
+def train_here(*arguments):
+    """train.py in this process: to start another takes seconds."""
+    with handlers():
+        train.main([str(argument) for argument in arguments])
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def prepare(*arguments, **options):
@@ -101,3 +119,29 @@ def refusal(main, arguments, capsys):
     ) + capsys.readouterr().err
     assert ended.value.code not in (0, None) and "Traceback" not in said, said
     return said
+
+
+def assert_same_checkpoint(a, b):
+    """Weights, both optimisers and log, bit for bit; seconds and folder may differ."""
+    one = dict(flatten(load(a / "ckpt.pt")))
+    two = dict(flatten(load(b / "ckpt.pt")))
+    for checkpoint in (one, two):
+        for path in ("/seconds", "/train_config/out_dir", "/train_config/resume"):
+            del checkpoint[path]
+    assert one.keys() == two.keys() and sum(torch.is_tensor(value) for value in one.values()) > 50
+    for path, value in one.items():
+        same = torch.equal(value, two[path]) if torch.is_tensor(value) else value == two[path]
+        assert same, path
+    for first, second in zip(log_of(a), log_of(b), strict=True):
+        assert first | {"tokens_per_s": 0} == second | {"tokens_per_s": 0}
+
+
+def flatten(value, path=""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from flatten(item, f"{path}/{i}")
+    else:
+        yield path, value

@@ -1,0 +1,243 @@
+"""The experiments of the READMEs, in parts. bench/reproduce.py trains them, and prints tables."""
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.facts.prepare import make_people
+from model import GPT, GPTConfig
+from presets import PRESETS
+from runtime.options import make_configs
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run, but for its seed."""
+
+    command: str  # with {seed}
+    options: dict  # with those of the preset
+
+    def settings(self):
+        """A hash of all options and some people: with another one it is another experiment."""
+        people = []
+        if "facts" in self.options["dataset"]:
+            people = make_people(99, np.random.default_rng(0))
+        text = json.dumps([self.options, people], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def is_update(self):
+        return "init_from" in self.options
+
+    def people(self):
+        """How many its data have: 2,000 in data/facts, 4,000 in out/facts4000. 0: other data."""
+        name = re.fullmatch(r"facts|out/facts(\d+)", self.options["dataset"])
+        if name is None:
+            return 0
+        return int(name[1] or 2000)
+
+    def size(self):
+        """Parameters, and FLOPs of a token forward, both in millions."""
+        vocabulary = 256
+        if "facts" in self.options["dataset"]:
+            vocabulary = 1712
+        options = {**self.options, "vocab_size": vocabulary}
+        _, config = make_configs(options, TrainConfig, GPTConfig)
+        with torch.device("meta"):
+            model = GPT(config, initialize=False)
+        parameters = sum(model.parameter_counts().values())
+        flops = sum(model.flops_per_token(config.block_size).values())
+        return parameters / 1e6, flops / 1e6
+
+
+@dataclass(frozen=True)
+class Part:
+    tier: str  # cpu, more or gpu
+    question: str
+    seeds: range
+    rows: dict  # {label: Experiment}
+    compared: bool = True  # with the first row, in a column of differences
+    bits: bool = False  # a column of what the people's facts amount to
+
+    def runs(self):
+        """{command: (experiment, seed)}, all rows of a seed together."""
+        pairs = itertools.product(self.seeds, self.rows.values())
+        return {row.command.format(seed=seed): (row, seed) for seed, row in pairs}
+
+
+def command_line(program, options):
+    words = ["python", program]
+    for name, value in options.items():
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        words.append(f"--{name}={value}")
+    return " ".join([*words, "--seed={seed}"])
+
+
+def training(preset, **given):
+    """A preset with options over it. The command leaves out what the preset has anyway, so that
+    parts share runs."""
+    options = PRESETS[preset]
+    changes = {name: value for name, value in given.items() if options.get(name) != value}
+    command = command_line("train.py", {"preset": preset, **changes})
+    return Experiment(command, {**options, **given})
+
+
+def facts(system, **given):
+    return training(f"facts-{system}", **given)
+
+
+def more_people(system, count, **given):
+    """Each fact is seen 98 times, three times as often as in the demo."""
+    options = {"max_iters": 21 * count // 4, "eval_interval": 3 * count // 4, **given}
+    if count != 2000:
+        options = {"dataset": f"out/facts{count}", **options}
+    return facts(system, **options)
+
+
+def large(system, **given):
+    """For a GPU: 25 times the facts, 17 times the FLOPs."""
+    options = dict(dataset="out/facts50000", batch_size=80, max_iters=10000, eval_interval=2500)
+    return facts(system, **options, n_layer=4, n_head=8, n_embd=256, learning_rate=1.5e-3, **given)
+
+
+BASE = facts("memory", mem_keys=512)  # for updates: in the demo's table every slot is in use
+
+
+def base_folder(seed):
+    return f"out/base-{BASE.settings()}-{seed}"
+
+
+def update_with(program, given):
+    options = {"init_from": base_folder("{seed}"), **given}
+    return Experiment(command_line(program, options), {"program": program, **options})
+
+
+def finetune(kind, **given):
+    """Teach BASE 100 new people, or where 100 that it knows have moved to, in 200 steps."""
+    options = dict(max_iters=200, eval_interval=50, warmup_iters=10, dataset=f"out/facts-{kind}")
+    return update_with("train.py", {**options, **given})
+
+
+def update(kind, slots, **given):
+    """The same by changing rows of the table, those of so many slots. 0: all."""
+    options = dict(dataset=f"out/facts-{kind}", slots=slots)
+    return update_with("edit/update.py", {**options, **given})
+
+
+HEADLINE = {
+    "Memory+": ("memory", {}),
+    "dense": ("dense", {}),
+    "dense, twice the FLOPs a token": ("dense2x", {}),
+    "dense, as many seconds (6,000 steps)": ("dense", dict(max_iters=6000)),
+}
+PARTS = {
+    "headline": Part("cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), {
+        name: facts(system, **given) for name, (system, given) in HEADLINE.items()
+    }),
+    "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
+        "Memory+": facts("memory"),
+        "product-key memory": facts("pkm"),
+        "PEER": facts("peer"),
+        "UltraMem": facts("ultramem"),
+        "mixture of experts": facts("moe"),
+        "dense": facts("dense"),
+    }),
+    "text": Part("cpu", "tinyshakespeare", range(1, 6), {
+        "Memory+": training("shakespeare-memory"),
+        "dense": training("shakespeare-dense"),
+        "mixture of experts": training("shakespeare-moe"),
+    }),
+    "rates": Part("more", "the headline's models at a higher rate", range(1, 9), {
+        f"{name}, {rate:g}": facts(system, learning_rate=rate, **given)
+        for name, (system, given) in HEADLINE.items() for rate in (2.5e-3, 4e-3)
+    }, compared=False),
+    "lower rates": Part("more", "and at a lower one", range(1, 3), {
+        f"{name}, {rate:g}": facts(system, learning_rate=rate, **given)
+        for name, (system, given) in HEADLINE.items() for rate in (2.5e-3, 1.5e-3)
+    }, compared=False),
+    "more rates": Part("more", "the other systems at other learning rates", range(1, 3), {
+        f"{system}, {rate:g}": facts(system, learning_rate=rate)
+        for system in ("pkm", "peer", "ultramem", "moe") for rate in (4e-3, 2.5e-3, 1.5e-3)
+    }, compared=False),
+    "slots": Part("cpu", "more slots", range(1, 6), {
+        "16,384 slots": facts("memory"),
+        "256 slots": facts("memory", mem_keys=16, n_ffn=248),  # n_ffn keeps the FLOPs equal
+        "1,024 slots": facts("memory", mem_keys=32, n_ffn=240),
+        "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
+        "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
+    }),
+    "seconds": Part("more", "a faster mixture of experts in equal seconds", range(1, 9), {
+        "Memory+": facts("memory"),
+        "mixture of experts, as many seconds (5,000 steps)": facts("moe", max_iters=5000),
+    }),
+    "capacity": Part("more", "more people, each fact 98 times", range(1, 4), {
+        f"{system}, {count:,} people": more_people(system, count)
+        for count in (1000, 2000, 4000, 8000) for system in ("memory", "moe", "dense")
+    }, compared=False, bits=True),
+    "capacity rates": Part("more", "4,000 people, dense, other learning rates", range(1, 2), {
+        f"dense, {rate:g}": more_people("dense", 4000, learning_rate=rate)
+        for rate in (2.5e-3, 1.5e-3, 4e-3)
+    }, compared=False),
+    "ablations": Part("more", "the parts of Memory+; n_ffn keeps the FLOPs equal", range(1, 6), {
+        "Memory+": facts("memory"),
+        "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=216),
+        "no qk-norm": facts("memory", mem_qk_norm=False),
+        "in block 0 instead of 1": facts("memory", mem_layers=(0,)),
+        "in both blocks": facts("memory", mem_layers=(0, 1)),
+        "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
+        "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
+        "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
+        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=240),
+        "keys of width 64": facts("memory", mem_key_dim=64, n_ffn=48),
+        "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
+        "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
+        "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
+        "values' rate on a cosine": facts("memory", mem_decay=1.0),
+        "the same, falling from four times": facts("memory", mem_learning_rate=5e-3, mem_decay=4.0),
+    }),
+    "constant rates": Part("more", "a constant rate for the network, too", range(1, 3), {
+        f"{system}, {name}": facts(system, **given)
+        for system in ("memory", "moe", "dense", "dense2x")
+        for name, given in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
+    }, compared=False),
+    "layers": Part("more", "a network of four blocks", range(1, 6), {
+        **{f"{n} layers": facts("memory", n_layer=4, mem_count=n) for n in (1, 2, 3)},
+        "dense": facts("memory", n_layer=4, mem_count=0),
+    }),
+    "new people": Part("more", "learning 100 people, and forgetting 2,000", range(1, 6), {
+        "all weights, AdamW 2.5e-3, RowAdam 2e-2 (as in training)": finetune("new"),
+        "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("new", learning_rate=3e-4),
+        "all weights, AdamW 1e-4, RowAdam 5e-3": finetune(
+            "new", learning_rate=1e-4, mem_learning_rate=5e-3),
+        "all rows, RowAdam 1e-2": update("new", slots=0, optimizer="rowadam", learning_rate=1e-2),
+        "all rows, SGD": update("new", slots=0),
+        **{f"{slots:,} slots": update("new", slots=slots)
+           for slots in (64, 256, 1024, 4096, 16384, 32768, 65536)},
+        "16,384 slots, chosen by reads": update("new", slots=16384, choose_by="reads"),
+    }),
+    "moved people": Part("more", "unlearning 200 facts, and forgetting 11,800", range(1, 6), {
+        "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("moved", learning_rate=3e-4),
+        "all rows, SGD": update("moved", slots=0),
+        **{f"{slots:,} slots": update("moved", slots=slots) for slots in (256, 1024, 4096, 16384)},
+    }),
+    "large": Part("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
+        "Memory+": large("memory", mem_keys=512),
+        "dense": large("dense"),
+        "dense, twice the FLOPs a token": large("dense2x", n_ffn=1912),
+    }),
+    "large slots": Part("gpu", "and with more slots", range(1, 2), {
+        "262,144 slots": large("memory", mem_keys=512),
+        "16,384 slots": large("memory", mem_keys=128, n_ffn=776),
+        "65,536 slots": large("memory", mem_keys=256, n_ffn=744),
+        "1,048,576 slots": large("memory", mem_keys=1024, n_ffn=576),
+    }),
+}  # fmt: skip
