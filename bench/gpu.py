@@ -40,7 +40,7 @@ class Part:
 
 
 TRAIN = "train.py --compile=false --overwrite --out_dir=FOLDER"
-SHORT = "--max_iters=300 --eval_interval=300 --eval_iters=1"
+SHORT = "--max_iters=300 --eval_interval=300 --log_interval=150 --eval_iters=1"
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=1"
 # A step of a preset has all its micro-steps. One compiles, three are timed, one is profiled.
 GPU_PARTS = {
@@ -52,7 +52,7 @@ GPU_PARTS = {
     "demo": Part(70, 110, f"{TRAIN}/demo --dtype=bfloat16"),
     "python": Part(20, 50, f"{TRAIN}/python {SHORT}"),
     "torchrun": Part(25, 60, f"{TORCHRUN} {TRAIN}/torchrun {SHORT}"),  # with NCCL
-    "tiles": Part(60, 100, "bench/kernels.py --only=tiles"),
+    "tiles": Part(75, 110, "bench/kernels.py --only=tiles"),
     "memory eager": Part(35, 70, "bench/speed.py --preset=gpt2-memory --repeats=3"),
     "dense eager": Part(30, 60, "bench/speed.py --preset=gpt2-dense --repeats=3"),
     "tests": Part(90, 150, "-m pytest -n4 tests/test_kernels.py tests/test_memory.py"),
@@ -118,7 +118,8 @@ def run_parts(parts, names, done, out, end):
         result["log"] = last_evaluation(folder / name / "log.jsonl")
         done["parts"][name] = result
         write_file(out, json.dumps(done, indent=1))
-        print(f"{result['output'][-4000:]}{result['log']}\n=== {result['seconds']} s", flush=True)
+        print(result["output"][-4000:], result["log"])
+        print(f"=== {result['seconds']} s {result['failed']}", flush=True)
 
 
 def open_results(out, device):

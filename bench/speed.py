@@ -119,7 +119,7 @@ def layer_times(options, device, repeats):
         "SwiGLU": layer_step(swiglu, [x], [], device),
     }
     seconds = in_turns(runs, device, repeats)
-    print_header(f"step of a layer, {tokens:,} tokens of width {C}, {slots:,} slots", "ms", "ratio")
+    print_header(f"{tokens:,} tokens of width {C}, {slots:,} slots", "ms a step", "of SwiGLU's")
     for name, t in seconds.items():
         print_row(name, f"{1e3 * t:.2f}", f"{t / seconds['SwiGLU']:.2f}")
 
@@ -258,7 +258,7 @@ def main():
     add("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")
     add("--compile", action="store_true", help="train with torch.compile")
     add("--systems", action="store_true", help="all systems of the facts presets")
-    add("--preset", choices=PRESETS, action="append", default=[], metavar="PRESET", help="or more")
+    add("--preset", choices=PRESETS, action="append", default=[], metavar="NAME", help="or several")
     add("--micro_steps", type=int, default=0, help="of a preset's step; default: the preset's")
     args = parser.parse_args()
     device = choose_device(args.device)
