@@ -11,17 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 from torch.cuda._utils import _get_device_index
 
 import sample
 import train as program
-from bench import training
-from bench.gpu import miniature
 from helpers import SYSTEMS, refusal
 from memory import ValuePool
 from model import GPT, GPTConfig
@@ -398,59 +394,6 @@ def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(
     monkeypatch.setattr(ValuePool, "initialize", None)
     got = load_checkpoint(finished / "ckpt.pt")["model"].state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_shares_of_a_step_count_each_kernel_once():
-    """What torch.profiler's averages look like on a GPU: kernels stand there themselves, in the operation that started them, in the
-    ranges around it, and ranges stand there a second time, as the GPU saw them, with the pauses between kernels."""
-
-    def event(key, kind=DeviceType.CPU, own=0, total=0, annotation=False):
-        times = dict(self_device_time_total=own, device_time_total=total, cpu_time_total=999)
-        return SimpleNamespace(key=key, device_type=kind, is_user_annotation=annotation, **times)
-
-    adam = "RowAdam.update"
-    events = [
-        event("ProfilerStep*", total=100),
-        event("ProfilerStep*", DeviceType.CUDA, own=130, total=130, annotation=True),
-        event("Lookup", total=20),
-        event("nanomem::lookup_forward", own=20, total=20),
-        event("forward_kernel", DeviceType.CUDA, own=20, total=20),
-        event("nanomem::lookup_backward_into", own=10, total=30),
-        event("aten::sort", own=20, total=20),
-        event("backward_kernel", DeviceType.CUDA, own=10, total=10),
-        event("sort_kernel", DeviceType.CUDA, own=20, total=20),
-        event(
-            adam, annotation=True
-        ),  # its kernel is started outside any operation, so nothing links them
-        event(adam, DeviceType.CUDA, own=25, total=25, annotation=True),
-        event("adam_kernel", DeviceType.CUDA, own=10, total=10),
-        event("aten::random_", own=5, total=5),
-        event("random_kernel", DeviceType.CUDA, own=5, total=5),
-        event("aten::mm", own=35, total=35),
-        event("gemm", DeviceType.CUDA, own=35, total=35),
-    ]
-    shares = training.shares_of(events, on_gpu=True)
-    want = {
-        "lookup, forward": 0.2,
-        "lookup, backward": 0.3,
-        "RowAdam": 0.15,
-        "AdamW": 0,
-        "choosing the slots": 0,
-    }
-    assert shares == pytest.approx(want | {"taking out the gradient": 0, "products of experts": 0})
-
-
-@pytest.mark.parametrize("preset", ["gpt2-dense", "gpt2-memory"])
-def test_a_profile_finds_the_parts_of_a_step(facts, preset):
-    """PyTorch's names of them; a part that is not found has a share of 0."""
-    done = run("bench/training.py", preset, "--profile", f"--dataset={facts}", *miniature(preset))
-    assert done.returncode == 0, done.stderr
-    shares = json.loads(done.stdout.splitlines()[-1])
-    found = {part for part, share in shares.items() if share > 0}
-    assert found == (
-        {"AdamW"} if preset == "gpt2-dense" else {*training.PARTS} - {"products of experts"}
-    )
-    assert sum(shares.values()) < 1
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
