@@ -104,7 +104,9 @@ class Sampler:
 
     def open_dataset(self, name):
         """Of that name, or of the run (None): it must be what the run was trained on."""
-        dataset = Dataset(find_folder(name or self.checkpoint["train_config"]["dataset"]))
+        with explain_errors(f"{self.path} names no dataset", "give one with --dataset"):
+            folder = find_folder(name or self.checkpoint["train_config"]["dataset"])
+        dataset = Dataset(folder)
         if not name and dataset.fingerprint() != self.checkpoint["fingerprint"]:
             what = "is not what this checkpoint was trained on"
             raise ValueError(f"{dataset.folder} {what}; name one with --dataset")
