@@ -15,7 +15,7 @@ a GPU), the lookup with its gradient, the selection of slots (memory.py says how
 and why), and `RowAdam`, the optimiser of the table. The lookup comes in two
 forms. `lookup` stands alone: the gradient of the table is a sparse tensor.
 Memory layers use `collecting_lookup`: it adds that gradient to one that several
-layers share. `python kernels.py` checks all of it against float64 and times it.
+layers share. `python bench/kernels.py` checks all of it against float64 and times it.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the
 table, D width of a value, R distinct rows read, P = n * k pairs of token and slot.
@@ -919,9 +919,3 @@ def triton_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, e
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=adam_warps(D),
     )
-
-
-if __name__ == "__main__":
-    from bench.lookup import main
-
-    main()

@@ -232,8 +232,8 @@ class GPT(nn.Module):
         however many processes have written the file. Raises FileNotFoundError or ValueError,
         naming the file, if it is missing, damaged, or something else."""
         checkpoint = read_checkpoint(path)
-        weights = checkpoint["model"]
         with explain_errors(f"{path}: its parts do not fit together", REASONS):
+            weights = checkpoint["model"]
             config = GPTConfig(**checkpoint["model_config"])
             with torch.device(device):
                 model = cls(config, initialize=False, group=group, replicas=replicas)

@@ -24,14 +24,8 @@ from edit.delta import apply_deltas
 from model import GPT
 from runtime.checkpoint import read_checkpoint
 from runtime.device import choose_device, precision
-from runtime.files import (
-    explain_errors,
-    explain_out_of_memory,
-    explain_output_errors,
-    fail,
-    ignore_stream_errors,
-    print_strictly,
-)
+from runtime.files import explain_errors, explain_out_of_memory, explain_output_errors, fail
+from runtime.files import ignore_stream_errors, print_strictly
 
 
 def parse(argv):
@@ -110,7 +104,9 @@ class Sampler:
 
     def open_dataset(self, name):
         """Of that name, or of the run (None): it must be what the run was trained on."""
-        dataset = Dataset(find_folder(name or self.checkpoint["train_config"]["dataset"]))
+        with explain_errors(f"{self.path} names no dataset", "give one with --dataset"):
+            folder = find_folder(name or self.checkpoint["train_config"]["dataset"])
+        dataset = Dataset(folder)
         if not name and dataset.fingerprint() != self.checkpoint["fingerprint"]:
             what = "is not what this checkpoint was trained on"
             raise ValueError(f"{dataset.folder} {what}; name one with --dataset")

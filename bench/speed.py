@@ -1,32 +1,66 @@
-"""How fast are the lookup, the whole layer, training and generation, against straightforward or dense ones?
+"""How fast are the layer, training and generation, and what takes the time?
 
-    python bench/speed.py                   all of them, with tables of 2^14 and 2^20 slots
-    python bench/speed.py --compile         also train with torch.compile (minutes)
-    python bench/speed.py --systems         all systems of the facts presets instead, and what dominates each
+    python bench/speed.py              a layer, and a model with one, against dense ones
+    python bench/speed.py --systems    all systems of the facts presets
+    python bench/speed.py --preset=gpt2-dense --preset=gpt2-memory --compile
 
-On a CPU the shapes are those of the facts presets, on a GPU 16,384 tokens, width 1,024, a million slots,
-bfloat16. A CPU times in turns, so that all meet the same disturbances; a GPU, which is steady but has less
-memory, one after the other.
+Trains on random tokens, which read the rows more evenly than text does. Without --preset all that
+is compared takes turns, to meet the same disturbances.
 """
 
+import gc
 import statistics
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile, record_function
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ has a kernels.py, too
 import train
-from bench import training
-from bench.lookup import embedding_bag, random_problem, timed
-from data.presets import PRESETS, SYSTEMS
-from kernels import RowAdam, lookup
+from bench.kernels import embedding_bag, print_header, print_row, timed
+from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
+from presets import PRESETS
 from runtime.device import choose_device, precision
+from runtime.files import fail
+from runtime.options import make_configs
+
+VOCABULARY = {"facts": 1712, "shakespeare": 256, "openwebtext": 50257}
+GPU_MODEL = dict(
+    dataset="openwebtext", batch_size=16, n_layer=8, n_head=16, n_embd=1024, block_size=1024,
+    mem_count=1, mem_dtype="bfloat16",
+)  # fmt: skip
+# bfloat16 FLOPs a second, from data sheets
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Parts of a step that do not overlap, and how torch.profiler calls them. The rest is attention,
+# networks, the products of queries and sub-keys, and the loss.
+PARTS = {
+    "choosing the slots": ("nanomem::select", "nanomem::tucker_select"),
+    "lookup, forward": ("nanomem::lookup_forward",),
+    "lookup, backward": ("nanomem::lookup_backward_into",),
+    "taking out the gradient": ("take_gradient",),
+    "products of experts": ("aten::_grouped_mm",),
+    "RowAdam": ("RowAdam.update",),
+    "AdamW": ("aten::_fused_adamw_",),
+}
+
+
+def in_turns(runs, device, repeats):
+    """{name: run} -> {name: median seconds}, after three rounds that warm up"""
+    times = {name: [] for name in runs}
+    for _ in range(3 + repeats):
+        for name, run in runs.items():
+            times[name].append(timed(run, device))
+    return {name: statistics.median(t[3:]) for name, t in times.items()}
+
+
+# --- a layer --------------------------------------------------------------------------
 
 
 class PlainPool(ValuePool):
@@ -35,292 +69,218 @@ class PlainPool(ValuePool):
 
 
 class PlainLayer(MemoryLayer):
-    """The layer as one would first write it: torch.topk, all K * K sums, and autograd for the rest."""
+    """As one would first write it: torch.topk, all K * K sums, and autograd."""
 
     def retrieve(self, x):
-        n, H, K, Q = len(x), self.H, self.K, self.Q
-        q = self.query_norm(self.query(x).float().view(n, 2 * H, Q))
-        s = (
-            torch.bmm(q.transpose(0, 1), self.key_norm(self.keys).transpose(1, 2)) / self.scale
-        )  # (2H, n, N)
-        (s1, i), (s2, j) = (half.topk(K) for half in s.float().chunk(2))  # (H, n, K)
-        best, pair = (s1.unsqueeze(-1) + s2.unsqueeze(-2)).flatten(-2).topk(K)  # of (H, n, K * K)
-        slots = i.gather(-1, pair // K) * self.N + j.gather(-1, pair % K)
-        return slots.transpose(0, 1).flatten(1), best.softmax(-1).transpose(0, 1).flatten(1)
+        s1, s2 = self.scores(x).float()  # (H, n, N)
+        best1, i = s1.topk(self.K)  # (H, n, K)
+        best2, j = s2.topk(self.K)
+        sums = best1.unsqueeze(-1) + best2.unsqueeze(-2)  # (H, n, K, K)
+        best, pair = sums.flatten(-2).topk(self.K)  # (H, n, K)
+        slots = i.gather(-1, pair // self.K) * self.N + j.gather(-1, pair % self.K)
+        weights = best.softmax(-1)
+        return slots.transpose(0, 1).flatten(1), weights.transpose(0, 1).flatten(1)
 
 
-def in_turns(makers, device, repeats):
-    """{name: function that makes a function to time} -> {name: median seconds}"""
-    times = {name: [] for name in makers}
-    for names in [list(makers)] if device.type == "cpu" else [[name] for name in makers]:
-        runs = {name: makers[name]() for name in names}
-        for i in range(repeats + 3):
-            for name, run in runs.items():
-                t = timed(run, device)
-                if i >= 3:  # after a warm-up
-                    times[name].append(t)
-        del runs, run
-        torch.cuda.empty_cache()
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def layer_step(config, kind, x, grad, context):
-    """Makes a layer's training step: forward, backward, optimiser. kind: "memory", "plain" or "swiglu"."""
-    torch.manual_seed(0)
-    C, slots, dtype = config.n_embd, config.mem_keys**2, getattr(torch, config.mem_dtype)
-    pool, optimizers = None, []
-    if kind == "swiglu":
-        layer = SwiGLU(C, config.n_ffn)
-    else:
-        layer = (MemoryLayer if kind == "memory" else PlainLayer)(
-            C, slots, config.mem_heads, config.mem_topk, config.mem_key_dim, config.mem_value_dim
-        )
-        pool = (ValuePool if kind == "memory" else PlainPool)(slots, config.mem_value_dim, dtype)
-        pool = pool.to(x.device)
-    if kind == "memory":
-        optimizers.append(RowAdam(pool, lr=1e-3))
-    elif kind == "plain":
-        optimizers.append(torch.optim.Adam([pool.values], lr=1e-3))
-    layer = layer.to(x.device)
-    optimizers.append(torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True))
+def layer_step(layer, inputs, optimizers, device):
+    """The training step of a layer, a function: forward, backward, optimizers."""
+    adamw = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)
 
     def step():
-        x.grad = None  # as in a model, what is below wants a gradient
-        with context:
-            y = layer(x) if kind == "swiglu" else layer(x, pool)
-        y.backward(grad.to(y.dtype))
-        for optimizer in optimizers:
+        inputs[0].grad = None  # as in a model, the blocks below want a gradient
+        with precision("auto", device):
+            y = layer(*inputs)
+        y.backward(torch.ones_like(y))
+        for optimizer in [adamw, *optimizers]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def layer_times(config, device, tokens, context, repeats):
-    x, grad = (torch.randn(1, tokens, config.n_embd, device=device) for _ in range(2))
-    x.requires_grad_()
-    kinds = "memory", "plain", "swiglu"
-    makers = {kind: partial(layer_step, config, kind, x, grad, context) for kind in kinds}
-    memory, plain, swiglu = (
-        1e3 * seconds for seconds in in_turns(makers, device, repeats).values()
-    )
-    print("\nTraining step of one layer (forward, backward, optimiser), ", end="")
-    print(f"{tokens:,} tokens of width {config.n_embd:,}:")
-    print(f"  Memory+, {config.mem_keys**2:9,} slots       {memory:9.2f} ms")
-    print(
-        f"  the same, straightforward       {plain:9.2f} ms, {plain / memory:.2f} times as long as Memory+"
-    )
-    print(f"  SwiGLU of width {config.n_ffn:6}          {swiglu:9.2f} ms; ", end="")
-    print(f"Memory+ takes {memory / swiglu:.2f} times as long", flush=True)
-    return {"memory_ms": memory, "plain_ms": plain, "swiglu_ms": swiglu}
-
-
-def lookup_run(S, n, k, D, dtype, device, run, optimize):
-    """lookup or its like, forward and backward, with RowAdam or without. Any size S, the same reads."""
-    _, slots, weights, grad = random_problem(n, k, 2**14, D, dtype, device, "zipf")
-    slots = torch.randperm(S, device=device)[
-        slots
-    ]  # the reads of 2^14 slots, scattered over the table
-    pool, weights = ValuePool(S, D, dtype).to(device), weights.requires_grad_()
-    optimizer = RowAdam(pool)
-
-    def step():
-        (pool(slots, weights) if run is lookup else run(pool.values, slots, weights)).backward(grad)
-        if optimize:
-            optimizer.step()
-        pool.values.grad = weights.grad = None
-
-    return step
-
-
-def lookup_times(config, device, tokens, repeats):
-    """lookup against embedding_bag, and a whole step of a table of two sizes."""
-    k, D, dtype = (
-        config.mem_heads * config.mem_topk,
-        config.mem_value_dim,
-        getattr(torch, config.mem_dtype),
-    )
-    kinds = {"lookup": (2**14, lookup, False), "bag": (2**14, embedding_bag, False)}
-    kinds |= {"14": (2**14, lookup, True), "20": (2**20, lookup, True)}
-    makers = {
-        name: partial(lookup_run, S, tokens, k, D, dtype, device, run, optimize)
-        for name, (S, run, optimize) in kinds.items()
-    }
-    t = {name: 1e3 * seconds for name, seconds in in_turns(makers, device, repeats).items()}
-    bag, growth = t["bag"] / t["lookup"], t["20"] / t["14"]
-    print(f"\nThe lookup, {tokens:,} tokens read {k} slots each of width {D:,} (Zipf):")
-    print(
-        f"  forward and backward            {t['lookup']:9.2f} ms; F.embedding_bag {bag:.2f} times as long"
-    )
-    print(f"  and RowAdam, table of 2^14 rows {t['14']:9.2f} ms")
-    print(
-        f"  the same rows of 2^20           {t['20']:9.2f} ms, {growth:.2f} times as long",
-        flush=True,
-    )
-    return {f"{name}_ms": ms for name, ms in t.items()}
-
-
-class ScatteredPool(ValuePool):
-    """A table of 2^20 rows, read in the pattern of a smaller one: what does its size alone cost?"""
-
-    def __init__(self, S, D, dtype):
-        super().__init__(2**20, D, dtype)
-        self.slots = S  # that layers see
-        self.places = torch.randperm(2**20)[:S]  # on the device that is the default meanwhile
-
-    def lookup(self, slots, weights):
-        return super().lookup(self.places[slots], weights)
-
-
-def model_step(config, device, idx, context, scattered=False, compiled=False):
-    """Makes a training step of a model."""
-    torch.manual_seed(0)
+def layer_times(options, device, repeats):
+    """Print what a training step of a layer takes."""
+    config, shape = make_configs(options, train.TrainConfig, GPTConfig)
+    tokens = config.batch_size * shape.block_size
+    C = shape.n_embd
+    slots = shape.mem_keys**2
+    dtype = getattr(torch, shape.mem_dtype)
     with device:
-        model = GPT(config)
-        if scattered:
-            dtype = getattr(torch, config.mem_dtype)
-            model.pool = ScatteredPool(config.mem_keys**2, config.mem_value_dim, dtype)
-    optimizers = train.make_optimizers(model, train.TrainConfig())
-    run_model = torch.compile(model) if compiled else model
+        x = torch.randn(1, tokens, C, requires_grad=True)
+        pool = ValuePool(slots, C, dtype)
+        plain_pool = PlainPool(slots, C, dtype)
+        memory = MemoryLayer(C, slots, shape.mem_heads, shape.mem_topk)
+        plain = PlainLayer(C, slots, shape.mem_heads, shape.mem_topk)
+        swiglu = SwiGLU(C, shape.n_ffn)
+    adam = torch.optim.Adam([plain_pool.values], lr=1e-3)
+    runs = {
+        "Memory+": layer_step(memory, [x, pool], [RowAdam(pool)], device),
+        "straightforward": layer_step(plain, [x, plain_pool], [adam], device),
+        "SwiGLU": layer_step(swiglu, [x], [], device),
+    }
+    seconds = in_turns(runs, device, repeats)
+    print_header(f"{tokens:,} tokens of width {C}, {slots:,} slots", "ms a step", "of SwiGLU's")
+    for name, t in seconds.items():
+        print_row(name, f"{1e3 * t:.2f}", f"{t / seconds['SwiGLU']:.2f}")
 
-    def step():
-        with context:
-            loss = run_model(idx, idx)[1]
-        loss.backward()
-        for optimizer in optimizers:
+
+# --- a model --------------------------------------------------------------------------
+
+
+class Training:
+    """The steps of train.py. micro_steps: of a step, 0: as many as the options say"""
+
+    def __init__(self, options, device, compiled=False, micro_steps=0):
+        options = {"vocab_size": VOCABULARY[options["dataset"]], **options}
+        self.config, self.shape = make_configs(options, train.TrainConfig, GPTConfig)
+        self.micro_steps = micro_steps
+        if micro_steps == 0:
+            self.micro_steps = self.config.gradient_accumulation_steps
+        self.tokens = self.micro_steps * self.config.batch_size * self.shape.block_size
+        self.device = device
+        with device:
+            self.model = GPT(self.shape)
+        self.run_model = self.model
+        if compiled:
+            self.run_model = torch.compile(self.model)
+        self.optimizers = train.make_optimizers(self.model, self.config)
+        self.network = [p for group in self.optimizers[0].param_groups for p in group["params"]]
+        if self.model.pool is not None:  # names for the profiler
+            pool = self.model.pool
+            row_adam = self.optimizers[1]
+            pool.take_gradient = record_function("take_gradient")(pool.take_gradient)
+            row_adam.update = record_function("RowAdam.update")(row_adam.update)
+
+    def step(self):
+        size = (self.config.batch_size, self.shape.block_size + 1)
+        for _ in range(self.micro_steps):
+            ids = torch.randint(self.shape.vocab_size, size, device=self.device)
+            with precision("auto", self.device):
+                _, loss = self.run_model(ids[:, :-1], ids[:, 1:])
+            (loss / self.micro_steps).backward()
+        clip_grad_norm_(self.network, self.config.grad_clip)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return step
+    def shares(self, steps):
+        """{part: share of the time of a step}"""
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiler:
+            for _ in range(steps):
+                with record_function("step"):
+                    timed(self.step, self.device)
+        return shares_of(profiler.key_averages(), self.device.type == "cuda")
+
+    @torch.inference_mode()
+    def generation(self, new_tokens, repeats=5):
+        """Tokens a second at batch 1: [of the first text, of later ones]. For the first one
+        kernels are compiled or loaded."""
+        idx = torch.zeros(1, 8, dtype=torch.int64, device=self.device)
+        generate = partial(self.model.generate, idx, new_tokens, temperature=0)
+        with precision("auto", self.device):
+            times = [timed(generate, self.device) for _ in range(1 + repeats)]
+        return [new_tokens / times[0], new_tokens / statistics.median(times[1:])]
 
 
-def model_times(memory, dense, device, tokens, context, repeats, compiled):
-    """Training throughput of two models."""
-    T = memory.block_size
-    idx = torch.randint(memory.vocab_size, (max(1, tokens // T), T), device=device)
-    configs = {"memory": memory, "dense": dense}
-    makers = {
-        name: partial(model_step, config, device, idx, context) for name, config in configs.items()
-    }
-    makers["scattered"] = partial(makers["memory"], scattered=True)
-    if compiled:
-        makers |= {f"{name}, compiled": partial(makers[name], compiled=True) for name in configs}
-    t = in_turns(makers, device, repeats)
-    rates = {name: idx.numel() / seconds for name, seconds in t.items()}
-    shape = f"{memory.n_layer} blocks of width {memory.n_embd}, one with memory"
-    print(f"\nThe model ({shape}), tokens a second:")
-    for form in ("", ", compiled") if compiled else ("",):
-        a, b = rates["memory" + form], rates["dense" + form]
-        print(f"  {'training' + form:31} {a:9,.0f} with memory, {b:9,.0f} dense: ratio {a / b:.2f}")
-    growth = t["scattered"] / t["memory"]
-    print(
-        f"  a step with the same slots of a table of 2^20 rows: {growth:.2f} times as long",
-        flush=True,
-    )
-    return rates | {"growth": growth}
+def shares_of(events, on_gpu):
+    """{part: share of the time of a step}, from torch.profiler's averages.
+
+    On a GPU each kernel's time is in several of them: its own, the operation that started it, and
+    the ranges around it, once for the CPU and once for the GPU. So a step is the sum of the
+    kernels, and a part the kernels that were started in the CPU's range of that name. RowAdam
+    starts its kernel outside any operation: the profiler links it to no range."""
+    parts = dict(PARTS)
+    times = {}
+    step = 0
+    for event in events:
+        if not on_gpu:
+            times[event.key] = event.cpu_time_total
+        elif event.device_type == DeviceType.CPU:
+            times[event.key] = event.device_time_total
+        elif not event.is_user_annotation:
+            times[event.key] = event.self_device_time_total
+            step += event.self_device_time_total
+    if on_gpu:
+        parts["RowAdam"] = ("adam_kernel", "aten::random_")  # and the bits to round by
+    else:
+        step = times["step"]
+    if step == 0:
+        raise ValueError("the profiler has found no kernels")
+    shares = {}
+    for part, names in parts.items():
+        shares[part] = sum(times.get(name, 0) for name in names) / step
+    return shares
 
 
-def generation_times(memory, dense, device, context, new_tokens, repeats=5):
-    """Tokens a second at batch 1. The first text is slower: kernels are compiled or loaded."""
-    result = {}
-    print(f"\nGenerating {new_tokens} tokens at batch 1, tokens a second:")
-    for name, config in (("memory", memory), ("dense", dense)):
-        with device:
-            model = GPT(config).eval()
-        idx = torch.zeros(1, 8, dtype=torch.int64, device=device)
-        with context, torch.inference_mode():
-            generate = partial(model.generate, idx, new_tokens, temperature=0)
-            t = [timed(generate, device) for _ in range(repeats)]
-        first, later = new_tokens / t[0], new_tokens / statistics.median(t[1:])
-        result |= {f"{name}_first": first, f"{name}_later": later}
-        print(f"  {name:8} {first:9,.0f} the first text, {later:9,.0f} those after it", flush=True)
-    print(
-        f"  ratio of memory to dense, later: {result['memory_later'] / result['dense_later']:.2f}"
-    )
-    return result
+def preset_speed(name, device, compiled, micro_steps, repeats):
+    """Print the speed of a preset, the memory it takes, and the shares of a step."""
+    if device.type == "cuda":
+        gc.collect()  # the model before this one
+        torch.cuda.reset_peak_memory_stats()
+    training = Training(PRESETS[name], device, compiled, micro_steps)
+    times = [timed(training.step, device) for _ in range(1 + repeats)]
+    rate = training.tokens / statistics.median(times[1:])
+    print_header(name, f"{training.micro_steps} micro-steps a step")
+    print_row("tokens a second", f"{rate:,.0f}")
+    print_row("first step, seconds", f"{times[0]:.1f}")
+    if device.type == "cuda":
+        print_row("peak memory, GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
+        flops = 3 * sum(training.model.flops_per_token(training.shape.block_size).values())
+        for card, peak in PEAK_FLOPS.items():
+            if card in torch.cuda.get_device_name():
+                print_row("MFU", f"{rate * flops / peak:.1%}")
+    for part, share in training.shares(steps=1).items():
+        print_row(part, f"{share:.1%}")
 
 
-def system_times(device, context, repeats):
-    """All systems of the facts presets: training in turns, generation at batch 1, what dominates a step."""
-    configs = {}
-    for system in SYSTEMS:
-        options = PRESETS[f"facts-{system}"] | {"vocab_size": 1712}
-        configs[system] = train.make_configs(options)[1]
-    idx = torch.randint(1712, (8, 128), device=device)
-    makers = {
-        name: partial(model_step, config, device, idx, context) for name, config in configs.items()
-    }
-    rates = {name: idx.numel() / t for name, t in in_turns(makers, device, repeats).items()}
-    training.record_parts()
-    print(
-        "\nTokens a second of the facts presets (relative to dense), and shares of a training step:"
-    )
-    for name, config in configs.items():
-        with device:
-            model = GPT(config).eval()
-        with context, torch.inference_mode():
-            generate = partial(model.generate, idx[:1, :8], 64, temperature=0)
-            text = 64 / statistics.median(timed(generate, device) for _ in range(9))
-        step, schedule = (
-            makers[name](),
-            torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1),
-        )
-        with torch.profiler.profile(schedule=schedule) as profiler:
-            for _ in range(8):
-                step()
-                profiler.step()
-        shares = training.shares_of(profiler.key_averages(), device.type == "cuda")
-        largest = sorted(
-            ((share, part) for part, share in shares.items() if share > 0.03), reverse=True
-        )[:3]
-        counts, flops = (
-            model.parameter_counts(),
-            sum(model.flops_per_token(config.block_size).values()),
-        )
-        print(
-            f"  {name:9}{flops / 1e6:6.3f} MFLOPs{sum(counts.values()):10,} parameters; training",
-            end="",
-        )
-        print(
-            f"{rates[name]:8,.0f} ({rates[name] / rates['dense']:.2f}), generating{text:6,.0f}; ",
-            end="",
-        )
-        print(", ".join(f"{part} {share:.0%}" for share, part in largest), flush=True)
+def compare(trainings, repeats):
+    """Print speeds of training and generation, and what takes more than 3% of a step. trainings:
+    {name: Training}, one of them "dense" """
+    device = trainings["dense"].device
+    seconds = in_turns({name: x.step for name, x in trainings.items()}, device, repeats)
+    training = "training, tokens a second (of dense)"
+    generation = "generating at batch 1: first text / later ones"
+    print_header("", training, generation, "more than 3% of a step")
+    for name, x in trainings.items():
+        rate = f"{x.tokens / seconds[name]:,.0f} ({seconds['dense'] / seconds[name]:.2f})"
+        first, later = x.generation(new_tokens=64)
+        large = [f"{part} {share:.0%}" for part, share in x.shares(5).items() if share > 0.03]
+        print_row(name, rate, f"{first:,.0f} / {later:,.0f}", ", ".join(large))
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", default="auto", help="cpu or cuda; default: cuda where there is one"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=30, help="steps that are timed; default: %(default)s"
-    )
-    parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
-    parser.add_argument(
-        "--systems", action="store_true", help="all systems of the facts presets instead"
-    )
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
+    add("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")
+    add("--compile", action="store_true", help="train with torch.compile")
+    add("--systems", action="store_true", help="all systems of the facts presets")
+    add("--preset", choices=PRESETS, action="append", default=[], metavar="NAME", help="or several")
+    add("--micro_steps", type=int, default=0, help="of a preset's step; default: the preset's")
     args = parser.parse_args()
     device = choose_device(args.device)
-    context = precision("auto", device)
+    print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads", flush=True)
+    for name in args.preset:
+        preset_speed(name, device, args.compile, args.micro_steps, args.repeats)
+    if args.preset:
+        return
+    memory = PRESETS["facts-memory"]
     if device.type == "cuda":
-        shape = dict(n_layer=8, n_head=16, n_embd=1024, block_size=1024, mem_dtype="bfloat16")
-        tokens, memory = 16384, GPTConfig(**shape, mem_count=1)
-    else:
-        preset, names = PRESETS["facts-memory"], GPTConfig.__dataclass_fields__
-        shape = {name: value for name, value in preset.items() if name in names}
-        tokens, memory = 1024, GPTConfig(vocab_size=1712, **shape)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else device
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"PyTorch {torch.__version__}, {card}, {threads}; medians of {args.repeats}")
+        memory = GPU_MODEL
+    models = {"memory": memory, "dense": {**memory, "mem_count": 0}}
     if args.systems:
-        return system_times(device, context, args.repeats)
-    lookup_times(memory, device, tokens, args.repeats)
-    layer_times(memory, device, tokens, context, args.repeats)
-    dense = replace(memory, mem_layers=(), mem_count=0)
-    model_times(memory, dense, device, tokens, context, args.repeats, args.compile)
-    generation_times(memory, dense, device, context, 64)
+        names = [name for name in PRESETS if name.startswith("facts-")]
+        models = {name.removeprefix("facts-"): PRESETS[name] for name in names}
+    else:
+        layer_times(memory, device, args.repeats)
+    compare({name: Training(x, device, args.compile) for name, x in models.items()}, args.repeats)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        fail(error)

@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from runtime.files import UserError, error_line, explain_errors
 
+WAIT_FOR_RANK_0 = 5  # seconds
 RANK_VARIABLES = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
@@ -110,8 +111,8 @@ class Ranks:
         """End a run that is complete."""
         if self.by_torchrun:
             dist.destroy_process_group()
-            # A thread of gloo that frees a tensor while Python ends would abort the process.
-            exit_at_once(0)
+            sys.stdout.flush()
+            os._exit(0)  # a thread of gloo that frees a tensor while Python ends would abort it
 
 
 class StopSignal:
@@ -170,7 +171,7 @@ def fail_on_rank(error, hint=""):
         message = f"rank {rank}: {message}"
         # All ranks may have found the error: wait while rank 0 speaks and torchrun ends us.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(WAIT_FOR_RANK_0)
     if hint:
         message += f". {hint}"
     program = Path(sys.argv[0]).name
@@ -180,7 +181,7 @@ def fail_on_rank(error, hint=""):
 
 def exit_at_once(status):
     """Where there are other processes, a tidy end would wait for them."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)

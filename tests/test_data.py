@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data.dataset import Batches, Dataset, make_encoding
-from data.facts.prepare import ATTRIBUTES, BITS
-from data.files import atomic_write
+from data.facts.prepare import BITS, PHRASES, POOLS
+from runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_every_fact_asked_for_is_stated_once_in_each_biography(facts):
         biographies[" ".join(text.split()[:3])].append(text)
     for question in questions:
         name = " ".join(question["prompt"].split()[:3])
-        phrases = ATTRIBUTES[question["attribute"]][1]
+        phrases = PHRASES[question["attribute"]]
         stated = [f"{name} {phrase} {question['answer']}.\n" for phrase in phrases]
         assert len(biographies[name]) == 12
         for text in biographies[name]:
@@ -80,21 +80,21 @@ def test_validation_states_the_facts_in_the_sentences_held_out(facts):
 
 def test_a_prompt_does_not_give_its_answer_away():
     """No phrase or value is the beginning of another one: an exact match is unambiguous."""
-    for pool, phrases in ATTRIBUTES.values():
+    for pool, phrases in zip(POOLS.values(), PHRASES.values(), strict=True):
         assert len(set(pool)) == len(pool) and len(set(phrases)) == 5
         assert {len(phrase.split()) for phrase in phrases} == {
             3
         }  # names stand at one distance before values
-    every = [(a, phrase) for a, (_, phrases) in ATTRIBUTES.items() for phrase in phrases]
+    every = [(a, phrase) for a, phrases in PHRASES.items() for phrase in phrases]
     for a, phrase in every:
         assert not any(other.startswith(phrase) for b, other in every if b != a), phrase
-    for pool, _ in ATTRIBUTES.values():
+    for pool in POOLS.values():
         ordered = sorted(value + "." for value in pool)
         assert not any(second.startswith(first) for first, second in itertools.pairwise(ordered))
 
 
 def test_bits_are_counted_from_the_pools():
-    sizes = [len(pool) for pool, _ in ATTRIBUTES.values()]
+    sizes = [len(pool) for pool in POOLS.values()]
     assert sizes == [12 * 28 * 200, 200, 300, 100, 263, 200]
     assert pytest.approx(np.log2(sizes).sum()) == BITS == pytest.approx(54.2, abs=0.1)
 
@@ -145,7 +145,7 @@ def test_own_text_becomes_bytes_and_comes_back(tmp_path):
     assert bytes(np.concatenate([train, val]).astype(np.uint8)) == text.encode()
     assert len(val) == -(-len(text.encode()) // 10)
     encoding = make_encoding(dataset.vocabulary())
-    assert encoding.encode_ordinary(text) == list(text.encode()) and dataset.questions() is None
+    assert encoding.encode_ordinary(text) == list(text.encode()) and dataset.questions() == []
 
 
 def test_own_text_in_gpt2_tokens_with_a_text_to_validate_on(tmp_path, gpt2):
@@ -257,7 +257,7 @@ def test_an_epoch_shows_each_token_once():
     batches = Batches(ids, T, 3, 1000)
     windows = (1000 - T - 1) // T
     for epoch in range(3):
-        got = batches(range(epoch * windows, (epoch + 1) * windows))
+        got = batches.windows(range(epoch * windows, (epoch + 1) * windows))
         assert got.shape == (windows, T + 1) and (np.diff(got) == 1).all() and got.dtype == np.int64
         seen = np.sort(got[:, :-1].flatten())
         once = np.arange(seen[0], seen[0] + windows * T)
@@ -267,13 +267,13 @@ def test_an_epoch_shows_each_token_once():
 def test_batches_depend_on_seed_and_number_only():
     ids = np.arange(5000, dtype=np.uint16)
     a, b = Batches(ids, 16, 3, 5000), Batches(ids, 16, 3, 5000)
-    b(range(900, 905))  # asked for something else before, from another epoch
+    b.windows(range(900, 905))  # asked for something else before, from another epoch
     for numbers in ([0, 1], [700, 2], [309, 310, 311]):
-        assert np.array_equal(a(numbers), b(numbers))
-    one_by_one = np.concatenate([Batches(ids, 16, 3, 5000)([n]) for n in range(8)])
-    assert np.array_equal(one_by_one, a(range(8)))
-    assert not np.array_equal(a(range(8)), Batches(ids, 16, 4, 5000)(range(8)))
-    first_epoch, second_epoch = a(range(311)), a(range(311, 622))
+        assert np.array_equal(a.windows(numbers), b.windows(numbers))
+    one_by_one = np.concatenate([Batches(ids, 16, 3, 5000).windows([n]) for n in range(8)])
+    assert np.array_equal(one_by_one, a.windows(range(8)))
+    assert not np.array_equal(a.windows(range(8)), Batches(ids, 16, 4, 5000).windows(range(8)))
+    first_epoch, second_epoch = a.windows(range(311)), a.windows(range(311, 622))
     assert not np.array_equal(first_epoch, second_epoch)
 
 
@@ -286,8 +286,8 @@ def test_a_token_id_past_the_vocabulary_is_found_wherever_it_is(tmp_path):
     with pytest.raises(
         ValueError, match=r"train.bin has token id 50257, but the vocabulary ends at 50256"
     ):
-        batches([last])
-    batches([last + 1])
+        batches.windows([last])
+    batches.windows([last + 1])
 
 
 def test_too_few_tokens_are_refused():

@@ -313,7 +313,7 @@ def test_ctrl_c_ends_prepare_py_quietly(tmp_path):
         "train.py OPTIONS 2>/dev/full | true",
         "-I train.py OPTIONS >&- <&-",
         "-I sample.py --out_dir=RUN --max_new_tokens=9 --num_samples=1 2>&- >NAME.txt",
-        "-I bench/plan.py >NAME.txt",
+        "-I bench/kernels.py --only=checks --device=cpu >NAME.txt",
         "data/facts/prepare.py --people=9 --out OUT 2>&- >/dev/full",
     ],
 )

@@ -11,7 +11,19 @@ import torch
 import sample
 import train
 from data.dataset import Dataset, find_folder
-from helpers import ROOT, SMALL, assert_refused, contents, handlers, prepare, refusal, run
+from helpers import (
+    ROOT,
+    SMALL,
+    assert_refused,
+    contents,
+    handlers,
+    load,
+    prepare,
+    refusal,
+    run,
+    train_here,
+)
+from runtime import distributed
 
 # --- a wrong option, a wrong file: one line that names it -------------------------------------------------------------
 
@@ -94,7 +106,7 @@ DATA = [
     (meta(vocab_size=2000), "vocab.json does not fit meta.json"),
     (written("vocab.json", "[]"), "vocab.json does not fit"),
     (written("vocab.json", b"\xff"), "vocab.json is damaged"),
-    (vocabulary(tokens=["a", "b"]), "single bytes are missing"),
+    (vocabulary(tokens=["a", "b"]), "is no token"),
     (vocabulary(tokens=[chr(i) for i in range(256)] + ["aa", "aa"]), "two tokens are the same"),
     (vocabulary(tokens=[chr(i) for i in range(999)]), "vocab.json does not fit"),
     (vocabulary(pattern="("), "vocab.json does not fit"),
@@ -123,16 +135,20 @@ CHECKPOINTS = [
         (edited(**{name: None}), "ckpt.pt")
         for name in ("iter", "seconds", "separator", "fingerprint")
     ),
-    *((edited(**{name: None}), "ckpt.pt") for name in ("model", "model_config", "train_config")),
-    (edited(iter="4"), "iter cannot be right"),
-    (edited(iter=-4), "iter or separator cannot be right"),
-    (edited(separator=10**9), "iter or separator cannot be right"),
-    (edited(seconds=None), "seconds cannot be right"),
+    *((edited(**{name: None}), "ckpt.pt") for name in ("model", "model_config")),
+    (edited(iter="4"), "iter is '4'"),
+    (edited(iter=-4), "iter is -4"),
+    (edited(separator=10**9), "separator is 1000000000"),
+    (edited(seconds=None), "'seconds'"),
     (inside("model_config", lambda config: config.update(n_embd="32")), "n_embd='32'"),
     (inside("model_config", lambda config: config.update(n_layer=10**30)), "n_layer=1000"),
     (inside("model_config", lambda config: config.update(mem_layers=5)), "mem_layers=5"),
+]
+OPTIONS_OF_RUNS = [
+    (edited(train_config=None), "ckpt.pt"),
     (inside("train_config", lambda config: config.update(dataset=5)), "dataset=5"),
     (inside("train_config", lambda config: config.update(learning_rate=[])), "learning_rate=[]"),
+    (edited(format="nanomem-3"), "its format is 'nanomem-3'"),
 ]
 RESUMED = [
     (edited(optimizers=[]), "ckpt.pt"),
@@ -191,7 +207,7 @@ SAMPLED = [
     (
         inside("vocabulary", lambda vocabulary: vocabulary["tokens"].clear()),
         [],
-        "single bytes are missing",
+        "is no token",
     ),
     (inside("vocabulary", lambda vocabulary: vocabulary["tokens"].pop()), [], "ckpt.pt"),
     (
@@ -219,6 +235,8 @@ SAMPLED = [
     (edited(), ["--start=FILE:."], "'.'"),
     (edited(), [f"--start=FILE:{torch.__file__[:-11]}/lib/libtorch.so"], "libtorch.so"),
     (edited(), ["--recall", "--device=hpu"], "device=hpu"),
+    (edited(train_config={"dataset": 5}), ["--recall"], "names no dataset"),
+    (edited(format="nanomem-3"), [], "its format is 'nanomem-3'"),
 ]
 ENVIRONMENTS = [
     ({"RANK": "abc"}, "RANK"),
@@ -257,6 +275,7 @@ CASES = [
         for damage, word in CHECKPOINTS
         for program in ("resume", "sample")
     ),
+    *(("resume", damage, [], word) for damage, word in OPTIONS_OF_RUNS),
     *(("resume", damage, [], word) for damage, word in RESUMED),
     *(("sample", damage, options, word) for damage, options, word in SAMPLED),
     *(("train", None, variables, word) for variables, word in ENVIRONMENTS),
@@ -277,6 +296,7 @@ def test_what_is_wrong_is_named_in_one_line(
             monkeypatch.delenv(name, raising=False)
         for name, value in options.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "WAIT_FOR_RANK_0", 0)
         options = ["--seed=1"]
     before = contents(folder)
     if program == "train":
@@ -318,8 +338,7 @@ def test_a_damaged_log_does_not_stop_a_resume_and_keeps_what_is_in_it(finished, 
     log.write_bytes(
         whole[:-40] + b"\n" + line + whole + b'{"iter": 9}\n{"iter": 5, "lo'
     )  # of a later step, and cut by a kill
-    with handlers():
-        train.main(["--resume", f"--out_dir={log.parent}", "--max_iters=5"])
+    train_here("--resume", f"--out_dir={log.parent}", "--max_iters=5")
     assert log.read_bytes().startswith(whole[:-40] + b"\n" + line + whole)
     assert (
         json.loads(log.read_bytes().splitlines()[-1])["iter"] == 5
@@ -327,6 +346,7 @@ def test_a_damaged_log_does_not_stop_a_resume_and_keeps_what_is_in_it(finished, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["facts", "shakespeare", "openwebtext"])
 def test_prepare_py_names_a_folder_that_it_cannot_write_to(request, tmp_path, name):
     if name == "openwebtext":
@@ -409,18 +429,9 @@ def test_a_path_is_a_path_and_a_name_is_a_folder_of_data(facts, tmp_path, monkey
 def test_a_resume_may_repeat_an_option_that_stands_for_another_value(finished, tmp_path):
     """0 hidden units are a default, and blocks are put in order."""
     shutil.copytree(finished, tmp_path / "out")
-    with handlers():
-        train.main(
-            [
-                "--resume",
-                f"--out_dir={tmp_path / 'out'}",
-                "--max_iters=5",
-                "--n_ffn=0",
-                "--mem_layers=1,1",
-                "--mem_count=2",
-            ]
-        )
-    assert train.load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter"] == 5
+    options = "--n_ffn=0", "--mem_layers=1,1", "--mem_count=2"
+    train_here("--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5", *options)
+    assert load(tmp_path / "out" / "ckpt.pt")["iter"] == 5
 
 
 def test_questions_may_hold_any_character(facts, tmp_path):
@@ -575,6 +586,7 @@ def mutations(facts, finished, folder):
             yield train.main, ["--resume", f"--out_dir={mine / 'out'}", "--max_iters=5"], mine
 
 
+@pytest.mark.slow
 def test_random_mutations_end_in_one_line_and_write_to_out_dir_only(
     facts, finished, tmp_path, capsys, monkeypatch
 ):

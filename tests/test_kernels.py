@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import kernels
-from bench.variants import PoolAdam
 from kernels import RowAdam, collecting_lookup, lookup
 from memory import ValuePool
 
@@ -372,44 +371,6 @@ def test_row_adam_on_both_paths_and_through_a_checkpoint(dtype, monkeypatch, tmp
         torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=1e-6)
     else:  # the same noise: the sums before it differ in the last bit, which tips few roundings
         assert (tables[0] == tables[1]).float().mean() > 0.99
-
-
-def test_the_other_adams_of_the_readme_do_what_they_are_compared_for():
-    """Row 0 sleeps from step 101 to 120. Dense is torch's Adam and lazy is RowAdam; on waking, "decayed" has Adam's moments, and
-    "deferred" has also moved as far."""
-
-    def train(make, dense):
-        pool = pool_of(torch.ones(2, 3)).cpu()
-        table, optimizer = pool.values, make(pool)
-        for t in range(1, 122):
-            grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(t)) + 0.5
-            rows = torch.tensor([1] if 101 <= t <= 120 else [0, 1])
-            kept = torch.zeros(2, 3).index_copy(0, rows, grad[rows])
-            sparse = torch.sparse_coo_tensor(rows[None], grad[rows], (2, 3), check_invariants=False)
-            if dense:
-                table.grad = kept
-            else:
-                give(pool, sparse)
-            optimizer.step()
-        return table.detach(), optimizer.state[table]
-
-    def variant(name):
-        return train(lambda pool: PoolAdam(name, pool, 0.01, (0.9, 0.98), eps=1e-8), dense=False)
-
-    adam, state = train(
-        lambda pool: torch.optim.Adam([pool.values], lr=0.01, betas=(0.9, 0.98)), dense=True
-    )
-    lazy, _ = train(lambda pool: RowAdam(pool, lr=0.01, betas=(0.9, 0.98), eps=1e-8), dense=False)
-    torch.testing.assert_close(variant("dense")[0], adam)
-    torch.testing.assert_close(variant("lazy")[0], lazy)
-    for name in ("decayed", "deferred"):
-        torch.testing.assert_close(variant(name)[1]["mean"], state["exp_avg"])
-        torch.testing.assert_close(variant(name)[1]["square"], state["exp_avg_sq"])
-    torch.testing.assert_close(variant("square-decayed")[1]["square"], state["exp_avg_sq"])
-    torch.testing.assert_close(
-        variant("deferred")[0], adam, rtol=0, atol=0.01 * 0.2
-    )  # but for the correction of the bias
-    assert (lazy - adam)[0].abs().min() > 0.01 and (lazy - adam)[1].abs().max() < 1e-5
 
 
 def test_row_adam_takes_the_gradient_out_of_its_pool_and_refuses_what_is_no_pool():

@@ -229,7 +229,7 @@ def test_a_server_that_cannot_continue_begins_anew(short_waits, server, tmp_path
 def test_a_whole_part_whose_process_was_killed_does_not_stop_the_next_call(
     short_waits, server, tmp_path
 ):
-    (tmp_path / f"{NAMES[0]}.part").write_bytes(corpus()[0][NAMES[0]])
+    (tmp_path / f"{NAMES[0]}.partial").write_bytes(corpus()[0][NAMES[0]])
     prepare.download(f"{server.url}/{NAMES[0]}", tmp_path / NAMES[0])
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[0]]
 
@@ -440,8 +440,8 @@ def test_kills_at_any_moment_change_nothing(quick, server, tmp_path, capsys):
     command = [f"--source={server.url}", "--subsets=0-3", "--workers=2", f"--out={tmp_path}"]
     archives = tmp_path / "archives"
     moments = [
-        lambda: is_larger(archives / f"{NAMES[0]}.part", 0),
-        lambda: is_larger(archives / f"{NAMES[1]}.part", 0),
+        lambda: is_larger(archives / f"{NAMES[0]}.partial", 0),
+        lambda: is_larger(archives / f"{NAMES[1]}.partial", 0),
         lambda: is_larger(tmp_path / "train.bin", 2**20),
     ]
     finished = []

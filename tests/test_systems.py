@@ -1,6 +1,5 @@
 """Mixture of experts, PEER and UltraMem: each against a float64 program of loops, then trained."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,17 +9,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from data.presets import PRESETS, SYSTEMS
-from helpers import SMALL, assert_refused, run
+import train
+from helpers import SMALL, log_of, prepare, refusal, train_here
 from kernels import lookup
 from memory import ValuePool, candidate_ranks, product_topk
 from model import GPT, GPTConfig, SwiGLU
+from presets import PRESETS
+from runtime.options import make_configs
 from systems import SYSTEMS as LAYERS
 from systems import MemoryPlus
 from systems.moe import MoE
 from systems.peer import PEER, dot
 from systems.ultramem import UltraMem, tucker_topk
-from train import TrainConfig, learning_rate, make_configs, memory_rate
+from train import TrainConfig, learning_rate, memory_rate
 
 DENSE = GPTConfig(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16)
 MOE = replace(DENSE, system="moe", mem_layers=(1,), moe_experts=5)
@@ -552,63 +553,59 @@ def test_the_layers_output_comes_after_a_later_block():
 
 
 @pytest.fixture(scope="module")
-def twenty(tmp_path_factory):
+def eight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "facts"
-    assert (
-        run("data/facts/prepare.py", "--people=20", "--biographies=30", "--out", folder).returncode
-        == 0
-    )
+    assert prepare("--people=8", "--biographies=30", "--out", folder).returncode == 0
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["pkm", "moe", "peer", "ultramem"])
-def test_each_system_learns_the_facts_of_20_people(twenty, tmp_path, system):
-    options = [
-        "--n_layer=2",
-        "--n_embd=48",
-        "--n_ffn=64",
-        "--block_size=64",
-        "--mem_keys=16",
-        "--mem_topk=4",
-        "--device=cpu",
-    ]
-    options += [
-        "--mem_layers=0",
-        "--max_iters=600",
-        "--eval_interval=600",
-        "--eval_iters=4",
-        "--learning_rate=8e-3",
-    ]
-    done = run(
-        "train.py",
-        f"--preset=facts-{system}",
-        f"--dataset={twenty}",
-        f"--out_dir={tmp_path}",
-        *options,
-    )
-    assert done.returncode == 0, done.stderr
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert last["recall"] > 0.9, last
+def test_each_system_learns_the_facts_of_8_people(eight, tmp_path, system):
+    options = (
+        "--n_layer=2 --n_embd=48 --n_ffn=64 --block_size=64 --mem_keys=16 --mem_topk=4 --mem_layers=0 "
+        "--max_iters=300 --eval_interval=300 --eval_iters=1 --learning_rate=8e-3 --device=cpu"
+    ).split()
+    folders = (f"--dataset={eight}", f"--out_dir={tmp_path}")
+    train_here(f"--preset=facts-{system}", *folders, *options)
+    assert log_of(tmp_path)[-1]["recall"] > 0.8
 
 
-@pytest.mark.parametrize("family", ["facts", "shakespeare", "gpt2", "gpt2-small"])
+FAMILIES = ("facts", "shakespeare", "gpt2", "gpt2-small")
+RIVALS = ("dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_presets_of_a_family_have_equal_flops_and_parameters(family):
     def counts(system):
         vocab_size = {"facts": 1712, "shakespeare": 256}.get(family, 50257)
-        config = make_configs(PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size})[1]
+        options = PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size}
+        config = make_configs(options, TrainConfig, GPTConfig)[1]
         with torch.device("meta"):
             model = GPT(config)
-        return sum(model.flops_per_token(config.block_size).values()), sum(
-            model.parameter_counts().values()
-        )
+        flops = sum(model.flops_per_token(config.block_size).values())
+        return flops, sum(model.parameter_counts().values())
 
     flops, parameters = counts("memory")
-    assert set(SYSTEMS) >= {"memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem"}
-    for system in set(SYSTEMS) - {"memory"}:
+    for system in RIVALS:
         got = counts(system)
         assert got[0] / flops == pytest.approx(2 if system == "dense2x" else 1, rel=0.03), system
         if "dense" not in system:
             assert got[1] / parameters == pytest.approx(1, rel=0.05), system
+
+
+def test_presets_of_a_family_see_the_same_data_in_the_same_steps():
+    """The memory's options and rate, and the width of the networks beside it, are what may differ."""
+    assert set(PRESETS) == {
+        f"{family}-{system}" for family in FAMILIES for system in ("memory", *RIVALS)
+    }
+    for family in FAMILIES:
+        for system in RIVALS:
+            one, other = PRESETS[f"{family}-memory"], PRESETS[f"{family}-{system}"]
+            differ = {name for name in one | other if one.get(name) != other.get(name)}
+            assert all(
+                name.startswith(("mem_", "moe_")) or name in ("system", "n_ffn") for name in differ
+            )
 
 
 class WideGate(MemoryPlus):
@@ -659,14 +656,14 @@ def test_a_system_of_ones_own_is_a_class_and_a_line_and_counts_its_flops(monkeyp
         (["--system=ultramem", "--mem_rank=2", "--mem_topk=9"], ["mem_topk=9", "at most 8"]),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_are_refused_by_name(facts, tmp_path, options, words):
-    done = run(
-        "train.py",
+def test_options_that_do_not_fit_are_refused_by_name(facts, tmp_path, capsys, options, words):
+    given = [
         *SMALL,
         "--mem_layers=1",
         f"--dataset={facts}",
         f"--out_dir={tmp_path / 'out'}",
         *options,
-    )
-    assert_refused(done, *words)
+    ]
+    said = refusal(train.main, given, capsys)
+    assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()

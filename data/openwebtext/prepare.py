@@ -124,7 +124,7 @@ def fetch_patiently(url, part):
 
 
 def download(url, archive):
-    part = Path(f"{archive}.part")
+    part = Path(f"{archive}.partial")
     sha256 = fetch_patiently(url, part)
     with open(part, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
