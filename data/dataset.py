@@ -34,7 +34,7 @@ from runtime.files import (
 )
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-FILES = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl", "progress.json")
+FILES = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl")
 UNFINISHED = {"unfinished": True}
 GPT2_SIZE = 50257
 GPT2_SEPARATOR = 50256
@@ -153,8 +153,7 @@ class Dataset:
                 if script.exists():
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
-        names = ("vocab.json", "recall.jsonl", "progress.json")
-        started = any((self.folder / name).exists() for name in names)
+        started = any((self.folder / name).exists() for name in ("vocab.json", "recall.jsonl"))
         has_meta = (self.folder / "meta.json").exists()
         if (started and not has_meta) or is_unfinished(self.folder):
             what = f"{self.folder} is half made: a prepare.py is at work there, or was interrupted"

@@ -1,22 +1,26 @@
-"""OpenWebText as GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens.
+"""OpenWebText as GPT-2 tokens: 8,013,769 web pages, 40 GB of text, 9.04e9 tokens (18 GB).
 
     python data/openwebtext/prepare.py                all 21 archives, a download of 13 GB
-    python data/openwebtext/prepare.py --subsets=0    only the first, to try; --subsets=0-4: five
+    python data/openwebtext/prepare.py --subsets=0    only the first, to try
     python data/openwebtext/prepare.py --source=DIR   archives in a folder, or on a mirror (a URL)
 
-The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are kept in archives/, beside
-train.bin and val.bin: 31 GB in all. After an interruption the same command continues the download.
-Tokenising starts over; it takes about an hour on two cores.
+The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are downloaded to archives/ in the
+output folder, and stay there. If this is interrupted, the next call continues the download, and
+starts tokenising from the beginning: all archives take half an hour on two cores.
 
-    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (a compressed tar) > a file per document
+    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (an xz-compressed tar) > a file per document
 
 The text of a document is the same as in the Hugging Face dataset: runs of blank lines become one
 blank line, and white space at both ends is removed. A hash of the document decides whether it is
-for validation: one in 2,000 is. Downloads are checked by their length, archives by the end mark of
-tar files, and their contents by the checksums of xz.
+for validation: one in 2,000 is.
+
+Damaged archives are noticed. A download must have the size and the SHA-256 that the server states.
+Before tokenising starts, an archive must have valid headers up to its end mark, which is missing
+if it is truncated. The checksums in its xz-compressed parts must be right.
 """
 
 import argparse
+import functools
 import hashlib
 import http.client
 import io
@@ -31,281 +35,295 @@ import sys
 import tarfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import FILES, GPT2_SEPARATOR, GPT2_SIZE, UNFINISHED
-from data.dataset import is_unfinished, load_json, make_encoding, write_meta
-from runtime.files import atomic_write, explain_errors, fail, folder_argument
-from runtime.files import ignore_stream_errors, lock_folder, remove_temporary_files, write_file
+import runtime.files as files
+from data.dataset import (
+    FILES,
+    GPT2_SEPARATOR,
+    GPT2_SIZE,
+    UNFINISHED,
+    check_free,
+    make_encoding,
+    write_meta,
+)
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
-VOCABULARY = "gpt2"
 ARCHIVES = 21
+ARCHIVE_BYTES = 0.63e9  # the size of an archive, about
+TOKEN_BYTES = 1.5  # a byte of archive becomes 1.4 bytes of tokens
 DOCUMENTS = 8_013_769
 VALIDATION = 2000  # one document in this many is for validation
-TOKEN_BYTES = 1.5  # a byte of an archive becomes 1.4 bytes of tokens
-CONTINUE = "the same command continues the download"
-REPLACE = "delete the archive, and run again"
+VOCABULARY = "gpt2"
+WAITS = [0, 1, 2, 4, 8, 15, 30, 60, 60]  # seconds before each attempt to download an archive
+REFUSALS = [401, 403, 404, 410]  # HTTP errors after which there is no other attempt
+WAY_OUT = "delete it, and run this again without --source, which downloads it"
 
 
-# --- downloading ----------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------
 
 
-def open_url(url, first=0):
-    """The response, from byte `first` on if the server can. Raises OSError, naming the URL."""
-    headers = {"User-Agent": "nanomem", "Range": f"bytes={first}-"}
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.URLError as error:
-        raise OSError(f"{url}: {error}") from None
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """The hub redirects to its storage. Only this redirect states the SHA-256 of the file."""
+
+    sha256 = ""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        self.sha256 = headers.get("X-Linked-Etag", "").strip('"')
+        return super().redirect_request(request, response, code, message, headers, url)
 
 
-def download(url, path, size, bar):
-    """Continue where an earlier call broke off. Raises OSError, naming the URL, if the connection
-    breaks."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "ab") as file:
-        if file.tell() < size:
-            with open_url(url, first=file.tell()) as response:
-                if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                    file.truncate(0)  # the server sends all of it
-                receive(response, file, url, bar)
-        if file.tell() != size:
-            raise OSError(f"{url} ended after {file.tell():,} of {size:,} bytes; {CONTINUE}")
-    os.replace(partial, path)
-
-
-def receive(response, file, url, bar):
-    try:
-        block = response.read(2**20)
-        while block:
-            file.write(block)
-            bar.update(len(block))
-            block = response.read(2**20)
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: {error}; {CONTINUE}") from None
-
-
-def download_all(source, names, folder):
-    """Download the archives that are missing."""
-    folder.mkdir(exist_ok=True)
-    sizes = {}
-    for name in names:
-        if not (folder / name).exists():
-            with open_url(f"{source}/{name}") as response:
-                sizes[name] = int(response.headers["Content-Length"])
-    total = sum(sizes.values())
-    check_space(folder, total)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not sizes) as bar:
-        for name, size in sizes.items():
-            bar.set_description(name)
-            download(f"{source}/{name}", folder / name, size, bar)
-
-
-def check_space(folder, size):
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        needs = f"{size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are left"
-        raise OSError(f"{folder} needs {needs}")
-
-
-# --- tokens ---------------------------------------------------------------------------
-
-
-def list_tar(file):
-    """[(name, first byte, size)] of the files in a tar archive. tarfile takes a damaged header
-    for the end of the archive, so the end mark must follow what it has found."""
-    members = []
-    end = 0
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
+def fetch(url, part):
+    """Append what is missing to the file `part`. Returns the SHA-256 that the server states, or
+    an empty text."""
+    size = 0
+    if part.exists():
+        size = part.stat().st_size
+    headers = {"User-Agent": "nanomem", "Range": f"bytes={size}-"}
+    request = urllib.request.Request(url, headers=headers)
+    redirect = Redirect()
+    with urllib.request.build_opener(redirect).open(request, timeout=30) as response:
+        length = response.headers.get("Content-Length")
+        if length is None:
+            raise ValueError(f"{url}: the server does not state the size of the file")
+        if response.status != 206:  # the server sends the whole file again
+            part.unlink(missing_ok=True)
             size = 0
-            if member.isreg():
-                size = member.size
-                members.append((member.name, member.offset_data, size))
-            end = member.offset_data + -(-size // 512) * 512
-    file.seek(end)
-    if file.read(512) != bytes(512):
-        raise ValueError(f"damaged or truncated after byte {end:,}")
-    return members
+        total = size + int(length)
+        with tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True) as bar:
+            while size < total:
+                data = response.read(2**20)
+                if not data:
+                    raise ConnectionError(f"the connection was closed at byte {size:,}")
+                files.append_to_file(part, data)
+                size += len(data)
+                bar.update(len(data))
+    return redirect.sha256
 
 
-def start_worker(vocabulary):
-    global encoding
+def fetch_patiently(url, part):
+    """fetch, in several attempts if the network or the server fails."""
+    for wait in WAITS:
+        time.sleep(wait)
+        try:
+            return fetch(url, part)
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", None)  # of an HTTPError
+            if code in REFUSALS:
+                raise OSError(f"{url}: {error}") from None
+            if code == 416:  # the part is as long as the file, or longer
+                part.unlink()
+            print(f"{url}: {error}", file=sys.stderr)
+    raise OSError(f"{url}: {len(WAITS)} attempts have failed; run this again to continue")
+
+
+def download(url, archive):
+    part = Path(f"{archive}.partial")
+    sha256 = fetch_patiently(url, part)
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 and digest != sha256:
+        part.unlink()
+        raise ValueError(f"{url}: its SHA-256 is {digest}, and should be {sha256}; run this again")
+    if not tarfile.is_tarfile(part):
+        part.unlink()
+        raise ValueError(f"{url} is not a tar archive; run this again")
+    os.replace(part, archive)
+
+
+def check_space(out, archives):
+    """Raises OSError if the disk has no room for tokens, and archives that are missing."""
+    sizes = [archive.stat().st_size for archive in archives if archive.exists()]
+    missing = ARCHIVE_BYTES * (len(archives) - len(sizes))
+    needed = missing + TOKEN_BYTES * (missing + sum(sizes))
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        both = f"needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise OSError(f"{out} {both}: give another --out, or fewer --subsets")
+
+
+def get_archives(source, out, names):
+    """Paths of the archives. If source is a URL, they are downloaded to out/archives."""
+    folder = Path(source)
+    if "://" in source:
+        folder = out / "archives"
+        folder.mkdir(exist_ok=True)
+    archives = [folder / name for name in names]
+    check_space(out, archives)
+    for archive in archives:
+        if "://" in source and not archive.exists():
+            download(f"{source.rstrip('/')}/{archive.name}", archive)
+    return archives
+
+
+# --- tokenise -------------------------------------------------------------------------
+
+
+def list_files(file):
+    """The files in a tar archive: list of TarInfo. Raises an error if a header is damaged."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        infos = [info for info in tar if info.isfile()]
+        file.seek(tar.offset)  # where tarfile has stopped: at the end mark, or a damaged header
+        if file.read(512) != bytes(512):
+            raise ValueError(f"truncated, or damaged at byte {tar.offset:,}")
+    return infos
+
+
+def list_parts(archive):
+    """The xz-compressed tars in an archive: list of TarInfo."""
+    what = f"{archive} is damaged, or not an archive of OpenWebText"
+    with files.explain_errors(what, WAY_OUT), open(archive, "rb") as f:
+        parts = [info for info in list_files(f) if info.name.endswith("_data.xz")]
+        if not parts:
+            raise ValueError("it has no *_data.xz")
+    return parts
+
+
+def tokenize(archive, vocabulary, part):
+    """Token ids of a part for training and for validation, as bytes; the number of documents."""
     encoding = make_encoding(vocabulary)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    separator = GPT2_SEPARATOR.to_bytes(2, "little")
+    train = []
+    val = []
+    with files.explain_errors(f"{archive} is damaged in {part.name}", WAY_OUT):
+        with open(archive, "rb") as f:
+            f.seek(part.offset_data)
+            data = lzma.decompress(f.read(part.size))
+        infos = list_files(io.BytesIO(data))
+        for info in infos:
+            document = data[info.offset_data : info.offset_data + info.size]
+            text = re.sub("\n\n\n+", "\n\n", document.decode()).strip()
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+            tokens = separator + ids.astype("<u2").tobytes()
+            # The split depends on the document alone: not on its place, nor on --subsets.
+            number = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
+            if number % VALIDATION == 0:
+                val.append(tokens)
+            else:
+                train.append(tokens)
+    return b"".join(train), b"".join(val), len(infos)
 
 
 def end_with_parent():
-    """A parent that is killed cannot end its workers."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def tokenize(archive, name, first, size):
-    """A member of an archive -> {split: token ids as bytes}, documents, bytes of text."""
-    with open(archive, "rb") as file:
-        file.seek(first)
-        data = file.read(size)
-    ids = {"train": [], "val": []}
-    text_bytes = 0
-    with explain_errors(f"{archive}: {name} is damaged", REPLACE):
-        data = lzma.decompress(data)
-        documents = list_tar(io.BytesIO(data))
-        for _, start, length in documents:
-            content = data[start : start + length]
-            text = re.sub("\n\n\n+", "\n\n", content.decode()).strip()
-            tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-            ids[split_of(content)] += [
-                np.array([GPT2_SEPARATOR], "<u2").tobytes(),
-                tokens.tobytes(),
-            ]
-            text_bytes += length
-    joined = {split: b"".join(parts) for split, parts in ids.items()}
-    return joined, len(documents), text_bytes
-
-
-def split_of(content):
-    """It depends on the document alone: not on its place, nor on how many archives there are."""
-    number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-    if number % VALIDATION == 0:
-        return "val"
-    return "train"
-
-
-def list_members(archive):
-    """The jobs of an archive: arguments of tokenize."""
-    with explain_errors(f"{archive} is damaged, or no archive of OpenWebText", REPLACE):
-        with open(archive, "rb") as file:
-            members = [member for member in list_tar(file) if member[0].endswith("_data.xz")]
-        if not members:
-            raise ValueError("it has no *_data.xz")
-    return [(archive, *member) for member in members]
+def start_worker():
+    """The parent handles Ctrl-C. If it is killed, it cannot end its workers: they watch it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def start_pool(workers):
+    """Processes that ignore Ctrl-C from the start: a terminal sends it to them, too."""
     context = multiprocessing.get_context("spawn")  # the same on every system
-    pool = ProcessPoolExecutor(workers, context, start_worker, (VOCABULARY,))
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
+    pool = ProcessPoolExecutor(workers, context, start_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
     for _ in range(workers):
-        pool.submit(int)  # starts a worker, which inherits that
+        pool.submit(int)  # starts a process
     signal.signal(signal.SIGINT, handler)
     return pool
 
 
-def tokenize_all(jobs, out, workers):
-    """Write train.bin and val.bin. Returns documents and bytes of text."""
+def write_tokens(out, parts, pool):
+    """parts: {archive: list of TarInfo}. Returns the number of documents."""
     documents = 0
-    text_bytes = 0
-    size = sum(job[-1] for job in jobs)
-    check_space(out, TOKEN_BYTES * size)
-    pool = start_pool(workers)
-    with (
-        atomic_write(out / "train.bin") as train,
-        atomic_write(out / "val.bin") as val,
-        tqdm(total=size, unit="B", unit_scale=True, desc="tokens") as bar,
-    ):
-        try:
-            results = pool.map(tokenize, *zip(*jobs, strict=True))
-            for job, (ids, count, length) in zip(jobs, results, strict=True):
-                train.write(ids["train"])
-                val.write(ids["val"])
+    size = sum(part.size for archive in parts for part in parts[archive])
+    with tqdm(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
+        for archive in parts:  # one after another, because results that wait take memory
+            work = functools.partial(tokenize, archive, VOCABULARY)
+            results = pool.map(work, parts[archive])
+            for part, (train, val, count) in zip(parts[archive], results, strict=True):
+                files.append_to_file(out / "train.bin", train)
+                files.append_to_file(out / "val.bin", val)
                 documents += count
-                text_bytes += length
-                bar.update(job[-1])
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return documents, text_bytes
-
-
-# --- the whole ------------------------------------------------------------------------
-
-
-def is_complete(out, names):
-    """Whether a folder has these archives. Raises ValueError if it holds another dataset."""
-    if is_unfinished(out):
-        return False
-    if (out / "meta.json").exists():
-        archives = load_json(out / "meta.json").get("archives")
-        if archives is not None:
-            return archives == names
-    elif not any((out / name).exists() for name in FILES):
-        return False
-    raise ValueError(f"{out} holds a dataset that this program has not made; give another --out")
+                bar.set_postfix(documents=f"{documents:,}", refresh=False)
+                bar.update(part.size)
+    return documents
 
 
 def prepare(args):
     out = args.out
+    make_encoding(VOCABULARY)  # an error now if it cannot be had
     out.mkdir(parents=True, exist_ok=True)
-    lock_folder(out)
-    names = [f"urlsf_subset{i:02}.tar" for i in args.subsets]
-    if is_complete(out, names):
-        print(f"{out} has these archives already")
-        return
-    make_encoding(VOCABULARY)  # an error now if it cannot be had; workers find it in a cache
-    remove_temporary_files(out, FILES)
-    folder = Path(args.source)
-    if "://" in args.source:
-        folder = out / "archives"
-        download_all(args.source.rstrip("/"), names, folder)
-    jobs = []
-    for name in names:
-        jobs += list_members(folder / name)
-    write_file(out / "meta.json", json.dumps(UNFINISHED))
-    began = time.perf_counter()
-    documents, text_bytes = tokenize_all(jobs, out, args.workers)
+    files.lock_folder(out)
+    check_free(out, args.overwrite)
+    names = [f"urlsf_subset{number:02}.tar" for number in args.subsets]
+    archives = get_archives(args.source, out, names)
+    parts = {archive: list_parts(archive) for archive in archives}
+    files.write_file(out / "meta.json", json.dumps(UNFINISHED) + "\n")
+    files.remove_temporary_files(out, FILES)
+    for name in FILES:
+        if name != "meta.json":
+            (out / name).unlink(missing_ok=True)
+    pool = start_pool(args.workers)
+    try:
+        documents = write_tokens(out, parts, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    tokens = {}
+    for name in ("train.bin", "val.bin"):
+        with open(out / name, "rb+") as f:
+            os.fsync(f.fileno())
+            tokens[name] = f.seek(0, os.SEEK_END) // 2
     write_meta(out, "gpt2", "uint16", GPT2_SIZE, GPT2_SEPARATOR, archives=names)
-    seconds = time.perf_counter() - began
-    megabytes = text_bytes / 1e6
-    train = (out / "train.bin").stat().st_size // 2
-    val = (out / "val.bin").stat().st_size // 2
-    tokens = f"{train:,} training tokens and {val:,} validation tokens"
-    print(f"{out}: {documents:,} documents, {tokens}")
-    print(f"{megabytes:,.1f} MB of text in {seconds:,.1f} s: {megabytes / seconds:,.1f} MB/s")
-    if len(names) == ARCHIVES and args.source == SOURCE and documents != DOCUMENTS:
+    counts = f"{tokens['train.bin']:,} training and {tokens['val.bin']:,} validation tokens"
+    print(f"{out}: {documents:,} documents, {counts}")
+    if args.source == SOURCE and len(names) == ARCHIVES and documents != DOCUMENTS:
         raise ValueError(f"the corpus should have {DOCUMENTS:,} documents: please report this")
+
+
+# --- command line ---------------------------------------------------------------------
 
 
 def subsets_argument(text):
     """For argparse: "0,2,5-7" -> [0, 2, 5, 6, 7]"""
     numbers = set()
-    for part in text.split(","):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if span is None or not int(span[1]) <= int(span[2] or span[1]) < ARCHIVES:
-            must = f"a list of numbers from 0 to {ARCHIVES - 1}, as in 0,1 or 0-4"
-            raise argparse.ArgumentTypeError(f"{text} is not {must}")
-        numbers.update(range(int(span[1]), int(span[2] or span[1]) + 1))
+    for span in text.split(","):
+        match = re.fullmatch(r"([0-9]+)(-([0-9]+))?", span)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as in 0,1 or 0-4")
+        first = int(match[1])
+        last = int(match[3] or first)
+        if not first <= last < ARCHIVES:
+            raise argparse.ArgumentTypeError(f"{span} is not within 0 to {ARCHIVES - 1}")
+        numbers.update(range(first, last + 1))
     return sorted(numbers)
 
 
-def main(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
     add("--subsets", type=subsets_argument, default="0-20", help="as in 0,1 or 0-4 (default: all)")
-    add("--source", default=SOURCE, help="folder or URL with the archives (default: %(default)s)")
+    add("--source", default=SOURCE, help="folder or URL with the archives (default: the hub)")
     cores = os.cpu_count()
     add("--workers", type=int, default=cores, help="processes (default: one per core, %(default)s)")
     here = Path(__file__).parent
-    add("--out", type=folder_argument, default=here, help="folder to write to (default: this one)")
+    add("--out", type=files.folder_argument, default=here, help="folder (default: this one)")
+    add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers={args.workers}: must be at least 1")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
     try:
         prepare(args)
     except (Exception, KeyboardInterrupt) as error:
-        fail(error)
+        files.fail(error)
 
 
 if __name__ == "__main__":
-    ignore_stream_errors()
+    files.ignore_stream_errors()
     main(sys.argv[1:])
