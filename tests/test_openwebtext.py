@@ -17,7 +17,9 @@ import signal
 import sys
 import tarfile
 import threading
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
