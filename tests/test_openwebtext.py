@@ -479,7 +479,7 @@ def test_kills_at_any_moment_change_nothing(quick, server, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_is_quiet(folder, tmp_path):
-    (folder / "urlsf_subset03.tar").write_bytes(pack(corpus()[1][:80], 3, repeats=100))
+    (folder / "urlsf_subset03.tar").write_bytes(pack(corpus()[1][:80], 3, repeats=500))
     out = tmp_path / "out"
     moments = [
         lambda: len(children(process)) == 3,  # two of them are workers that are starting
