@@ -120,8 +120,9 @@ def test_tf_idf_is_what_one_counts_by_hand():
 
 
 @pytest.mark.parametrize("by", ["reads", "gradient"])
-def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
+def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by, monkeypatch):
     """An independent count: one window after another, reads in a Counter, the gradient by autograd."""
+    monkeypatch.setattr(update, "BACKGROUND_WINDOWS", 100)
     model = model_of(finished)
     model.pool.collect_gradients()
     windows = [open_dataset(folder, 32, 0)["train"] for folder in (new, facts)]
@@ -148,10 +149,10 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by):
         for slot, count in counts.items():
             c[slot] += count if by == "reads" else 0
     c = c if by == "reads" else total.norm(dim=1)
-    for i in range(1000):
+    for i in range(100):
         containing.update(retrieved(windows[1].windows([i]))[1].keys())
     scores = torch.tensor(
-        [c[s] / c.sum() * math.log(1001 / (1 + containing[s])) for s in range(256)]
+        [c[s] / c.sum() * math.log(101 / (1 + containing[s])) for s in range(256)]
     )
     assert len(set(got.tolist())) == 9
     assert scores[got].min() >= scores.topk(9).values.min() * (1 - 1e-5)
@@ -343,10 +344,6 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(tmp_path):
         (["--init_from="], ["init_from="]),
         (["--dataset="], ["dataset="]),
         (["--optimizer=adam"], ["optimizer=adam", "rowadam"]),
-        (
-            ["--learning_rate=1e30", "--max_iters=9", "--log_interval=1"],
-            ["diverged", "learning_rate (now 1e+30)"],
-        ),
         (["--out_dir={finished}", "--overwrite"], ["out_dir=", "the same folder"]),
     ],
 )
