@@ -13,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import train
 from helpers import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "sample", "pytest"])
+SERVER.set_forkserver_preload(["train", "sample", "torch._dynamo", "pytest"])
 
 
 class Process:
@@ -74,6 +75,13 @@ def run_program(path, *arguments):
     """python path arguments"""
     sys.argv = [str(path), *map(str, arguments)]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_train(*arguments):
+    """train.py of this process, of which the caller has replaced a part."""
+    sys.argv = ["train.py", *map(str, arguments)]
+    train.PARENT = os.getppid()  # it was imported in the server
+    train.main(sys.argv[1:])
 
 
 def start_program(path, *arguments, **options):
