@@ -33,8 +33,8 @@ from presets import PRESETS
 from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, read_checkpoint
 from runtime.checkpoint import restore_optimizers, save_tensors, whole_state
 from runtime.device import check_memory, choose_device, precision
-from runtime.distributed import Ranks, StopSignal, errors_from_rank_0_only, fail_on_rank
-from runtime.distributed import exit_at_once, lost_another_process
+from runtime.distributed import Ranks, StopSignal, exit_at_once, fail_on_rank
+from runtime.distributed import lost_another_process, output_from_rank_0_only
 from runtime.files import UserError, append_to_file, explain_out_of_memory
 from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
@@ -497,7 +497,7 @@ def print_recall(questions, name, result, before):
 
 
 def main(argv):
-    with errors_from_rank_0_only():
+    with output_from_rank_0_only():
         given = parse_command_line(argv, __doc__, (TrainConfig, GPTConfig), PRESETS)
     run = None
     try:
@@ -511,12 +511,14 @@ def main(argv):
                 report(run, run.before, evaluating=True)
             result = train(run)
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_at_once(130)
     except Exception as error:
         if run is None:
             fail_on_rank(error)
         if not lost_another_process(error) and not isinstance(error, (UserError, OSError)):
             raise  # an error of our own keeps its traceback
+        if ranks.rank == 0:
+            print(file=sys.stderr)  # below the progress bar
         fail_on_rank(error, way_on(run))
     if ranks.rank == 0:
         summarize(run, result)

@@ -8,6 +8,7 @@ The slots are those that the new data need more than the old data do (choose_slo
 not touched.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -266,6 +267,8 @@ def run_update(given):
         rows = torch.arange(len(run.model.pool.values), device=run.device)
     run.seconds = time.perf_counter() - began
     result = update(run, rows, optimizer)
+    largest = run.model.pool.values.detach().norm(math.inf).item()
+    train.check_finite(largest, "largest value", run)
     path = Path(config.out_dir, "delta.pt")
     save_delta(path, run.model.pool.values, rows, base, f"{config.init_from}/ckpt.pt")
     summarize(run, result, len(rows))

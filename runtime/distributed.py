@@ -147,13 +147,25 @@ def rank_from_environment():
 
 
 @contextlib.contextmanager
-def errors_from_rank_0_only():
-    """What all ranks would print to standard error."""
+def output_from_rank_0_only():
+    """For what all ranks would print, such as --help or a wrong option."""
     if rank_from_environment() == "0":
         yield
-    else:
-        with contextlib.redirect_stderr(io.StringIO()):
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
+    except SystemExit as ended:
+        if ended.code != 0:
+            wait_for_rank_0()
+        raise
+
+
+def wait_for_rank_0():
+    """All ranks may have found the same error. torchrun ends all of them as soon as one has
+    ended: this one waits while rank 0 prints the error."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(WAIT_FOR_RANK_0)
 
 
 def lost_another_process(error):
@@ -169,9 +181,7 @@ def fail_on_rank(error, hint=""):
         message = f"another process is lost: {message}"
     if rank != "0":
         message = f"rank {rank}: {message}"
-        # All ranks may have found the error: wait while rank 0 speaks and torchrun ends us.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(WAIT_FOR_RANK_0)
+        wait_for_rank_0()
     if hint:
         message += f". {hint}"
     program = Path(sys.argv[0]).name

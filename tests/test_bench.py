@@ -81,6 +81,7 @@ def test_a_profile_finds_the_parts_of_a_step(preset, parts):
     assert sum(shares.values()) < 1
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_keeps_its_output_and_is_run_again(tmp_path, capsys):
     program = tmp_path / "program.py"
     program.write_text(
@@ -126,6 +127,7 @@ def test_the_checks_notice_a_path_that_is_wrong_by_a_thousandth(wrong, monkeypat
 
 
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="there is no Triton for this platform")
+@pytest.mark.slow
 def test_tiles_are_timed_and_kernels_py_chooses_its_own_again(monkeypatch, capsys):
     once = partial(bench_kernels.median_seconds, repeats=1)
     monkeypatch.setattr(bench_kernels, "median_seconds", once)

@@ -96,6 +96,7 @@ def test_gradient_of_values_is_coalesced_and_holds_only_touched_rows(path):
     assert sparse.values().shape == (indices.unique().numel(), values.size(1))
 
 
+@pytest.mark.slow
 def test_rows_that_very_many_pairs_read_are_cut_into_pieces(path, monkeypatch):
     """Row 3 is read by about 700 pairs, row 7 by exactly PIECE and row 8 by one more; a whole bag reads one row."""
     values, indices, weights, grad = problem(n=60, k=20, S=18, D=24)
@@ -514,6 +515,7 @@ def test_wrong_inputs_are_refused_with_a_reason(change, message):
         collecting_lookup(**inputs, gradient=None, touched=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability, D, types", [(80, 1024, ["fp32"]), (90, 768, ["bf16"])])
 def test_kernels_compile_without_spills_and_load_16_bytes(capability, D, types):
     """A second process, because the interpreter is on in this one."""

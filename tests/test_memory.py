@@ -87,6 +87,7 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     """Bits of floats as integers: signs, exponents, zeros, rows in which all scores are equal; half of the columns are padding."""
     monkeypatch.setattr(memory, "uses_triton", lambda scores: True)
@@ -323,6 +324,6 @@ def test_a_table_takes_the_memory_that_bench_readme_counts(dtype, e):
 def test_the_papers_largest_table_is_built_without_memory():
     shape = dict(n_layer=24, n_head=16, n_embd=2048, mem_count=3, mem_keys=8192)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**shape, mem_dtype="bfloat16"))
+        model = GPT(GPTConfig(**shape, mem_dtype="bfloat16"), initialize=False)
     assert model.pool.values.shape == (67_108_864, 2048)
     assert model.parameter_counts()["pool"] == 137_438_953_472

@@ -159,6 +159,7 @@ def test_positions_matter_and_are_relative():
     assert (here[:, 4] - swapped[:, 4]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @ALL
 def test_torch_compile_changes_nothing_and_has_one_graph(config):
     """Traced, with gradients, but without a C++ compiler; fullgraph=True refuses a break. Two micro-steps: gradients add up."""
@@ -180,11 +181,13 @@ def test_torch_compile_changes_nothing_and_has_one_graph(config):
         ) * plain.norm()
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_one_slot_a_head():
     """Then weights are a view of other strides."""
     test_torch_compile_changes_nothing_and_has_one_graph(replace(MEMORY, mem_topk=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
 def test_torch_compile_takes_a_model_whose_values_alone_learn(system):
     """As --update=memory does. The compiled backward pass then gives no gradient to anybody, but still fills the accumulator."""
@@ -201,6 +204,7 @@ def test_torch_compile_takes_a_model_whose_values_alone_learn(system):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
 def test_torch_compile_takes_a_model_with_frozen_values(system):
     model, idx, gradients = make(SYSTEMS[system]), tokens(2, 24), []
@@ -215,6 +219,7 @@ def test_torch_compile_takes_a_model_with_frozen_values(system):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_experts_in_float32():
     """They break the graph, and change nothing."""
     model, idx, gradients = make(MOE), tokens(2, 24), []

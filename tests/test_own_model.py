@@ -1,7 +1,6 @@
 """The layer in somebody else's model: a transformer on PyTorch's own attention, two memory layers that read one pool. Nothing of
 model.py is used."""
 
-import ast
 import copy
 import shutil
 import subprocess
@@ -86,6 +85,7 @@ def train(model, optimizers, seeds):
     return losses
 
 
+@pytest.mark.slow
 def test_it_learns_a_table_of_576_entries_by_heart():
     model = make(slots=32**2, topk=8)
     model_without = make(slots=32**2, topk=8)
@@ -424,6 +424,7 @@ assert y.shape == x.shape and y.isfinite().all() and pool.values.shape == (65536
 """
 
 
+@pytest.mark.slow
 def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
     for name in ("memory.py", "kernels.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -439,37 +440,3 @@ def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
     command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import own"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def imported(path):
-    """Names of modules that a file imports when it is imported itself."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_imports_have_no_circle_and_the_method_imports_nothing_of_the_rest():
-    files = {}
-    for path in ROOT.rglob("*.py"):
-        name = (
-            path.relative_to(ROOT)
-            .with_suffix("")
-            .as_posix()
-            .replace("/", ".")
-            .removesuffix(".__init__")
-        )
-        if not name.startswith(("tests", "out")):
-            files[name] = path
-    edges = {
-        name: {other for other in imported(path) if other in files} for name, path in files.items()
-    }
-    assert edges["kernels"] == set() and edges["memory"] == {"kernels"}
-    done = []
-    while len(done) < len(files):
-        free = [name for name in files if name not in done and edges[name] <= {*done}]
-        assert free, {name: edges[name] - {*done} for name in files if name not in done}
-        done += free
-    assert done.index("memory") < done.index("systems") < done.index("model") < done.index("train")

@@ -8,7 +8,7 @@ The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are downloaded
 output folder, and stay there. If this is interrupted, the next call continues the download, and
 starts tokenising from the beginning: all archives take half an hour on two cores.
 
-    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (an xz-compressed tar) > a file per document
+    urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (a compressed tar) > a file per document
 
 The text of a document is the same as in the Hugging Face dataset: runs of blank lines become one
 blank line, and white space at both ends is removed. A hash of the document decides whether it is
