@@ -5,7 +5,6 @@ They are forked from a server that has imported it: one for each pytest process.
 
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import socket
@@ -23,15 +22,15 @@ SERVER.set_forkserver_preload(["train", "sample", "torch._dynamo", "pytest"])
 class Process:
     """A function in a process of its own; its output goes to files. As subprocess.Popen.
 
-    environment: more variables; limits: {of resource: size}; stdout: a path instead of a file"""
+    environment: more variables; stdout: a path instead of a file"""
 
-    def __init__(self, function, *arguments, environment=None, limits=None, stdout=None):
+    def __init__(self, function, *arguments, environment=None, stdout=None):
         self.folder = tempfile.TemporaryDirectory()
-        self.stdout = stdout or Path(self.folder.name, "stdout")
+        self.stdout = Path(stdout or f"{self.folder.name}/stdout")
         self.stderr = Path(self.folder.name, "stderr")
         paths = (self.stdout, self.stderr)
-        settings = (environment or {}, limits or {}, paths)
-        self.process = SERVER.Process(target=begin, args=(function, arguments, *settings))
+        work = (function, arguments, environment or {}, paths)
+        self.process = SERVER.Process(target=begin, args=work)
         self.process.daemon = True  # it ends with the tests
         self.process.start()
         self.pid = self.process.pid
@@ -60,14 +59,12 @@ class Process:
         return self.stdout.read_text(), self.stderr.read_text()
 
 
-def begin(function, arguments, environment, limits, paths):
+def begin(function, arguments, environment, paths):
     """In the new process."""
     os.chdir(ROOT)
     os.environ.update(environment)
     for number, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    for kind, size in limits.items():
-        resource.setrlimit(kind, (size, size))
     function(*arguments)
 
 
@@ -86,6 +83,18 @@ def run_train(*arguments):
 
 def start_program(path, *arguments, **options):
     return Process(run_program, path, *map(str, arguments), **options)
+
+
+def start_torchrun(ranks, *arguments):
+    """torchrun itself; the ranks are new Python processes that it starts."""
+    options = ["--standalone", "--monitor-interval=0.1", f"--nproc_per_node={ranks}"]
+    return Process(run_torchrun, [*options, *map(str, arguments)])
+
+
+def run_torchrun(arguments):
+    from torch.distributed.run import main
+
+    main(arguments)
 
 
 def start_ranks(count, function, *arguments, without=()):

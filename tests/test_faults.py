@@ -1,6 +1,7 @@
 """Nothing lost, nobody surprised: what runs, folders and programs do when disks, signals, files and people are unkind."""
 
-import json
+import contextlib
+import importlib
 import os
 import resource
 import shutil
@@ -11,95 +12,113 @@ import time
 
 import pytest
 
+import sample
 import train
 from data.dataset import Dataset, open_dataset
 from helpers import (
     ROOT,
     SMALL,
-    TORCHRUN,
     assert_refused,
     children,
     contents,
-    handlers,
-    prepare,
+    load,
+    log_of,
     refusal,
     run,
-    start,
     steps_done,
+    train_here,
     wait_for_end,
     wait_until,
 )
+from processes import Process, run_train, start_program, start_torchrun
+
+TEXT = "One thing after another. " * 400
+ENDLESS = ["--max_iters=100000", "--eval_interval=100000"]
+TWO_STEPS = "--gradient_accumulation_steps=2"  # one for each rank
+
+
+def prepare_here(kind, *arguments):
+    """prepare.py of a dataset, in this process."""
+    module = importlib.import_module(f"data.{kind}.prepare")
+    module.main([str(argument) for argument in arguments])
+
 
 # --- what could be lost -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_removes_what_a_run_has_written_and_nothing_else(facts, finished, tmp_path):
-    mine = ["ckpt-from-friend.pt", "best-of-all.pt", "draft.tmp", "ckpt.pt.old.tmp"]
-    for name in mine:
+def test_a_run_removes_what_a_run_has_written_and_nothing_else(facts, tmp_path):
+    others = ["ckpt-from-friend.pt", "best-of-all.pt", "draft.tmp", "ckpt.pt.old.tmp"]
+    for name in others:
         (tmp_path / name).write_text(name)
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--max_iters=1"]
-    assert run("train.py", *options).returncode == 0
+    train_here(*options)
     for name in ("ckpt.pt.77.tmp", "log.jsonl.7.tmp"):
         (tmp_path / name).write_text(name)
-    assert run("train.py", *options, "--overwrite").returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*mine, "ckpt.pt", "log.jsonl"]
-    )
-    assert all((tmp_path / name).read_text() == name for name in mine)
-    before = contents(tmp_path)
-    for command in (
-        ["train.py", *SMALL, f"--dataset={facts}", "--out_dir="],
-        ["data/facts/prepare.py", "--out="],
-    ):
-        done = subprocess.run(
-            [sys.executable, ROOT / command[0], *command[1:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert_refused(done, "out", "must name a folder")
-    assert contents(tmp_path) == before
+    train_here(*options, "--overwrite")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([*others, "ckpt.pt", "log.jsonl"])
+    assert all((tmp_path / name).read_text() == name for name in others)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-replace, left = os.replace, [int(sys.argv.pop(1))]
-def killed(*paths):
-    left[0] -= 1
-    os.kill(os.getpid(), signal.SIGKILL) if left[0] < 0 else replace(*paths)
-os.replace = killed
-{program}
-"""
+def test_a_folder_without_a_name_is_not_the_current_one(facts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(train.main, [*SMALL, f"--dataset={facts}", "--out_dir="], capsys)
+    assert "out_dir=: must name a folder" in said
+    with pytest.raises(SystemExit):
+        prepare_here("facts", "--out=")
+    assert "--out: must name a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def prepare_until_signal(number, files, kind, *arguments):
+    """prepare.py, which gets a signal when it has written so many files, and would name the next."""
+    replace = os.replace
+    written = []
+
+    def replace_or_end(*paths):
+        if len(written) == files:
+            os.kill(os.getpid(), number)
+        written.append(paths)
+        replace(*paths)
+
+    os.replace = replace_or_end
+    prepare_here(kind, *arguments)
 
 
 @pytest.mark.parametrize("program", ["facts", "shakespeare", "shakespeare --encoding=gpt2"])
 def test_a_dataset_is_whole_or_refused_at_whatever_file_a_kill_comes(request, tmp_path, program):
     if "gpt2" in program:
         request.getfixturevalue("gpt2")
-    name, *options = program.split()
-    (tmp_path / "text").write_text("One thing after another. " * 400)
-    options += ["--people=9"] if name == "facts" else [f"--file={tmp_path / 'text'}"]
-    killed = KILLED.format(root=str(ROOT), program=f"import data.{name}.prepare as p; p.main()")
-    assert run(f"data/{name}/prepare.py", *options, "--out", tmp_path / "whole").returncode == 0
-    for kills in range(9):
-        out = tmp_path / "out"
-        done = run("-c", killed, kills, *options, "--out", out)
-        if done.returncode == 0:
+    (tmp_path / "text").write_text(TEXT)
+    kind, *options = program.split()
+    options += ["--people=9"] if kind == "facts" else [f"--file={tmp_path / 'text'}"]
+    whole = tmp_path / "whole"
+    prepare_here(kind, *options, "--out", whole)
+    for files in range(9):
+        out = tmp_path / f"out{files}"
+        process = Process(prepare_until_signal, signal.SIGKILL, files, kind, *options, "--out", out)
+        _, errors = process.communicate()
+        if process.returncode == 0:
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        with pytest.raises(
-            (ValueError, FileNotFoundError), match=r"prepare\.py|must name a folder"
-        ):
+        assert process.returncode == -signal.SIGKILL, errors
+        with pytest.raises((ValueError, FileNotFoundError), match=r"prepare\.py|must name"):
             open_dataset(out, 32, 0)
-        assert (
-            run(f"data/{name}/prepare.py", *options, "--out", out).returncode == 0
-        )  # no need of --overwrite
-        assert {path.name: text for path, text in contents(out).items()} == {
-            path.name: text for path, text in contents(tmp_path / "whole").items()
-        }
-        shutil.rmtree(out)
-    assert kills >= 3
+        prepare_here(kind, *options, "--out", out)  # no need of --overwrite
+        assert files_in(out) == files_in(whole)
+    assert files >= 3
+
+
+def files_in(folder):
+    return {path.name: content for path, content in contents(folder).items()}
+
+
+def test_ctrl_c_ends_prepare_py_quietly(tmp_path):
+    out = tmp_path / "data"
+    process = Process(prepare_until_signal, signal.SIGINT, 0, "facts", "--people=9", "--out", out)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert contents(out) == {}
 
 
 def test_a_dataset_that_lacks_its_meta_json_is_not_taken_for_one_of_nanogpt(facts, tmp_path):
@@ -109,52 +128,65 @@ def test_a_dataset_that_lacks_its_meta_json_is_not_taken_for_one_of_nanogpt(fact
         Dataset(tmp_path / "data")
 
 
-def test_a_dataset_is_not_replaced_unasked(facts, tmp_path):
-    shutil.copytree(facts, tmp_path / "data")
-    (tmp_path / "text").write_text("One thing after another. " * 400)
-    text = (
-        "data/shakespeare/prepare.py",
-        f"--file={tmp_path / 'text'}",
-        "--out",
-        tmp_path / "data",
-    )
-    for done in (run(*text), prepare("--seed=4", "--out", tmp_path / "data")):
-        assert_refused(done, "holds a dataset already", "--overwrite", "--out")
-    assert [*contents(tmp_path / "data").values()] == [*contents(facts).values()]
-    assert run(*text, "--overwrite").returncode == 0
-    assert (
-        Dataset(tmp_path / "data").vocab_size == 256
-        and not (tmp_path / "data" / "recall.jsonl").exists()
-    )
+def test_a_dataset_is_not_replaced_unasked(facts, tmp_path, capsys):
+    out = tmp_path / "data"
+    shutil.copytree(facts, out)
+    (tmp_path / "text").write_text(TEXT)
+    text = ("shakespeare", f"--file={tmp_path / 'text'}", "--out", out)
+    for command in (text, ("facts", "--people=9", "--seed=4", "--out", out)):
+        with pytest.raises(SystemExit) as ended:
+            prepare_here(*command)
+        words = ("holds a dataset already", "--overwrite", "--out")
+        assert all(word in str(ended.value.code) for word in words)
+    assert files_in(out) == files_in(facts)
+    prepare_here(*text, "--overwrite")
+    assert Dataset(out).vocab_size == 256 and not (out / "recall.jsonl").exists()
 
 
-def test_two_runs_do_not_share_a_folder(facts, tmp_path):
+def test_of_two_prepare_py_at_once_one_makes_the_dataset(tmp_path):
+    out = tmp_path / "both"
+    out.mkdir()
+    command = ["data/facts/prepare.py", "--people=300"]
+    both = [start_program(*command, f"--seed={seed}", "--out", out) for seed in (1, 2)]
+    said = [process.communicate()[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1] and "holds a dataset already" in said[codes.index(1)], said
+    seed = codes.index(0) + 1
+    prepare_here("facts", "--people=300", f"--seed={seed}", "--out", tmp_path / "alone")
+    assert files_in(out) == files_in(tmp_path / "alone")
+
+
+def test_two_runs_do_not_share_a_folder(facts, tmp_path, capsys):
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}"]
-    first = start(sys.executable, "train.py", *options, "--max_iters=100000")
+    first = start_program("train.py", *options, "--max_iters=100000")
     wait_until((tmp_path / "ckpt.pt").exists, first)
     for other in (options, [*options, "--overwrite"], ["--resume", f"--out_dir={tmp_path}"]):
-        assert_refused(run("train.py", *other), f"another process is at work in {tmp_path}")
+        said = refusal(train.main, other, capsys)
+        assert f"another process is at work in {tmp_path}" in said
     first.send_signal(signal.SIGTERM)
-    assert first.communicate(timeout=60) and first.returncode == 128 + signal.SIGTERM
-    iters = [json.loads(line)["iter"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert (
-        iters == list(range(1, len(iters) + 1))
-        and train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] == iters[-1]
-    )
+    first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM
+    iters = [line["iter"] for line in log_of(tmp_path)]
+    assert iters == list(range(1, len(iters) + 1))
+    assert load(tmp_path / "ckpt.pt")["iter"] == iters[-1]
 
 
-def test_a_folder_is_held_before_its_checkpoint_is_read(finished, tmp_path, monkeypatch):
+def test_a_folder_is_locked_before_its_checkpoint_is_read(finished, tmp_path, monkeypatch):
     """Or the run that still writes to it would lose what it saves meanwhile."""
-    order = []
-    shutil.copytree(finished, tmp_path / "out")
-    for name in ("hold", "load_checkpoint"):
-        original = getattr(train, name)
-        monkeypatch.setattr(
-            train, name, lambda *a, f=original, n=name, **k: order.append(n) or f(*a, **k)
-        )
-    with handlers():
-        train.main(["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=5"])
-    assert order[:2] == ["hold", "load_checkpoint"]
+    out = tmp_path / "out"
+    later = tmp_path / "later"
+    shutil.copytree(finished, out)
+    shutil.copytree(finished, later)
+    train_here("--resume", f"--out_dir={later}", "--max_iters=6")
+    lock_folder = train.lock_folder
+
+    def wait_for_the_other(folder):  # which saves once more
+        shutil.copy(later / "ckpt.pt", out)
+        lock_folder(folder)
+
+    monkeypatch.setattr(train, "lock_folder", wait_for_the_other)
+    train_here("--resume", f"--out_dir={out}", "--max_iters=7")
+    assert [line["iter"] for line in log_of(out)] == [1, 2, 3, 4, 7]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(finished, tmp_path, monkeypatch, capsys):
@@ -175,173 +207,173 @@ def test_weights_that_are_no_numbers_are_not_saved(finished, tmp_path, monkeypat
     monkeypatch.setattr(train, "make_optimizers", make_optimizers)
     arguments = ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=9", "--eval_interval=9"]
     said = refusal(train.main, arguments, capsys)
-    assert "largest weight is nan" in said and (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+    assert "largest weight is nan" in said
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
-def test_of_two_prepare_py_at_once_one_makes_the_dataset(tmp_path):
-    program = [sys.executable, "data/facts/prepare.py", "--people=300", "--out", tmp_path / "both"]
-    programs = [[*program[:2], f"--seed={seed}", *program[2:]] for seed in (1, 2)]
-    (tmp_path / "both").mkdir()
-    both = [start(*program) for program in programs]
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1], said
-    winner = programs[[process.returncode for process in both].index(0)]
-    assert start(*winner[:-1], tmp_path / "alone").wait(60) == 0
-    assert [*contents(tmp_path / "both").values()] == [*contents(tmp_path / "alone").values()]
+# --- torchrun ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_and_to_all_its_processes_saves(facts, tmp_path):
     """As a scheduler sends it. Each process gets it twice, the other time from torchrun."""
-    options = [
-        *SMALL,
-        f"--dataset={facts}",
-        f"--out_dir={tmp_path}",
-        "--gradient_accumulation_steps=2",
-        "--max_iters=100000",
-    ]
-    options += [
-        "--eval_interval=100000",
-        "--batch_size=200",
-    ]  # steps long enough for both to arrive in one
-    job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options)
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", *ENDLESS, TWO_STEPS]
+    options.append("--batch_size=200")  # steps long enough for both to arrive in one
+    job = start_torchrun(2, "train.py", *options)
     wait_until(lambda: steps_done(tmp_path) > 1, job)
     for process in (*children(job), job.pid):
         os.kill(process, signal.SIGTERM)
     said, errors = job.communicate(timeout=60)
-    step = train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
-    assert f"Stopped by SIGTERM after step {step}" in said and steps_done(tmp_path) == step, errors
+    step = load(tmp_path / "ckpt.pt")["iter"]
+    assert said.count(f"Stopped by SIGTERM after step {step}") == 1, errors
+    assert steps_done(tmp_path) == step
 
 
-@pytest.mark.parametrize("seconds", [0, 1])
-def test_processes_do_not_outlive_a_torchrun_that_is_killed_early(facts, tmp_path, seconds):
-    """While they import: later, test_sampling_while_a_sharded_run_saves."""
-    options = [
-        *SMALL,
-        f"--dataset={facts}",
-        f"--out_dir={tmp_path}",
-        "--gradient_accumulation_steps=2",
-        "--max_iters=100000",
-    ]
-    job = start(*TORCHRUN, "--nproc_per_node=2", "train.py", *options)
+@pytest.mark.slow
+def test_processes_do_not_outlive_a_torchrun_that_is_killed_early(facts, tmp_path):
+    """While they import: later, the next test."""
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", *ENDLESS, TWO_STEPS]
+    job = start_torchrun(2, "train.py", *options)
     wait_until(lambda: len(children(job)) == 2, job)
-    time.sleep(0.3 + seconds)  # Python has begun
+    time.sleep(0.5)  # Python has begun
     processes = children(job)
     job.kill()
     wait_for_end(processes, 30)
     job.communicate()
 
 
+@pytest.mark.slow
+def test_sampling_while_a_sharded_run_saves(facts, tmp_path, capsys):
+    """The file is replaced by another: a reader has the whole of one of them."""
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--memory_parallel=2"]
+    options += [TWO_STEPS, "--eval_interval=1", "--max_iters=100000"]
+    job = start_torchrun(2, "train.py", *options)
+    wait_until((tmp_path / "ckpt.pt").exists, job)
+    steps = set()
+    while len(steps) < 6 and job.poll() is None:
+        sample.main([f"--out_dir={tmp_path}", "--num_samples=1", "--max_new_tokens=1"])
+        steps.add(load(tmp_path / "ckpt.pt")["iter"])
+    assert len(steps) == 6
+    processes = children(job)
+    job.kill()  # torchrun itself: its processes save and end
+    job.communicate()
+    wait_for_end(processes, 10)
+    assert steps_done(tmp_path) == load(tmp_path / "ckpt.pt")["iter"]
+
+
+# --- full disks, short memory -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """What this process writes beyond it fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_file_that_could_not_be_written(facts, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}", *ENDLESS]
+    with largest_file(1000):
+        said = refusal(train.main, options, capsys)
+    assert f"could not write {out / 'log.jsonl'}" in said and "Start again with --overwrite" in said
+    with largest_file(9000), pytest.raises(SystemExit) as ended:
+        prepare_here("facts", "--people=9", "--out", tmp_path / "data")
+    assert f"{tmp_path / 'data'}/" in ended.value.code and "File too large" in ended.value.code
+
+
+@pytest.mark.parametrize("size", [50_000, 200_000])  # too small for the log, for the checkpoint
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(finished, tmp_path, capsys, size):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "log.jsonl").write_text("#" * 100_000 + "\n")
+    checkpoint = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    before = contents(tmp_path / "out")
+    assert size < len(checkpoint)
+    resume = ["--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=9"]
+    with largest_file(size):
+        said = refusal(train.main, resume, capsys)
+    if size == 50_000:
+        assert f"could not write {tmp_path / 'out' / 'log.jsonl'}" in said
+        assert contents(tmp_path / "out") == before
+    else:
+        assert f"could not write {tmp_path / 'out' / 'ckpt.pt'}" in said
+        assert "continue with --resume" in said
+        assert (tmp_path / "out" / "ckpt.pt").read_bytes() == checkpoint
+        assert len(contents(tmp_path / "out")) == len(before)  # no temporary file
+
+
+def train_in_little_memory(*arguments):
+    """In half a GiB more than there is now."""
+    with open("/proc/self/statm") as f:
+        pages = int(f.read().split()[0])
+    size = pages * resource.getpagesize() + 2**29
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    run_train(*arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_short_names_the_options_to_lower(facts, tmp_path):
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--batch_size=4000"]
+    process = Process(train_in_little_memory, *options)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    words = ("train.py: out of memory", "lower batch_size", "block_size")
+    assert all(word in errors for word in words), errors
+
+
+@pytest.mark.slow
+def test_a_checkout_that_cannot_be_written_to_says_where_facts_can_be_made(tmp_path):
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    with largest_file(10):
+        done = run(tmp_path / "train.py", f"--out_dir={tmp_path / 'out'}")
+    assert_refused(done, "prepare.py: ", "File too large")
+    assert_refused(done, "train.py: ", "data/facts could not be made", "--out FOLDER")
+
+
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_and_memory_that_is_short_are_said_by_name(facts, finished, tmp_path):
-    def limit(kind, size):
-        return lambda: resource.setrlimit(kind, (size, size))
-
-    out = tmp_path / "out"
-    options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}"]
-    done = run(
-        "train.py",
-        *options,
-        "--eval_interval=1000",
-        "--max_iters=1000",
-        preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000),
-    )
-    assert_refused(done, f"could not write {out / 'log.jsonl'}", "Start again with --overwrite")
-    shutil.copytree(finished, tmp_path / "finished")
-    (tmp_path / "finished" / "log.jsonl").write_text(
-        "#" * 100_000 + "\n"
-    )  # longer than what PyTorch 2.9 writes to /tmp
-    before = contents(tmp_path / "finished")
-    resume = ["--resume", f"--out_dir={tmp_path / 'finished'}", "--max_iters=9"]
-    done = run("train.py", *resume, preexec_fn=limit(resource.RLIMIT_FSIZE, 50_000))
-    assert_refused(done, f"{tmp_path / 'finished' / 'log.jsonl'}")
-    assert contents(tmp_path / "finished") == before
-    done = prepare("--out", tmp_path / "data", preexec_fn=limit(resource.RLIMIT_FSIZE, 9000))
-    assert_refused(done, "prepare.py: ", f"{tmp_path / 'data'}/", "File too large")
-    shutil.rmtree(out)
-    done = run(
-        "train.py", *options, "--batch_size=40000", preexec_fn=limit(resource.RLIMIT_AS, 5 * 2**30)
-    )
-    assert_refused(done, "out of memory", "lower batch_size", "block_size")
-
-
-def test_a_checkout_that_cannot_be_written_to_says_where_facts_can_be_made(tmp_path):
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    limits = resource.RLIMIT_FSIZE, (10, 10)
-    done = run(
-        tmp_path / "train.py",
-        f"--out_dir={tmp_path / 'out'}",
-        preexec_fn=lambda: resource.setrlimit(*limits),
-    )
-    assert_refused(
-        done,
-        "prepare.py: ",
-        "File too large",
-        "train.py: ",
-        "data/facts could not be made",
-        "--out FOLDER",
-    )
-
-
-def test_ctrl_c_ends_prepare_py_quietly(tmp_path):
-    process = start(
-        sys.executable, "data/facts/prepare.py", "--people=2000", "--out", tmp_path / "data"
-    )
-    assert "biographies" in process.stderr.read(60)
-    process.send_signal(signal.SIGINT)
-    assert (
-        "Traceback" not in process.communicate(timeout=20)[1]
-        and process.returncode == 130
-        and not (tmp_path / "data").exists()
-    )
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
-        "train.py OPTIONS >/dev/full 2>&-",
-        "train.py OPTIONS 2>/dev/full | true",
-        "-I train.py OPTIONS >&- <&-",
+        "-I train.py OPTIONS >&- <&- 2>/dev/full",
+        "train.py OPTIONS 2>&- | true",
         "-I sample.py --out_dir=RUN --max_new_tokens=9 --num_samples=1 2>&- >NAME.txt",
-        "-I bench/kernels.py --only=checks --device=cpu >NAME.txt",
         "data/facts/prepare.py --people=9 --out OUT 2>&- >/dev/full",
     ],
 )
 def test_closed_and_full_streams_and_a_strict_path_end_nothing(facts, finished, tmp_path, command):
     options = " ".join([*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"])
-    command = (
-        command.replace("OPTIONS", options)
-        .replace("RUN", str(finished))
-        .replace("OUT", str(tmp_path / "data"))
-    )
-    command = f"set -o pipefail; {sys.executable} {command.replace('NAME', str(tmp_path / 'said'))}"
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    words = {
+        "OPTIONS": options,
+        "RUN": finished,
+        "OUT": tmp_path / "data",
+        "NAME": tmp_path / "said",
+    }
+    for word, value in words.items():
+        command = command.replace(word, str(value))
     done = subprocess.run(
-        ["bash", "-c", command],
+        ["bash", "-c", f"set -o pipefail; {sys.executable} {command}"],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
-    assert (
-        done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     if "train.py" in command:
-        assert (
-            train.load_checkpoint(tmp_path / "out" / "ckpt.pt")["iter"] == 4
-            and steps_done(tmp_path / "out") == 4
-        )
+        assert load(tmp_path / "out" / "ckpt.pt")["iter"] == 4
+        assert steps_done(tmp_path / "out") == 4
     elif "prepare.py" in command:
         assert Dataset(tmp_path / "data").questions()
     else:
@@ -349,40 +381,7 @@ def test_closed_and_full_streams_and_a_strict_path_end_nothing(facts, finished, 
 
 
 def test_a_sample_that_cannot_be_printed_is_an_error(finished):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "sample.py", f"--out_dir={finished}"],
-            cwd=ROOT,
-            stdout=full,
-            stderr=-1,
-            text=True,
-        )
-    assert_refused(done, "sample.py: standard output", "No space left")
-    assert "Exception" not in done.stderr
-
-
-def test_sampling_while_a_sharded_run_saves(facts, tmp_path):
-    """The file is replaced by another: a reader has the whole of one of them."""
-    options = [
-        *SMALL,
-        f"--dataset={facts}",
-        f"--out_dir={tmp_path}",
-        "--memory_parallel=2",
-        "--gradient_accumulation_steps=2",
-    ]
-    job = start(
-        *TORCHRUN,
-        "--nproc_per_node=2",
-        "train.py",
-        *options,
-        "--eval_interval=1",
-        "--max_iters=100000",
-    )
-    wait_until((tmp_path / "ckpt.pt").exists, job)
-    steps = {train.load_checkpoint(tmp_path / "ckpt.pt")["iter"] for _ in range(150)}
-    assert len(steps) > 8
-    processes = children(job)
-    job.kill()  # torchrun itself: its processes save and end
-    job.communicate()
-    wait_for_end(processes, 10)
-    assert steps_done(tmp_path) == train.load_checkpoint(tmp_path / "ckpt.pt")["iter"]
+    process = start_program("sample.py", f"--out_dir={finished}", stdout="/dev/full")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors and "Exception" not in errors
+    assert "sample.py: standard output" in errors and "No space left" in errors

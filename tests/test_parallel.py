@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import signal
-import subprocess
 import time
 
 import pytest
@@ -15,9 +14,7 @@ from torch import nn
 
 import train
 from helpers import (
-    ROOT,
     SYSTEMS,
-    TORCHRUN,
     load,
     log_of,
     prepare,
@@ -26,7 +23,7 @@ from helpers import (
 )
 from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
-from processes import run_program, run_train, start_program, start_ranks
+from processes import run_program, run_train, start_program, start_ranks, start_torchrun
 from runtime.sharded_pool import ShardedPool
 
 # Two layers read one table; four micro-steps a step, of 64 tokens each. The learning rate is still
@@ -392,10 +389,10 @@ def test_wrong_input_is_said_once_and_by_name(options, tmp_path, wrong, words):
 def test_torchrun_shows_wrong_input_once(options, tmp_path):
     out = tmp_path / "out"
     wrong, words = WRONG[0]
-    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *options, f"--out_dir={out}", *wrong]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0
-    assert_said_once(done.stderr, words, out)
+    torchrun = start_torchrun(2, "train.py", *options, f"--out_dir={out}", *wrong)
+    codes, _, errors = ends_of([torchrun])
+    assert codes == [1]
+    assert_said_once(errors, words, out)
 
 
 def train_slow_rank_0(*arguments):
