@@ -52,7 +52,7 @@ def fewer_background_windows():
 def new(tmp_path_factory):
     """A dataset of five other people."""
     folder = tmp_path_factory.mktemp("data") / "new"
-    prepare_here("facts", "--people=9", "--biographies=20", "--new=5", "--out", folder)
+    prepare_here("facts", "--people=9", "--biographies=9", "--new=5", "--out", folder)
     return folder
 
 
@@ -191,7 +191,9 @@ def test_the_slots_with_the_best_scores_are_chosen(finished, facts, new, by, tmp
 # --- what an update changes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
+@pytest.mark.parametrize(
+    "system", ["memory", "peer", pytest.param("ultramem", marks=pytest.mark.slow)]
+)
 def test_only_the_chosen_rows_change_and_the_delta_is_them(system, facts, new, tmp_path, finished):
     base = finished
     rows_of_a_slot = 1
@@ -359,6 +361,7 @@ def test_a_delta_that_is_none_is_refused_and_the_message_names_it(
     assert f"belongs to {names[0]}, not to {names[1]}" in said
 
 
+@pytest.mark.slow
 def test_a_killed_update_leaves_no_delta(finished, new, tmp_path, capsys):
     files = contents(finished)
     arguments = [*UPDATE.split(), f"--init_from={finished}", f"--dataset={new}"]

@@ -398,13 +398,13 @@ def test_torchrun_shows_wrong_input_once(options, tmp_path):
 def train_slow_rank_0(*arguments):
     """Rank 0 is late: torchrun could end it before it has said what is wrong."""
     if os.environ["RANK"] == "0":
-        time.sleep(1)
+        time.sleep(0.4)
     run_program("train.py", *arguments)
 
 
-@pytest.mark.parametrize("wrong, words", [WRONG[4], WRONG[5]])
-def test_wrong_input_is_said_even_if_rank_0_is_late(options, tmp_path, wrong, words):
+def test_a_wrong_option_is_said_even_if_rank_0_is_late(options, tmp_path):
     out = tmp_path / "out"
+    wrong, words = WRONG[4]
     arguments = [*options, f"--out_dir={out}", *wrong]
     assert_said_once(end_like_torchrun(start_ranks(2, train_slow_rank_0, *arguments)), words, out)
 
