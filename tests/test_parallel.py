@@ -331,7 +331,7 @@ def test_a_killed_rank_ends_the_others_with_a_message_and_the_run_goes_on(option
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(options, tmp_path):
-    endless = ["--timeout=3", "--max_iters=100000", "--eval_interval=100000"]
+    endless = ["--timeout=4", "--max_iters=100000", "--eval_interval=100000"]
     processes = start_training(2, *options, *endless, f"--out_dir={tmp_path}")
     wait_for_step(tmp_path, 2, processes)
     processes[1].send_signal(signal.SIGSTOP)
