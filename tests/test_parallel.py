@@ -285,7 +285,7 @@ def train_compiled(*arguments):
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_on_several_ranks_as_alone(options, tmp_path):
-    options = [*options, "--max_iters=3", "--eval_interval=2"]
+    options = [*options, "--n_layer=1", "--mem_layers=0", "--max_iters=3", "--eval_interval=2"]
     one = tmp_path / "one"
     two = tmp_path / "two"
     train_here(*options, f"--out_dir={one}")
