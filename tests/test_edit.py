@@ -445,6 +445,7 @@ def test_what_goes_with_an_earlier_run_must_name_it(facts, new, capsys):
     assert "init_from=" in refusal(train.main, options, capsys)
     assert "init_from=" in refusal(update.main, [f"--dataset={new}"], capsys)
     assert "dataset=" in refusal(update.main, [f"--init_from={facts}"], capsys)
+    assert "--recall" in refusal(sample.main, [f"--dataset={new}"], capsys)
 
 
 def test_a_model_without_a_memory_is_refused(dense, new, tmp_path, capsys):

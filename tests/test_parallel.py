@@ -409,6 +409,11 @@ def test_a_wrong_option_is_said_even_if_rank_0_is_late(options, tmp_path):
     assert_said_once(end_like_torchrun(start_ranks(2, train_slow_rank_0, *arguments)), words, out)
 
 
+def test_help_is_shown_once():
+    codes, said, _ = ends_of(start_training(2, "--help"))
+    assert codes == [0, 0] and said.count("usage:") == 1
+
+
 def test_missing_rendezvous_variables_are_named_once(options, tmp_path):
     variables = ("MASTER_ADDR", "MASTER_PORT")
     arguments = ["train.py", *options, f"--out_dir={tmp_path / 'out'}"]
