@@ -29,6 +29,8 @@ class Process:
         self.stdout = Path(stdout or f"{self.folder.name}/stdout")
         self.stderr = Path(self.folder.name, "stderr")
         paths = (self.stdout, self.stderr)
+        for path in paths:
+            path.touch()  # it may be killed before it has begun
         work = (function, arguments, environment or {}, paths)
         self.process = SERVER.Process(target=begin, args=work)
         self.process.daemon = True  # it ends with the tests
