@@ -85,6 +85,7 @@ def train(model, optimizers, seeds):
     return losses
 
 
+@pytest.mark.slow
 def test_it_learns_a_table_of_576_entries_by_heart():
     model = make(slots=32**2, topk=8)
     model_without = make(slots=32**2, topk=8)
@@ -381,6 +382,7 @@ def test_frozen_values_need_no_optimizer():
     assert model.memory[0].keys.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_in_one_graph():
     model, tokens, gradients = make(), torch.randint(V, (3, T)), []
     model.pool.collect_gradients()
@@ -423,6 +425,7 @@ assert y.shape == x.shape and y.isfinite().all() and pool.values.shape == (65536
 """
 
 
+@pytest.mark.slow
 def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
     for name in ("memory.py", "kernels.py"):
         shutil.copy(ROOT / name, tmp_path)
