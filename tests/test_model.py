@@ -174,9 +174,6 @@ SHALLOW = {
     "peer": shallow(PEER, 1, (0,)),
     "ultramem": shallow(ULTRAMEM, 2, (0,)),
 }
-COMPILED = [  # one of them is fast
-    pytest.param(name, marks=pytest.mark.slow if name != "memory" else ()) for name in SHALLOW
-]
 
 
 def as_is_and_compiled(model, fullgraph=True):
@@ -185,7 +182,8 @@ def as_is_and_compiled(model, fullgraph=True):
     return model, torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHALLOW)
 def test_torch_compile_changes_nothing_and_has_one_graph(name):
     """Two micro-steps: gradients add up."""
     model, idx, targets = collecting(make(SHALLOW[name])), tokens(2, 24), tokens(2, 24, 1)
