@@ -15,7 +15,7 @@ from memory import ValuePool
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WIDTHS = (1, 24, 64, 80, 96, 200)
+WIDTHS = (1, 24, 64, 80, 200)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this platform")
@@ -28,7 +28,7 @@ def path(request, monkeypatch):
     return request.param
 
 
-def problem(n=29, k=11, S=53, D=64, dtype=torch.float32, index_dtype=torch.int64, seed=0):
+def problem(n=12, k=11, S=33, D=64, dtype=torch.float32, index_dtype=torch.int64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(S, D, generator=generator)
     indices = torch.randint(S - 9, (n, k), generator=generator)  # the last nine rows are never read
@@ -89,38 +89,43 @@ def test_lookup_is_exact_in_float64():
 
 
 def test_gradient_of_values_is_coalesced_and_holds_only_touched_rows(path):
-    values, indices, weights, grad = problem(S=1000)
+    values, indices, weights, grad = problem(n=6, S=1000)
     _, sparse, _ = run(values, indices, weights, grad)
     assert sparse.is_sparse and sparse.is_coalesced()
     assert torch.equal(sparse.indices()[0], indices.unique())  # sorted, each once
     assert sparse.values().shape == (indices.unique().numel(), values.size(1))
 
 
-@pytest.mark.slow
-def test_rows_that_very_many_pairs_read_are_cut_into_pieces(path, monkeypatch):
-    """Row 3 is read by about 700 pairs, row 7 by exactly PIECE and row 8 by one more; a whole bag reads one row."""
-    values, indices, weights, grad = problem(n=60, k=20, S=18, D=24)
-    indices[:] = torch.arange(1200, device=DEVICE).view(60, 20) % 6
-    indices.view(-1)[: 2 * kernels.PIECE + 1] = 7
-    indices.view(-1)[kernels.PIECE : 2 * kernels.PIECE + 1] = 8
-    indices.view(-1)[500:] = 3
+def assert_equals_brute_force(inputs):
+    got = run(*inputs)
+    for a, b in zip(got, brute_force(*inputs), strict=True):
+        assert_near(a.to_dense(), b, 1e-5)
+    return got
+
+
+def test_rows_that_very_many_pairs_read_are_cut_into_pieces(path):
+    """Row 7 is read by exactly PIECE pairs, row 8 by one more, row 3 by more than two pieces, also by whole bags."""
+    values, indices, weights, grad = problem(n=30, k=20, S=18, D=24)
+    end = 2 * kernels.PIECE + 1
+    indices.view(-1)[: kernels.PIECE] = 7
+    indices.view(-1)[kernels.PIECE : end] = 8
+    indices.view(-1)[end:] = 3
+    indices.view(-1)[end : end + 6] = torch.arange(6, device=DEVICE)
     counts = indices.flatten().bincount(minlength=18)
-    assert counts[7] == kernels.PIECE and counts[8] == kernels.PIECE + 1 and counts[3] >= 700
-    first = run(values, indices, weights, grad)
-    for got, want in zip(first, brute_force(values, indices, weights, grad), strict=True):
-        assert_near(got.to_dense(), want, 1e-5)
-    for a, b in zip(first, run(values, indices, weights, grad), strict=True):
+    assert counts[7] == kernels.PIECE and counts[8] == kernels.PIECE + 1
+    assert 2 * kernels.PIECE < counts[3] < 3 * kernels.PIECE
+    assert_equals_brute_force((values, indices, weights, grad))
+
+
+def test_the_gradients_of_very_many_pieces_are_added_in_the_same_order_each_time(path, monkeypatch):
+    """All pairs read one row."""
+    values, indices, weights, grad = problem(D=24)
+    inputs = (values, torch.zeros_like(indices), weights, grad)
+    assert_equals_brute_force(inputs)
+    monkeypatch.setattr(kernels, "PIECE", 3)  # a sum of 44 pieces
+    first = assert_equals_brute_force(inputs)
+    for a, b in zip(first, run(*inputs), strict=True):
         assert torch.equal(a.to_dense(), b.to_dense())
-    one = torch.zeros_like(indices)  # all of them read one row
-    for got, want in zip(
-        run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True
-    ):
-        assert_near(got.to_dense(), want, 1e-5)
-    monkeypatch.setattr(kernels, "PIECE", 3)  # a sum of 400 pieces
-    for got, want in zip(
-        run(values, one, weights, grad), brute_force(values, one, weights, grad), strict=True
-    ):
-        assert_near(got.to_dense(), want, 1e-5)
 
 
 def test_nothing_of_the_tables_size_is_made_on_the_way_back():
@@ -137,14 +142,15 @@ def test_nothing_of_the_tables_size_is_made_on_the_way_back():
     assert 0 < allocated[1] < 1.01 * allocated[0]
 
 
-def test_gradients_that_are_collected_are_the_sum_of_the_sparse_ones(path):
+def test_gradients_that_are_collected_are_the_sum_of_the_sparse_ones(path, monkeypatch):
     """Three lookups in one table, of which two read a row that is cut into pieces: what the table of gradients gets, and which rows are marked."""
+    monkeypatch.setattr(kernels, "PIECE", 16)
     for dtype in (torch.float32, torch.bfloat16):
-        problems = [list(problem(n=24, D=40, dtype=dtype, seed=seed)) for seed in range(3)]
+        problems = [list(problem(n=5, D=40, dtype=dtype, seed=seed)) for seed in range(3)]
         values, wants, results = problems[0][0], [], []
         for number, (_, indices, weights, grad) in enumerate(problems):
             if number < 2:
-                indices[2:16] = 31  # 154 pairs
+                indices[2:4] = 21  # 22 pairs
             wants.append(brute_force(values, indices, weights, grad))
         for _ in range(2):
             leaf = values.clone().requires_grad_()
@@ -201,7 +207,8 @@ def test_slots_out_of_range_are_named_in_debug_mode(path, monkeypatch):
 
 
 def test_same_bits_every_time(path):
-    inputs = list(problem(n=64, k=32, S=40, D=96))
+    n = 64 if DEVICE.type == "cuda" else 4  # the interpreter takes one program at a time
+    inputs = list(problem(n=n, k=32, S=40, D=96))
     first, second = run(*inputs), run(*inputs)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.to_dense(), b.to_dense())
@@ -418,10 +425,10 @@ def test_sparse_adam_of_pytorch_takes_the_gradient_of_a_lookup_alone():
 @pytest.mark.parametrize("collect", [False, True])
 def test_rows_of_weight_0_add_nothing_and_their_weights_have_a_gradient(path, collect):
     """UltraMem reads a part of the rows of each token that way. Whole bags, and rows that are cut into pieces, have weight 0."""
-    values, indices, weights, grad = problem(n=40, k=20, S=33, D=24)
-    weights[torch.rand(40, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.75] = 0
+    values, indices, weights, grad = problem(n=20, k=20, S=33, D=24)
+    weights[torch.rand(20, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.75] = 0
     weights[3] = 0
-    indices[10:25] = 4  # 300 pairs
+    indices[10:18] = 4  # 160 pairs
     want = brute_force(values, indices, weights, grad)
     if not collect:
         got = run(values, indices, weights, grad)

@@ -67,7 +67,7 @@ def test_topk_indices_equals_torch_topk():
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 @pytest.mark.parametrize(
     "n, H, N, K",
-    [(7, 2, 24, 5), (3, 1, 128, 16), (2, 3, 33, 32), (2, 1, 7, 1), (1, 1, 1, 1), (0, 2, 8, 4)],
+    [(2, 2, 24, 5), (1, 1, 128, 16), (1, 2, 33, 32), (2, 1, 7, 1), (1, 1, 1, 1), (0, 2, 8, 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
@@ -91,7 +91,7 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
 def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     """Bits of floats as integers: signs, exponents, zeros, rows in which all scores are equal; half of the columns are padding."""
     monkeypatch.setattr(memory, "uses_triton", lambda scores: True)
-    s = scores(2, 1, 8, 33) * 10 ** (3 * scores(2, 1, 8, 33, seed=1))
+    s = scores(2, 1, 5, 33) * 10 ** (3 * scores(2, 1, 5, 33, seed=1))
     s[:, :, 0], s[:, :, 1], s[:, :, 2] = 0.0, -5.0, -s[:, :, 2].abs()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = s.to(DEVICE, dtype)
@@ -148,24 +148,24 @@ def brute_force_layer(x, p, config):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layer_and_every_gradient_equal_float64_brute_force(config, dtype):
+    config = replace(config, mem_keys=6)
     torch.manual_seed(0)
     model = GPT(config)
-    with (
-        torch.no_grad()
-    ):  # norm weights that are not 1, so that a norm without them would be noticed
+    # norm weights that are not 1, so that a norm without them would be noticed
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     layer, pool = model.blocks[1].ffn.to(dtype), model.pool.to(dtype)
     pool.collect_gradients()
-    x = torch.randn(2, 3, config.n_embd, dtype=dtype, requires_grad=True)
-    grad = torch.randn(2, 3, config.n_embd, dtype=dtype)
+    x = torch.randn(2, 2, config.n_embd, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 2, config.n_embd, dtype=dtype)
 
     names = {f"{name.removesuffix('.weight')}": p for name, p in layer.named_parameters()} | {
         "values": pool.values
     }
     exact = {name: p.detach().double().requires_grad_() for name, p in names.items()}
     exact_x = x.detach().double().requires_grad_()
-    want = brute_force_layer(exact_x.view(6, -1), exact, config).view(2, 3, -1)
+    want = brute_force_layer(exact_x.view(4, -1), exact, config).view(2, 2, -1)
     want.backward(grad.double())
     got = layer(x, pool)
     got.backward(grad)

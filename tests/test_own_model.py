@@ -382,6 +382,7 @@ def test_frozen_values_need_no_optimizer():
     assert model.memory[0].keys.grad.norm() > 0
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_in_one_graph():
     model, tokens, gradients = make(), torch.randint(V, (3, T)), []
     model.pool.collect_gradients()

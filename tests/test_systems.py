@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -562,50 +563,62 @@ def eight(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["pkm", "moe", "peer", "ultramem"])
 def test_each_system_learns_the_facts_of_8_people(eight, tmp_path, system):
+    """Who ignores the name in a question is right one time in eight."""
     options = (
         "--n_layer=2 --n_embd=48 --n_ffn=64 --block_size=64 --mem_keys=16 --mem_topk=4 --mem_layers=0 "
-        "--max_iters=300 --eval_interval=300 --eval_iters=1 --learning_rate=8e-3 --device=cpu"
+        "--max_iters=180 --eval_interval=180 --eval_iters=1 --warmup_iters=20 --learning_rate=8e-3 --device=cpu"
     ).split()
     folders = (f"--dataset={eight}", f"--out_dir={tmp_path}")
     train_here(f"--preset=facts-{system}", *folders, *options)
-    assert log_of(tmp_path)[-1]["recall"] > 0.8
+    assert log_of(tmp_path)[-1]["recall"] > 0.6
 
 
-FAMILIES = ("facts", "shakespeare", "gpt2", "gpt2-small")
-RIVALS = ("dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+SYSTEMS = ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+VOCABULARIES = {"facts": 1712, "shakespeare": 256, "gpt2": 50257, "gpt2-small": 50257}
+FLOPS = {  # of a token, with each of SYSTEMS, beside the family's memory preset. A width that changes by 8 changes them.
+    "facts": (1, 0.987, 1.999, 0.996, 0.991, 0.994, 0.989),
+    "shakespeare": (1, 1.030, 1.997, 1.018, 0.983, 0.982, 1.002),
+    "gpt2": (1, 1.016, 2.001, 1.017, 1.001, 0.985, 1.000),
+    "gpt2-small": (1, 1.018, 2.001, 1.018, 0.999, 0.976, 0.999),
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def preset(family, system):
+    """-> its TrainConfig and GPTConfig"""
+    options = {**PRESETS[f"{family}-{system}"], "vocab_size": VOCABULARIES[family]}
+    return make_configs(options, TrainConfig, GPTConfig)
+
+
+@pytest.mark.parametrize("family", VOCABULARIES)
 def test_presets_of_a_family_have_equal_flops_and_parameters(family):
-    def counts(system):
-        vocab_size = {"facts": 1712, "shakespeare": 256}.get(family, 50257)
-        options = PRESETS[f"{family}-{system}"] | {"vocab_size": vocab_size}
-        config = make_configs(options, TrainConfig, GPTConfig)[1]
+    flops, parameters = [], []
+    for system in SYSTEMS:
+        config = preset(family, system)[1]
         with torch.device("meta"):
-            model = GPT(config)
-        flops = sum(model.flops_per_token(config.block_size).values())
-        return flops, sum(model.parameter_counts().values())
-
-    flops, parameters = counts("memory")
-    for system in RIVALS:
-        got = counts(system)
-        assert got[0] / flops == pytest.approx(2 if system == "dense2x" else 1, rel=0.03), system
-        if "dense" not in system:
-            assert got[1] / parameters == pytest.approx(1, rel=0.05), system
+            model = GPT(config, initialize=False)
+        flops.append(sum(model.flops_per_token(config.block_size).values()))
+        parameters.append(sum(model.parameter_counts().values()))
+    flops, parameters = np.array(flops) / flops[0], np.array(parameters) / parameters[0]
+    assert flops.tolist() == pytest.approx(FLOPS[family], abs=6e-4)
+    assert flops.tolist() == pytest.approx([1, 1, 2, 1, 1, 1, 1], rel=0.03)
+    assert parameters[3:].tolist() == pytest.approx([1] * 4, rel=0.05)
 
 
-def test_presets_of_a_family_see_the_same_data_in_the_same_steps():
-    """The memory's options and rate, and the width of the networks beside it, are what may differ."""
-    assert set(PRESETS) == {
-        f"{family}-{system}" for family in FAMILIES for system in ("memory", *RIVALS)
-    }
-    for family in FAMILIES:
-        for system in RIVALS:
-            one, other = PRESETS[f"{family}-memory"], PRESETS[f"{family}-{system}"]
-            differ = {name for name in one | other if one.get(name) != other.get(name)}
-            assert all(
-                name.startswith(("mem_", "moe_")) or name in ("system", "n_ffn") for name in differ
-            )
+@pytest.mark.parametrize("family", VOCABULARIES)
+def test_presets_of_a_family_have_the_same_data_steps_and_size(family):
+    """Only the options of the system and its values, and the width of the network beside it, differ."""
+    rates = {"mem_learning_rate": 1.0, "mem_decay": 0.0}
+    shape = ("n_layer", "n_head", "n_embd", "block_size")
+    train_config, model_config = preset(family, "memory")
+    for system in SYSTEMS:
+        other, other_model = preset(family, system)
+        assert replace(other, **rates) == replace(train_config, **rates), system
+        for name in shape:
+            assert getattr(other_model, name) == getattr(model_config, name), (system, name)
+
+
+def test_each_family_has_a_preset_of_each_system():
+    assert set(PRESETS) == {f"{family}-{system}" for family in VOCABULARIES for system in SYSTEMS}
 
 
 class WideGate(MemoryPlus):
