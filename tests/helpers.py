@@ -1,6 +1,7 @@
 """What the tests of programs share: real processes, small models, folders to compare."""
 
 import contextlib
+import importlib
 import json
 import signal
 import subprocess
@@ -56,6 +57,12 @@ def load(path):
 
 def prepare(*arguments, **options):
     return run("data/facts/prepare.py", "--people=9", "--biographies=20", *arguments, **options)
+
+
+def prepare_here(kind, *arguments):
+    """prepare.py of a dataset, in this process."""
+    module = importlib.import_module(f"data.{kind}.prepare")
+    module.main([str(argument) for argument in arguments])
 
 
 def assert_refused(done, *words):

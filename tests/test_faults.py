@@ -1,7 +1,6 @@
 """Nothing lost, nobody surprised: what runs, folders and programs do when disks, signals, files and people are unkind."""
 
 import contextlib
-import importlib
 import os
 import resource
 import shutil
@@ -23,6 +22,7 @@ from helpers import (
     contents,
     load,
     log_of,
+    prepare_here,
     refusal,
     run,
     steps_done,
@@ -35,12 +35,6 @@ from processes import Process, run_train, start_program, start_torchrun
 TEXT = "One thing after another. " * 400
 ENDLESS = ["--max_iters=100000", "--eval_interval=100000"]
 TWO_STEPS = "--gradient_accumulation_steps=2"  # one for each rank
-
-
-def prepare_here(kind, *arguments):
-    """prepare.py of a dataset, in this process."""
-    module = importlib.import_module(f"data.{kind}.prepare")
-    module.main([str(argument) for argument in arguments])
 
 
 # --- what could be lost -----------------------------------------------------------------------------------------------
