@@ -138,7 +138,6 @@ OPTIONS_OF_RUNS = [
     (edited(train_config=None), "ckpt.pt"),
     (inside("train_config", lambda config: config.update(dataset=5)), "dataset=5"),
     (inside("train_config", lambda config: config.update(learning_rate=[])), "learning_rate=[]"),
-    (edited(format="nanomem-3"), "its format is 'nanomem-3'"),
 ]
 RESUMED = [
     (edited(optimizers=[]), "ckpt.pt"),
@@ -226,7 +225,6 @@ SAMPLED = [
     (edited(), [f"--start=FILE:{torch.__file__[:-11]}/lib/libtorch.so"], "libtorch.so"),
     (edited(), ["--recall", "--device=hpu"], "device=hpu"),
     (edited(train_config={"dataset": 5}), ["--recall"], "names no dataset"),
-    (edited(format="nanomem-3"), [], "its format is 'nanomem-3'"),
 ]
 ENVIRONMENTS = [
     ({"RANK": "abc"}, "RANK"),

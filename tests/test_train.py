@@ -14,6 +14,7 @@ from torch.cuda._utils import _get_device_index
 
 import sample
 import train
+from edit import update
 from helpers import (
     SMALL,
     SYSTEMS,
@@ -47,14 +48,6 @@ def resume(out, *options):
     train_here("--resume", f"--out_dir={out}", *options)
 
 
-@pytest.fixture(scope="module")
-def whole(facts, tmp_path_factory):
-    """A run of 12 steps that was left alone."""
-    out = tmp_path_factory.mktemp("run") / "whole"
-    train_small(facts, out, *STEPS)
-    return out
-
-
 def start_training(facts, out):
     """A process that trains until it gets a signal."""
     return start_program("train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}", *ENDLESS)
@@ -79,7 +72,7 @@ def test_resume_after_a_kill_is_bitwise_identical(facts, tmp_path):
     process.communicate()
     assert load(out / "ckpt.pt")["iter"] % 5 == 0
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"iter": 24, "lo')  # as if the kill had come in the middle of a line
+        log.write('{"it')  # as if the kill had come in the middle of a line
     assert_goes_on_as_if_nothing_had_happened(facts, out, tmp_path)
 
 
@@ -312,16 +305,16 @@ def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(
 # --- what a run reports -----------------------------------------------------------------------------------------------
 
 
-def test_the_log_says_what_happened(whole):
-    log = log_of(whole)
+def test_the_log_says_what_happened(facts, tmp_path):
+    train_small(facts, tmp_path, *STEPS)
+    log = log_of(tmp_path)
     assert [line["iter"] for line in log] == list(range(1, 13))
     evaluations = [line for line in log if "val_loss" in line]
     assert [line["iter"] for line in evaluations] == [5, 10, 12]
     names = {"train_loss", "val_loss", "recall", "mem_used", "mem_kl", "mem_top1"}
     assert names <= evaluations[-1].keys()
-    assert (
-        evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 8.0
-    )  # log(1712) + 0.5: logits of spread 1
+    first, *_, last = [line["val_loss"] for line in evaluations]
+    assert last < first < 8.0  # log(1712) + 0.5: logits of spread 1
 
 
 @pytest.mark.slow
@@ -559,6 +552,27 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
     assert not (tmp_path / "executed").exists()
     said = refusal(sample.main, [f"--out_dir={tmp_path / 'nowhere'}"], capsys)
     assert "no checkpoint" in said and "nowhere" in said
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_by_name(facts, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "old")
+    path = tmp_path / "old" / "ckpt.pt"
+    checkpoint = load(path)
+    checkpoint["format"] = "nanomem-3"
+    torch.save(checkpoint, path)
+    before = contents(tmp_path)
+    old = path.parent
+    new = [f"--init_from={old}", f"--dataset={facts}", f"--out_dir={tmp_path / 'new'}"]
+    for main, options in (
+        (train.main, ["--resume", f"--out_dir={old}", "--max_iters=8"]),
+        (train.main, new),
+        (sample.main, [f"--out_dir={old}"]),
+        (update.main, new),
+    ):
+        said = refusal(main, options, capsys)
+        assert str(path) in said and "not a checkpoint of this version" in said
+        assert "its format is 'nanomem-3'" in said and said.count("\n") == 1
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
