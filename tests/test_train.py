@@ -1,13 +1,11 @@
 """Training and sampling as a user runs them: real processes, real folders, kills, full disks and wrong input."""
 
+import os
 import pickle
 import re
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,29 +14,30 @@ from torch.cuda._utils import _get_device_index
 
 import sample
 import train
+from edit import update
 from helpers import (
-    ROOT,
     SMALL,
     SYSTEMS,
-    assert_refused,
     assert_same_checkpoint,
     contents,
     load,
     log_of,
     prepare,
+    prepare_here,
     refusal,
-    run,
-    start,
     steps_done,
     train_here,
     wait_until,
 )
 from memory import ValuePool
 from model import GPT, GPTConfig
-from runtime.checkpoint import read_checkpoint
+from processes import Process, run_program, run_train, start_program
+from runtime.checkpoint import read_checkpoint, save_tensors
 from runtime.device import check_memory, choose_device
 
 STEPS = "--max_iters=12 --eval_interval=5 --gradient_accumulation_steps=2".split()
+# Its learning rate does not depend on max_iters: any number of its steps is a run of its own.
+ENDLESS = "--max_iters=1000000 --eval_interval=5 --learning_rate=1e-3 --min_lr=1e-3".split()
 
 
 def train_small(data, out, *options):
@@ -49,38 +48,46 @@ def resume(out, *options):
     train_here("--resume", f"--out_dir={out}", *options)
 
 
-@pytest.fixture(scope="module")
-def whole(facts, tmp_path_factory):
-    """A run of 12 steps that was left alone."""
-    out = tmp_path_factory.mktemp("run") / "whole"
-    train_small(facts, out, *STEPS)
-    return out
+def start_training(facts, out):
+    """A process that trains until it gets a signal."""
+    return start_program("train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}", *ENDLESS)
 
 
-def begin(facts, out, *options):
-    """A process that trains, and waits after each step for a moment in which it can be killed."""
-    return start(
-        sys.executable, "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={out}", *options
-    )
+def assert_goes_on_as_if_nothing_had_happened(facts, out, folder):
+    """The run in out, of ENDLESS: it is resumed, and compared to one that was left alone."""
+    steps = load(out / "ckpt.pt")["iter"] + 3
+    resume(out, f"--max_iters={steps}")
+    train_small(facts, folder / "alone", *ENDLESS, f"--max_iters={steps}")
+    assert_same_checkpoint(folder / "alone", out)
 
 
 # --- runs that end early ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_from_its_checkpoint_with_a_whole_log(facts, tmp_path):
-    process = begin(facts, tmp_path, *STEPS, "--max_iters=1000000")
-    wait_until((tmp_path / "ckpt.pt").exists, process)
+def test_resume_after_a_kill_is_bitwise_identical(facts, tmp_path):
+    out = tmp_path / "out"
+    process = start_training(facts, out)
+    wait_until((out / "ckpt.pt").exists, process)
     process.kill()
     process.communicate()
-    killed_at = load(tmp_path / "ckpt.pt")["iter"]
-    assert killed_at % 5 == 0
-    log_before = log_of(tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"iter": 24, "lo')  # as if the kill had come in the middle of a line
-    resume(tmp_path, f"--max_iters={killed_at + 3}")
-    assert [line["iter"] for line in log_of(tmp_path)] == list(range(1, killed_at + 4))
-    assert log_of(tmp_path)[: killed_at - 1] == log_before[: killed_at - 1]
+    assert load(out / "ckpt.pt")["iter"] % 5 == 0
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"it')  # as if the kill had come in the middle of a line
+    assert_goes_on_as_if_nothing_had_happened(facts, out, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_resume_is_bitwise_identical(facts, tmp_path, number):
+    out = tmp_path / "out"
+    process = start_training(facts, out)
+    wait_until(lambda: steps_done(out) >= 4, process)
+    process.send_signal(number)
+    said, errors = process.communicate()
+    assert process.returncode == 128 + number and "Traceback" not in errors, errors
+    assert number.name in said and f"--resume --out_dir={out}" in said
+    stopped = load(out / "ckpt.pt")["iter"]
+    assert stopped >= 4 and log_of(out)[-1]["iter"] == stopped
+    assert_goes_on_as_if_nothing_had_happened(facts, out, tmp_path)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -148,8 +155,7 @@ def test_a_folder_of_nanogpt_trains_unchanged_and_its_pickle_is_not_read(tmp_pat
 @pytest.mark.slow
 def test_a_preset_trains_on_real_text_and_writes_some(gpt2, wikitext, tmp_path, capsys):
     files = ("--file", wikitext[0], "--val_file", wikitext[1])
-    done = run("data/shakespeare/prepare.py", *files, "--encoding=gpt2", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    prepare_here("shakespeare", *files, "--encoding=gpt2", "--out", tmp_path)
     small = "--n_layer=2 --n_embd=32 --block_size=32 --batch_size=4 --mem_keys=16 --eval_iters=1 --device=cpu".split()
     folders = (f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}")
     train_here(
@@ -177,69 +183,57 @@ def test_resume_refuses_the_state_of_another_optimiser(finished, tmp_path, capsy
     assert "optimisers" in said and "ckpt.pt" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_cleanly_and_resume_goes_on_from_there(facts, tmp_path, number):
-    out, other = tmp_path / "out", tmp_path / "other"
-    process = begin(facts, out, *STEPS, "--max_iters=1000000")
-    wait_until(lambda: steps_done(out) >= 4, process)
-    process.send_signal(number)
-    said, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in err, err
-    assert number.name in said and f"--resume --out_dir={out}" in said
-    stopped = load(out / "ckpt.pt")["iter"]
-    assert stopped >= 4 and log_of(out)[-1]["iter"] == stopped
-    shutil.copytree(out, other)
-    resume(out, f"--max_iters={stopped + 6}")
-    resume(other, f"--max_iters={stopped + 6}", f"--eval_interval={stopped + 6}")
-    one, two = (load(folder / "ckpt.pt")["model"] for folder in (out, other))
-    assert all(torch.equal(one[name], two[name]) for name in one)  # evaluations change nothing
+def write_without_end(path, checkpoint):
+    checkpoint["padding"] = torch.zeros(10_000_000)
+    while True:
+        save_tensors(path, checkpoint)
 
 
-@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_loads(finished, tmp_path):
     path = tmp_path / "ckpt.pt"
-    program = tmp_path / "writer.py"
-    program.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import pathlib, torch\nfrom runtime.checkpoint import save_tensors\n"
-        f"checkpoint = torch.load({str(finished / 'ckpt.pt')!r}, weights_only=True)\n"
-        "while True:\n    checkpoint['padding'] = torch.zeros(10_000_000)\n"
-        f"    save_tensors(pathlib.Path({str(path)!r}), checkpoint)\n"
-    )
     half_written = 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, program])
+        process = Process(write_without_end, path, load(finished / "ckpt.pt"))
         temporary = Path(f"{path}.{process.pid}.tmp")
         wait_until(path.exists, process)
-        wait_until(
-            lambda temporary=temporary: temporary.exists() and temporary.stat().st_size > 1_000_000,
-            process,
-        )
+        wait_until(lambda file=temporary: size_of(file) > 1_000_000, process)
         process.kill()
-        process.wait()
+        process.communicate()
         half_written += temporary.exists()
         assert read_checkpoint(path)["iter"] == 4
     assert half_written > 0  # at least one of the kills came while it was writing
 
 
-@pytest.mark.slow
-def test_a_full_disk_keeps_the_checkpoint_before(facts, finished, tmp_path):
-    def limit():  # writing past this many bytes fails, as on a disk without room
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def size_of(path):
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
-    folders = (f"--dataset={facts}", f"--out_dir={tmp_path / 'never'}")
-    done = run("train.py", *SMALL, *folders, preexec_fn=limit)
-    assert_refused(done, "could not write", "ckpt.pt", "Start again with --overwrite")
-    assert sorted(p.name for p in (tmp_path / "never").iterdir()) == ["log.jsonl"]
-    shutil.copytree(finished, tmp_path / "out")
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    again = ("train.py", "--resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=8")
-    assert_refused(
-        run(*again, preexec_fn=limit), "could not write", "The last checkpoint is complete"
-    )
-    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
-    resume(tmp_path / "out", "--max_iters=8")
+
+def train_on_a_full_disk(*arguments):
+    """What is written beyond 100,000 bytes fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    run_train(*arguments)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(facts, finished, tmp_path):
+    new = tmp_path / "new"
+    process = Process(train_on_a_full_disk, *SMALL, f"--dataset={facts}", f"--out_dir={new}")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and f"could not write {new / 'ckpt.pt'}" in errors
+    assert "Start again with --overwrite" in errors and "Traceback" not in errors
+    assert [path.name for path in new.iterdir()] == ["log.jsonl"]
+
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    before = (old / "ckpt.pt").read_bytes()
+    process = Process(train_on_a_full_disk, "--resume", f"--out_dir={old}", "--max_iters=8")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and f"could not write {old / 'ckpt.pt'}" in errors
+    assert "The last checkpoint is complete: continue with --resume" in errors
+    assert (old / "ckpt.pt").read_bytes() == before
+    resume(old, "--max_iters=8")
 
 
 def test_a_diverging_loss_stops_with_a_message_and_keeps_what_was_there(finished, tmp_path, capsys):
@@ -311,24 +305,24 @@ def test_a_model_is_built_on_its_device_and_a_table_that_is_loaded_is_not_drawn(
 # --- what a run reports -----------------------------------------------------------------------------------------------
 
 
-def test_the_log_says_what_happened(whole):
-    log = log_of(whole)
+def test_the_log_says_what_happened(facts, tmp_path):
+    train_small(facts, tmp_path, *STEPS)
+    log = log_of(tmp_path)
     assert [line["iter"] for line in log] == list(range(1, 13))
     evaluations = [line for line in log if "val_loss" in line]
     assert [line["iter"] for line in evaluations] == [5, 10, 12]
     names = {"train_loss", "val_loss", "recall", "mem_used", "mem_kl", "mem_top1"}
     assert names <= evaluations[-1].keys()
-    assert (
-        evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] < 8.0
-    )  # log(1712) + 0.5: logits of spread 1
+    first, *_, last = [line["val_loss"] for line in evaluations]
+    assert last < first < 8.0  # log(1712) + 0.5: logits of spread 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_small_model_learns_facts_and_sample_asks_for_them(facts, tmp_path, capsys, dtype):
-    """Nine people in 150 steps. The table that sample.py prints must agree with what training logged."""
-    rates = "--learning_rate=8e-3 --mem_learning_rate=1e-2 --eval_interval=150 --log_interval=50".split()
-    size = "--n_embd=64 --block_size=64 --batch_size=16 --max_iters=150".split()
+    """Nine people in 100 steps. The table that sample.py prints must agree with what training logged."""
+    rates = "--learning_rate=8e-3 --mem_learning_rate=1e-2 --eval_interval=100 --log_interval=50".split()
+    size = "--n_embd=64 --block_size=64 --batch_size=16 --max_iters=100".split()
     train_small(facts, tmp_path, *rates, *size, f"--mem_dtype={dtype}")
     recall = log_of(tmp_path)[-1]["recall"]
     said = capsys.readouterr().out
@@ -372,11 +366,17 @@ def test_a_run_that_finetunes_reports_what_it_learns_and_what_it_forgets(
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+def sample_with_input(path, *arguments):
+    """python sample.py ARGUMENTS < PATH"""
+    os.dup2(os.open(path, os.O_RDONLY), 0)
+    run_program("sample.py", *arguments)
+
+
 def test_sample_goes_on_from_argument_file_and_standard_input(finished, tmp_path, capsys):
     options = [f"--out_dir={finished}", "--max_new_tokens=20", "--num_samples=2", "--device=cpu"]
     start = "Tin was born in"
-    (tmp_path / "start.txt").write_text(start)
+    file = tmp_path / "start.txt"
+    file.write_text(start)
 
     def said(*more):
         sample.main([*options, *more])
@@ -384,40 +384,27 @@ def test_sample_goes_on_from_argument_file_and_standard_input(finished, tmp_path
 
     by_argument = said(f"--start={start}")
     assert by_argument.out.count(start) == 2 and "tokens/s" in by_argument.err
-    assert said(f"--start=FILE:{tmp_path / 'start.txt'}").out == by_argument.out
-    assert run("sample.py", *options, "--start=-", input=start).stdout == by_argument.out
+    assert said(f"--start=FILE:{file}").out == by_argument.out
+    by_input, _ = Process(sample_with_input, file, *options, "--start=-").communicate()
+    assert by_input == by_argument.out
     assert said(f"--start={start}", "--seed=2").out != by_argument.out
 
 
-@pytest.mark.slow
-def test_sample_streams_what_it_generates(finished):
-    command = [
-        sys.executable,
-        ROOT / "sample.py",
-        f"--out_dir={finished}",
-        "--max_new_tokens=100000",
-        "--device=cpu",
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert (
-        len(process.stdout.read(300)) == 300 and process.poll() is None
-    )  # text arrives long before the end
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    head = subprocess.run(
-        f"{shlex.join(map(str, command))} | head -c 100",
-        shell=True,
-        capture_output=True,
-        timeout=60,
-    )
-    assert (
-        len(head.stdout) == 100
-        and b"Traceback" not in head.stderr
-        and b"BrokenPipe" not in head.stderr
-    )
+@pytest.mark.parametrize("ended_by", ["Ctrl-C", "the reader"])
+def test_sample_streams_what_it_generates_and_ends_quietly(finished, tmp_path, ended_by):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    options = [f"--out_dir={finished}", "--max_new_tokens=1000000", "--device=cpu"]
+    process = start_program("sample.py", *options, stdout=pipe)
+    with open(pipe) as reader:
+        assert len(reader.read(300)) == 300  # long before the end
+        assert process.poll() is None
+        if ended_by == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            reader.read()
+    _, errors = process.communicate()
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    assert process.returncode == (130 if ended_by == "Ctrl-C" else 0)
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
@@ -567,6 +554,27 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_never_executed(finished, tm
     assert "no checkpoint" in said and "nowhere" in said
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_by_name(facts, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "old")
+    path = tmp_path / "old" / "ckpt.pt"
+    checkpoint = load(path)
+    checkpoint["format"] = "nanomem-3"
+    torch.save(checkpoint, path)
+    before = contents(tmp_path)
+    old = path.parent
+    new = [f"--init_from={old}", f"--dataset={facts}", f"--out_dir={tmp_path / 'new'}"]
+    for main, options in (
+        (train.main, ["--resume", f"--out_dir={old}", "--max_iters=8"]),
+        (train.main, new),
+        (sample.main, [f"--out_dir={old}"]),
+        (update.main, new),
+    ):
+        said = refusal(main, options, capsys)
+        assert str(path) in said and "not a checkpoint of this version" in said
+        assert "its format is 'nanomem-3'" in said and said.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -583,8 +591,7 @@ def test_sample_names_a_wrong_option(finished, capsys, options, words):
 
 def test_recall_needs_questions(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Once upon a time. " * 500)
-    text = ("--file", tmp_path / "text.txt", "--out", tmp_path / "text")
-    assert run("data/shakespeare/prepare.py", *text).returncode == 0
+    prepare_here("shakespeare", "--file", tmp_path / "text.txt", "--out", tmp_path / "text")
     train_small(tmp_path / "text", tmp_path / "out", "--max_iters=2")
     assert "recall.jsonl" in refusal(
         sample.main, [f"--out_dir={tmp_path / 'out'}", "--recall"], capsys
