@@ -345,13 +345,14 @@ def test_row_adam_noise_depends_on_seed_and_step_only(path):
 def test_row_adam_does_not_hide_numbers_that_are_not_finite(path):
     pool = pool_of(torch.ones(2, 24).bfloat16())
     table, optimizer = pool.values, RowAdam(pool)
-    table.data.view(torch.int16)[0, 0] = (
-        0x7FFF  # the NaN of NVIDIA's arithmetic; with bits added to it, it would turn to -0
-    )
-    table.data[1, 0] = float("inf")
-    give(pool, torch.ones_like(table).to_sparse(1))
-    optimizer.step()
-    assert table[0, 0].isnan() and table[1, 0].isinf()
+    for _ in range(2):
+        give(pool, torch.ones_like(table).to_sparse(1))
+        optimizer.step()
+        # the NaN of NVIDIA's arithmetic; with bits added to it, it would turn to -0
+        table.data.view(torch.int16)[0, 0] = 0x7FFF
+        optimizer.state[table]["means"].view(torch.int32)[0, 1] = 0x7FFFFFFF
+        table.data[1, 0] = float("inf")
+    assert table[0, 0].isnan() and table[0, 1].isnan() and table[1, 0].isinf()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

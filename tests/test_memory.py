@@ -58,6 +58,8 @@ def test_topk_indices_equals_torch_topk():
             *shape[:-1], 1, seed=3
         )  # large and small numbers, both signs
         assert torch.equal(topk_indices(x, K), x.topk(K).indices)
+        x = x.sort().values  # the best are neighbours
+        assert torch.equal(topk_indices(x, K), x.topk(K).indices)
     tied = torch.zeros(2, 9)
     assert all(len(set(row)) == 4 for row in topk_indices(tied, 4).tolist())
     special = torch.tensor([[0.0, -3e38, -1e-38, 1e-38, -1.0, 3e38]])
