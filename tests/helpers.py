@@ -26,7 +26,6 @@ SYSTEMS = {  # options of a model of at least two blocks
     "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
                  "--mem_layers=0", "--mem_skip=1", "--mem_value_dim=16", "--mem_decay=4"],
 }  # fmt: skip
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
 
 
 def run(*command, **options):
