@@ -32,14 +32,15 @@ from model import GPT, GPTConfig
 from presets import PRESETS
 from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, read_checkpoint
 from runtime.checkpoint import restore_optimizers, save_tensors, whole_state
-from runtime.device import check_memory, choose_device, precision
-from runtime.distributed import Ranks, StopSignal, exit_at_once, fail_on_rank
+from runtime.device import check_memory, choose_device, compiled, precision
+from runtime.distributed import Ranks, StopSignal, check_processes, exit_at_once, fail_on_rank
 from runtime.distributed import lost_another_process, output_from_rank_0_only
+from runtime.distributed import processes_per_table
 from runtime.files import UserError, append_to_file, explain_out_of_memory
 from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.options import options_from_preset, options_to_finetune, options_to_resume
-from runtime.progress import Clock, Progress
+from runtime.progress import Clock, Progress, summarize
 
 DEFAULT_PRESET = "facts-memory"
 
@@ -234,7 +235,7 @@ def evaluate(model, data, config, device):
 def train(run):
     """Train to max_iters, or until a signal. Returns the last line of the log."""
     config = run.config
-    model = compile_model(run)
+    model = compiled(run.model, config.compile, run.device)
     network = [p for group in run.optimizers[0].param_groups for p in group["params"]]
     context = precision(config.dtype, run.device)
     micro_steps = config.gradient_accumulation_steps // run.ranks.world
@@ -275,15 +276,6 @@ def train(run):
             end_early(run, bar, stopped_by)
     bar.close()
     return line
-
-
-def compile_model(run):
-    compiled = run.config.compile == "true"
-    if run.config.compile == "auto":
-        compiled = run.device.type == "cuda" and os.name == "posix"
-    if compiled:
-        return torch.compile(run.model)
-    return run.model
 
 
 def tokens_in_step(run):
@@ -402,26 +394,6 @@ def complete_options(given):
     return options_from_preset(given, PRESETS, DEFAULT_PRESET)
 
 
-def processes_per_table(config, model_config):
-    if model_config.mem_layers:
-        return config.memory_parallel
-    return 1
-
-
-def check_processes(config, model_config, world):
-    M = processes_per_table(config, model_config)
-    steps = config.gradient_accumulation_steps
-    width = model_config.mem_value_dim
-    if M > 1 and model_config.system != "memory":
-        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
-    if steps % world != 0:
-        must = f"must be divisible by the {world} processes"
-        raise ValueError(f"gradient_accumulation_steps={steps} {must}")
-    if world % M != 0 or width % M != 0:
-        must = f"must divide {world} processes and the width {width} of values"
-        raise ValueError(f"memory_parallel={M} {must}")
-
-
 def make_model(config, model_config, device, ranks):
     folder = config.init_from
     if config.resume:
@@ -467,35 +439,6 @@ def add_background(run):
         raise ValueError(f"{what}: one has another vocabulary than {c.init_from}")
 
 
-def summarize(run, result):
-    """result: the last line of the log."""
-    tokens = run.step * tokens_in_step(run)
-    print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of training")
-    print(f"  {run.model.describe()}")
-    losses = "{train_loss:.3f} train, {val_loss:.3f} validation (nats a token)"
-    print(f"  loss         {losses.format(**result)}")
-    print_recall(run.data["questions"], "recall", result, run.before)
-    if "old" in run.data:
-        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
-    if run.model.pool is not None:
-        even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
-        print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
-    print(f"  written to   {run.config.out_dir}/ckpt.pt, log.jsonl")
-    command = ["sample.py", f"--out_dir={run.config.out_dir}"]
-    if "recall" in result:
-        command.append("--recall")
-    print(f"\nNext: python {shlex.join(command)}")
-
-
-def print_recall(questions, name, result, before):
-    if name not in result:
-        return
-    text = f"{result[name]:.1%} of {len(questions):,} closed-book questions"
-    if name in before:
-        text += f" ({before[name]:.1%} before)"
-    print(f"  {name.replace('_', ' '):10}   {text}")
-
-
 def main(argv):
     with output_from_rank_0_only():
         given = parse_command_line(argv, __doc__, (TrainConfig, GPTConfig), PRESETS)
@@ -521,7 +464,8 @@ def main(argv):
             print(file=sys.stderr)  # below the progress bar
         fail_on_rank(error, way_on(run))
     if ranks.rank == 0:
-        summarize(run, result)
+        tokens = run.step * tokens_in_step(run)
+        summarize(run, tokens, result)
     ranks.end()
 
 

@@ -31,7 +31,7 @@ from runtime.device import check_memory, choose_device, precision
 from runtime.distributed import Ranks
 from runtime.files import explain_out_of_memory, fail, ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
-from runtime.progress import Clock, Progress
+from runtime.progress import Clock, Progress, print_recall
 
 BACKGROUND_WINDOWS = 1000  # of the old data, for the choice of slots
 
@@ -280,9 +280,9 @@ def summarize(run, result, rows):
     print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of updating")
     print(f"  {rows:,} of {len(run.model.pool.values):,} rows of the memory could change")
     print(f"  loss         {result['val_loss']:.3f} validation (nats a token)")
-    train.print_recall(run.data["questions"], "recall", result, run.before)
+    print_recall(run.data["questions"], "recall", result, run.before)
     if "old" in run.data:
-        train.print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
     print(f"  written to   {c.out_dir}/delta.pt, log.jsonl")
     command = ["sample.py", f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt"]
     command.append(f"--dataset={c.dataset}")

@@ -77,3 +77,14 @@ def precision(name, device):
     if name == "auto" and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def compiled(model, choice, device):
+    """The model, or torch.compile of it. choice: true, false, or auto: on a GPU"""
+    if choice == "auto":
+        choice = "false"
+        if device.type == "cuda" and os.name == "posix":
+            choice = "true"
+    if choice == "true":
+        return torch.compile(model)
+    return model

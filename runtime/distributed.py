@@ -115,6 +115,26 @@ class Ranks:
             os._exit(0)  # a thread of gloo that frees a tensor while Python ends would abort it
 
 
+def processes_per_table(config, model_config):
+    if model_config.mem_layers:
+        return config.memory_parallel
+    return 1
+
+
+def check_processes(config, model_config, world):
+    M = processes_per_table(config, model_config)
+    steps = config.gradient_accumulation_steps
+    width = model_config.mem_value_dim
+    if M > 1 and model_config.system != "memory":
+        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
+    if steps % world != 0:
+        must = f"must be divisible by the {world} processes"
+        raise ValueError(f"gradient_accumulation_steps={steps} {must}")
+    if world % M != 0 or width % M != 0:
+        must = f"must divide {world} processes and the width {width} of values"
+        raise ValueError(f"memory_parallel={M} {must}")
+
+
 class StopSignal:
     """SIGINT or SIGTERM asks for the end of the run after the step: `number` is then the
     signal's, else 0. torchrun passes a signal on, so it can come twice; a second Ctrl-C more

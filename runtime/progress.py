@@ -1,5 +1,6 @@
-"""The progress bar of a run, and the clock of its training time."""
+"""The progress bar of a run, the clock of its training time, and its summary."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -61,3 +62,31 @@ class Clock:
         seconds = time.perf_counter() - self.began
         self.run.seconds += seconds
         return (self.run.step - self.first_step) / seconds
+
+
+def summarize(run, tokens, result):
+    """Print what a run has come to. tokens: that it has read; result: the last line of its log"""
+    print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of training")
+    print(f"  {run.model.describe()}")
+    losses = "{train_loss:.3f} train, {val_loss:.3f} validation (nats a token)"
+    print(f"  loss         {losses.format(**result)}")
+    print_recall(run.data["questions"], "recall", result, run.before)
+    if "old" in run.data:
+        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+    if run.model.pool is not None:
+        even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
+        print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
+    print(f"  written to   {run.config.out_dir}/ckpt.pt, log.jsonl")
+    command = ["sample.py", f"--out_dir={run.config.out_dir}"]
+    if "recall" in result:
+        command.append("--recall")
+    print(f"\nNext: python {shlex.join(command)}")
+
+
+def print_recall(questions, name, result, before):
+    if name not in result:
+        return
+    text = f"{result[name]:.1%} of {len(questions):,} closed-book questions"
+    if name in before:
+        text += f" ({before[name]:.1%} before)"
+    print(f"  {name.replace('_', ' '):10}   {text}")
