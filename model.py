@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory import default_key_dim, initialize_linear
-from runtime.checkpoint import REASONS, read_checkpoint
+from runtime.checkpoint import DAMAGE, read_checkpoint
 from runtime.files import explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
@@ -232,7 +232,7 @@ class GPT(nn.Module):
         however many processes have written the file. Raises FileNotFoundError or ValueError,
         naming the file, if it is missing, damaged, or something else."""
         checkpoint = read_checkpoint(path)
-        with explain_errors(f"{path}: its parts do not fit together", REASONS):
+        with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
             weights = checkpoint["model"]
             config = GPTConfig(**checkpoint["model_config"])
             with torch.device(device):

@@ -48,6 +48,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.dataset is not None and not args.recall:
         parser.error(f"--dataset={args.dataset}: is for --recall")
+    if args.recall and args.start:
+        parser.error("--recall: asks the questions of a dataset, without --start")
     check_limits(parser, args, ("num_samples", "max_new_tokens", "top_k"), low=1)
     check_limits(parser, args, ("temperature", "rows"), low=0)
     check_limits(parser, args, ("top_p",), low=0, high=1)

@@ -7,7 +7,8 @@
     python train.py --init_from=out/small --dataset=facts-new    finetune that model
     torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2
 
-Options are the fields of TrainConfig and of GPTConfig (model.py), presets are in presets.py.
+Options are the fields of TrainConfig and of GPTConfig (model.py). A preset (presets.py) has its own
+values of some of them, instead of the defaults.
 """
 
 import json
@@ -91,6 +92,8 @@ class TrainConfig:
         check_options(self)
         if not self.out_dir.strip():
             raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: one continues the run, the other removes it")
         if self.background and not self.init_from:
             raise ValueError("background= goes with a run to finetune: init_from= must name it")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
@@ -310,8 +313,8 @@ def check_finite(number, what, run):
 
 def save(run):
     """Write ckpt.pt. Rank 0 does, but all ranks take part: each may have a part of the table."""
-    largest = sum(p.detach().norm(math.inf).item() for p in run.model.parameters())
-    check_finite(run.ranks.mean(largest), "largest weight", run)  # NaN if one is
+    largest = [p.detach().norm(math.inf).item() for p in run.model.parameters()]
+    check_finite(run.ranks.mean(sum(largest)), "largest weight", run)  # the sum is NaN if one is
     weights, optimizers = whole_state(run.model, run.optimizers)
     checkpoint = {
         "format": FORMAT,
@@ -372,7 +375,7 @@ def prepare(given, ranks):
     model = make_model(config, model_config, device, ranks)
     run = Run(config, model, make_optimizers(model, config), data, device, ranks)
     if config.init_from:
-        add_background(run)
+        add_background(run, check=not config.resume)
     if config.resume:
         continue_run(run, out_dir / "ckpt.pt", folder)
     ranks.wait()  # nobody has found anything wrong
@@ -418,25 +421,31 @@ def continue_run(run, path, folder):
     restore_optimizers(path, run.optimizers, run.model.pool)
 
 
-def add_background(run):
-    """Open what a run that finetunes reports, too: data["old"]."""
+def add_background(run, check=True):
+    """Open what a run that finetunes reports, too: data["old"]. check: against the run that it
+    begins with, which may be gone when it is resumed"""
     c = run.config
-    checkpoint = read_checkpoint(Path(c.init_from, "ckpt.pt"))
-    old = run.data
-    if c.background:
-        block_size = run.model.config.block_size
-        old = open_dataset(find_folder(c.background), block_size, c.seed)
-        own = c.background == checkpoint["train_config"]["dataset"]
-        if own and old["fingerprint"] != checkpoint["fingerprint"]:
-            what = f"not what {c.init_from} was trained on"
-            raise ValueError(f"background={c.background}: {what}")
-        asked = {question["prompt"] for question in run.data["questions"]}
-        # those have other answers now
-        old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
-        run.data["old"] = old
-    if not run.data["vocabulary"] == old["vocabulary"] == checkpoint["vocabulary"]:
-        what = f"dataset={c.dataset}, background={c.background}"
-        raise ValueError(f"{what}: one has another vocabulary than {c.init_from}")
+    if check:
+        check_vocabulary(run.data, f"dataset={c.dataset}", c)
+    if not c.background:
+        return
+    old = open_dataset(find_folder(c.background), run.model.config.block_size, c.seed)
+    if check:
+        check_vocabulary(old, f"background={c.background}", c)
+    asked = {question["prompt"] for question in run.data["questions"]}
+    # those have other answers now
+    old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
+    run.data["old"] = old
+
+
+def check_vocabulary(data, option, config):
+    """data: of the run or its background. It must suit the model that the run begins with."""
+    checkpoint = read_checkpoint(Path(config.init_from, "ckpt.pt"))
+    if data["vocabulary"] != checkpoint["vocabulary"]:
+        raise ValueError(f"{option}: has another vocabulary than {config.init_from}")
+    trained_on = f"background={checkpoint['train_config']['dataset']}"
+    if option == trained_on and data["fingerprint"] != checkpoint["fingerprint"]:
+        raise ValueError(f"{option}: not what {config.init_from} was trained on")
 
 
 def main(argv):
@@ -445,6 +454,7 @@ def main(argv):
     run = None
     try:
         with explain_out_of_memory():
+            # checked before the processes find each other by it
             timeout = TrainConfig(timeout=given.get("timeout", TrainConfig.timeout)).timeout
             ranks = Ranks(timeout, PARENT)
             run = prepare(given, ranks)

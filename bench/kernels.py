@@ -316,6 +316,8 @@ def main():
         else:
             measure_all(device, CPU_SHAPES, elements=2**25)
     if args.only == "tiles":
+        if not on_gpu and not interpreted:
+            raise ValueError("--only=tiles: is for a GPU")
         if on_gpu:
             time_tiles(device, GPU_SHAPES[0], N=1024, K=32)
         else:  # does the command work?

@@ -84,6 +84,8 @@ def print_reads(text, found):
         place = f"block {read['block']}, slot {read['slot']:,}"
         print(f"\n  {place}, {read['share']:.1%} of weights, read by", end="")
         lines = [f"{before} →{after}".strip("\n") for before, after in read["readers"]]
+        if not lines:
+            print(" nobody", end="")
         for line in list(dict.fromkeys(lines))[:SHOWN_PASSAGES]:
             print(f"\n      {line}", end="")
 

@@ -109,14 +109,14 @@ def hash_passages(ids, starts_passage):
 
     ids (B, T); starts_passage (vocab_size) bool: tokens after which one begins -> (B, T) int64"""
     T = ids.shape[1]
-    prime = np.uint64(0x9E3779B97F4A7C15)
+    factor = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit is lost
     begin = np.zeros(ids.shape, np.int64)  # where the passage of a token begins
     begin[:, 1:] = np.arange(1, T) * starts_passage[ids[:, :-1]]
     begin = np.maximum.accumulate(begin, axis=1)
     words = np.zeros(ids.shape, np.uint64)
     for shift in reversed(range(WORDS)):
         before = ids[:, : T - shift].astype(np.uint64)
-        hashed = words[:, shift:] * prime + before + np.uint64(1)
+        hashed = words[:, shift:] * factor + before + np.uint64(1)
         in_passage = begin[:, shift:] <= np.arange(T - shift)
         words[:, shift:] = np.where(in_passage, hashed, words[:, shift:])
     return words.view(np.int64)
@@ -151,8 +151,9 @@ def open_readers(path, model, dataset, context):
     base = f"{weights_hash(model.state_dict())} {dataset.fingerprint()}"
     readers = Readers(model.pool.slots)
     if file.exists():
-        saved = read_tensors(file, "list of readers", FORMAT)
-        with explain_errors(f"{file} is damaged", "remove it: it will be made anew"):
+        hint = "remove it: it will be made anew"
+        saved = read_tensors(file, "list of readers", FORMAT, hint)
+        with explain_errors(f"{file} is damaged", hint):
             if saved["base"] == base:
                 load_readers(readers, saved, len(windows.ids))
                 return readers, windows.ids

@@ -117,9 +117,10 @@ def read_counts(run, windows, steps, batch_size):
 
 
 def gradient_norms(run, windows, steps):
-    """(S): the norm of a slot's gradient, summed over the batches. A slot can have several rows
-    (UltraMem)."""
+    """(S): the norm of a slot's gradient, of the sum over all batches. A slot can have several
+    rows (UltraMem)."""
     pool = run.model.pool
+    pool.collect_gradients()
     bar = tqdm(range(steps), "which slots would change", unit="batch", leave=False)
     context = precision(run.config.dtype, run.device)
     for idx, targets in train.batches(windows, bar, run.config.batch_size, run.device):
@@ -235,7 +236,7 @@ def prepare(config, checkpoint):
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(out_dir)
     if not config.overwrite:
-        check_unoccupied(out_dir)
+        check_unoccupied(out_dir, can_resume=False)
     clear_run(out_dir)
     return run
 
@@ -285,8 +286,8 @@ def summarize(run, result, rows):
         print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
     print(f"  written to   {c.out_dir}/delta.pt, log.jsonl")
     command = ["sample.py", f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt"]
-    command.append(f"--dataset={c.dataset}")
-    command.append("--recall")
+    if "recall" in result:
+        command += [f"--dataset={c.dataset}", "--recall"]
     print(f"\nNext: python {shlex.join(command)}")
 
 

@@ -19,7 +19,7 @@ from runtime.sharded_pool import own_columns, whole_table
 
 FORMAT = "nanomem-4"
 FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
-REASONS = "it was edited, damaged, or is of another version"
+DAMAGE = "it was edited, damaged, or is of another version"
 
 
 def save_tensors(path, content):
@@ -29,12 +29,12 @@ def save_tensors(path, content):
         torch.save(content, f)
 
 
-def read_tensors(path, kind, format):
-    """The dictionary in a file of save_tensors. kind: its name for messages. Raises
+def read_tensors(path, kind, format, hint="give another one"):
+    """The dictionary in a file of save_tensors. kind, hint: for messages. Raises
     FileNotFoundError or ValueError, naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"no {kind} {path}")
-    with explain_errors(f"{path} is damaged or not a {kind}", "give another one"):
+    with explain_errors(f"{path} is damaged or not a {kind}", hint):
         # mmap: only what is used is read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     found = None
@@ -53,7 +53,7 @@ def read_checkpoint(path):
         way_out = "out_dir= or init_from= must name a folder that has one"
         raise FileNotFoundError(f"no checkpoint {path}; {way_out}")
     checkpoint = read_tensors(path, "checkpoint", FORMAT)
-    with explain_errors(f"{path}: its parts do not fit together", REASONS):
+    with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
         for name, kind in FIELDS.items():
             if type(checkpoint[name]) is not kind:
                 raise ValueError(f"{name} is {checkpoint[name]!r}")
@@ -117,12 +117,13 @@ def check_moments(state, names, parameter, steps):
 RUN_FILES = ("ckpt.pt", "log.jsonl", "delta.pt")
 
 
-def check_unoccupied(folder):
-    """Raises ValueError if a folder holds a run."""
+def check_unoccupied(folder, can_resume=True):
+    """Raises ValueError if a folder holds a run. can_resume: whether the program can continue
+    one"""
     for name in RUN_FILES:
         if (folder / name).exists():
             way_out = "--overwrite it, or give another --out_dir"
-            if (folder / "ckpt.pt").exists():
+            if can_resume and (folder / "ckpt.pt").exists():
                 way_out = f"go on with --resume, {way_out}"
             raise ValueError(f"{folder} holds a run already: {way_out}")
 

@@ -9,6 +9,9 @@ import torch
 
 from runtime.files import explain_errors
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+
 
 def choose_device(name, number=0):
     """A torch.device. name: cpu, cuda, mps, or auto; number: which of several GPUs. Raises
@@ -43,8 +46,8 @@ def keep_freed_memory():
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc has it
-        for threshold in (-3, -1):  # of mmap, of trim
-            libc.mallopt(threshold, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def check_memory(model, device):

@@ -99,11 +99,12 @@ class Ranks:
         for name, parameter in model.named_parameters():
             pieces = parameter.detach().split(2**16)  # whose copies in float64 are small
             sums[name] = sum(piece.double().sum().item() for piece in pieces)
-        table_sum = str(sums.pop("pool.values", 0))  # as text, NaN equals NaN
-        everyone = self.gather((table_sum, str(sums)))
-        for rank, theirs in enumerate(everyone):
-            first_replica = everyone[rank % self.M]
-            if theirs != (first_replica[0], everyone[0][1]):
+        # as text, NaN equals NaN
+        tables = self.gather(str(sums.pop("pool.values", 0)))
+        networks = self.gather(str(sums))
+        for rank in range(self.world):
+            first_replica = rank % self.M
+            if tables[rank] != tables[first_replica] or networks[rank] != networks[0]:
                 what = "its weights are not those of the others"
                 raise UserError(f"rank {rank} is out of step: {what}")
 
@@ -132,7 +133,7 @@ def check_processes(config, model_config, world):
         raise ValueError(f"gradient_accumulation_steps={steps} {must}")
     if world % M != 0 or width % M != 0:
         must = f"must divide {world} processes and the width {width} of values"
-        raise ValueError(f"memory_parallel={M} {must}")
+        raise ValueError(f"memory_parallel={M} {must}: give --memory_parallel, with --resume, too")
 
 
 class StopSignal:

@@ -36,8 +36,8 @@ def error_line(error):
 
 
 @contextlib.contextmanager
-def explain_errors(what, way_out):
-    """An error inside becomes a ValueError: what is wrong (why); how to mend it. An OSError that
+def explain_errors(what, hint):
+    """An error inside becomes a ValueError: what is wrong (the error); a hint. An OSError that
     names its file stays as it is."""
     try:
         yield
@@ -46,7 +46,7 @@ def explain_errors(what, way_out):
     except BaseException as error:  # a panic in tiktoken is no Exception
         if isinstance(error, OSError) and (error.filename or not error.errno):
             raise
-        raise ValueError(f"{what} ({error_line(error)}); {way_out}") from None
+        raise ValueError(f"{what} ({error_line(error)}); {hint}") from None
 
 
 @contextlib.contextmanager

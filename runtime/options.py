@@ -3,11 +3,11 @@
 A dictionary {option: value} starts as what the command line gives, and is completed from a preset
 or from the checkpoint of an earlier run."""
 
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, field, fields
 from pathlib import Path
 
-from runtime.checkpoint import REASONS, read_checkpoint
+from runtime.checkpoint import DAMAGE, read_checkpoint
 from runtime.files import explain_errors
 
 
@@ -102,20 +102,24 @@ def add_option(parser, f):
     elif type(f.default) is bool:
         settings["type"] = truth_value
         settings["nargs"] = "?"  # --resume means --resume=true
+        settings["metavar"] = "true"
         settings["const"] = True
     parser.add_argument(f"--{f.name}", **settings)
 
 
 def whole_numbers(text):
     """For argparse: "2,6,10" -> (2, 6, 10)"""
-    return tuple(int(part) for part in text.split(",") if part)
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: must be whole numbers, as in 2,6,10") from None
 
 
 def truth_value(text):
     """For argparse."""
     values = {"true": True, "1": True, "false": False, "0": False}
     if text.lower() not in values:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text}: must be true or false")
     return values[text.lower()]
 
 
@@ -136,6 +140,7 @@ def options_to_resume(given, classes, default):
     refuse_preset(given)
     out_dir = given.get("out_dir", f"out/{default}")
     saved = saved_options(out_dir, classes)
+    saved["overwrite"] = False
     kept = ("seed", "batch_size", "gradient_accumulation_steps", "init_from")
     check_kept(kept, given, saved, classes, out_dir)
     return {**saved, "out_dir": out_dir, **given}
@@ -147,14 +152,14 @@ def options_to_finetune(given, classes):
     background."""
     refuse_preset(given)
     saved = saved_options(given["init_from"], classes)
-    check_kept((), given, saved, classes, given["init_from"])
     saved["background"] = saved["dataset"]
     saved["out_dir"] = "out/finetuned"
     if "dataset" in given:
-        saved["out_dir"] = f"out/{Path(given['dataset']).name}"
+        saved["out_dir"] = f"out/{Path(given['dataset']).name}-finetuned"
     saved["resume"] = False
     saved["overwrite"] = False
     saved["memory_parallel"] = 1
+    check_kept((), given, saved, classes, given["init_from"])
     return {**saved, **given}
 
 
@@ -168,7 +173,7 @@ def saved_options(folder, classes):
     """All options of the run in a folder."""
     path = Path(folder, "ckpt.pt")
     checkpoint = read_checkpoint(path)
-    with explain_errors(f"{path} has no options that fit", REASONS):
+    with explain_errors(f"{path} has no options that fit", DAMAGE):
         options = {**checkpoint["train_config"], **checkpoint["model_config"]}
         return all_values(make_configs(options, *classes))
 

@@ -597,3 +597,20 @@ def test_recall_needs_questions(tmp_path, capsys):
         sample.main, [f"--out_dir={tmp_path / 'out'}", "--recall"], capsys
     )
     sample.main([f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=5", "--device=cpu"])
+
+
+def test_a_run_that_finetunes_has_a_folder_of_its_own_and_outlives_its_parent(
+    facts, finished, tmp_path
+):
+    """And no other default than the update of the same data."""
+    given = {"init_from": str(finished), "dataset": str(facts)}
+    options = train.complete_options(given)
+    assert options["out_dir"] == "out/facts-finetuned"
+    assert train.make_configs(options, train.TrainConfig, GPTConfig)[0].background == str(facts)
+    parent, out = tmp_path / "parent", tmp_path / "out"
+    shutil.copytree(finished, parent)
+    train_here(f"--init_from={parent}", f"--dataset={facts}", f"--out_dir={out}", "--max_iters=2")
+    shutil.rmtree(parent)
+    train_here("--resume", f"--out_dir={out}", "--max_iters=3")
+    last = log_of(out)[-1]
+    assert last["iter"] == 3 and "old_val_loss" in last

@@ -176,11 +176,11 @@ def parse(argv):
     add("--out", type=folder_argument, help=f"folder to write to ({places})")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args(argv)
-    most = NAMES - max(0, args.new)
+    if not 0 <= args.new < NAMES:
+        parser.error(f"--new={args.new}: must be 0 to {NAMES - 1:,}, there are no more names")
+    most = NAMES - args.new
     if not 1 <= args.people <= most:
         parser.error(f"--people={args.people}: must be 1 to {most:,}, the names less --new")
-    if args.new < 0:
-        parser.error(f"--new={args.new}: must not be negative")
     if not 0 <= args.moved <= args.people:
         parser.error(f"--moved={args.moved}: must be 0 to --people={args.people}")
     if args.biographies < 1:
