@@ -228,7 +228,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu", group=None, replicas=None):
-        """The model in a checkpoint of train.py (Path), on a device. group, replicas: as above,
+        """The model in a checkpoint of train.py, on a device. group, replicas: as above,
         however many processes have written the file. Raises FileNotFoundError or ValueError,
         naming the file, if it is missing, damaged, or something else."""
         checkpoint = read_checkpoint(path)

@@ -1,6 +1,7 @@
-"""Draws the README's pictures of measurements: python bench/draw.py. It writes plain SVG, and needs
+"""Draw the README's pictures of measurements, assets/{results,slots,updates}.svg: plain SVG, by
 Python's standard library only. The other pictures in assets/ are drawn by hand."""
 
+import argparse
 import json
 from html import escape
 from pathlib import Path
@@ -295,6 +296,7 @@ def update_points(curve, x0, low):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     draw_results()
     draw_slots()
     draw_updates()

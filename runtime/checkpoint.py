@@ -10,6 +10,7 @@ ckpt.pt of a run holds
 """
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,7 @@ def read_tensors(path, kind, format, hint="give another one"):
 def read_checkpoint(path):
     """The checkpoint of a run. Raises FileNotFoundError or ValueError, naming the file, if it is
     missing, damaged, or something else."""
+    path = Path(path)
     if not path.exists():
         way_out = "out_dir= or init_from= must name a folder that has one"
         raise FileNotFoundError(f"no checkpoint {path}; {way_out}")
