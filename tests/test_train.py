@@ -1,19 +1,23 @@
 """Training and sampling as a user runs them: real processes, real folders, kills, full disks and wrong input."""
 
+import math
 import os
 import pickle
 import re
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.cuda._utils import _get_device_index
 
 import sample
 import train
+from data.dataset import open_dataset
 from edit import update
 from helpers import (
     SMALL,
@@ -29,6 +33,7 @@ from helpers import (
     train_here,
     wait_until,
 )
+from kernels import lookup
 from memory import ValuePool
 from model import GPT, GPTConfig
 from processes import Process, run_program, run_train, start_program
@@ -614,3 +619,69 @@ def test_a_run_that_finetunes_has_a_folder_of_its_own_and_outlives_its_parent(
     train_here("--resume", f"--out_dir={out}", "--max_iters=3")
     last = log_of(out)[-1]
     assert last["iter"] == 3 and "old_val_loss" in last
+
+
+# --- the steps themselves ---------------------------------------------------------------------------------------------
+
+
+def test_training_equals_a_loop_written_down_once_more(facts, tmp_path):
+    """PyTorch's own AdamW and SparseAdam, the norm clipped by hand, both learning rates from the formulas in the help texts."""
+    steps, warmup, largest, smallest, values_rate, clip = 6, 2, 1e-2, 1e-3, 5e-3, 0.5
+    train_small(
+        facts, tmp_path, f"--max_iters={steps}", f"--warmup_iters={warmup}", f"--learning_rate={largest}",
+        f"--min_lr={smallest}", f"--mem_learning_rate={values_rate}", "--mem_decay=4", f"--grad_clip={clip}", "--weight_decay=0.3",
+    )  # fmt: skip
+    got = GPT.from_checkpoint(tmp_path / "ckpt.pt")
+    torch.manual_seed(1)
+    model = GPT(got.config)
+    values = model.pool.values
+    model.pool.lookup = partial(lookup, values)  # autograd's own gradient, sparse
+    network = [p for p in model.parameters() if p is not values]
+    options = dict(lr=1.0, betas=(0.9, 0.98), eps=1e-15)
+    groups = [
+        {"params": [p for p in network if p.ndim > 1], "weight_decay": 0.3},
+        {"params": [p for p in network if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw, sparse = (
+        torch.optim.AdamW(groups, **options),
+        torch.optim.SparseAdam([values], **options),
+    )
+    windows = open_dataset(facts, 32, 1)["train"]
+
+    def cosine(t, top):
+        if t < warmup:
+            return top * (t + 1) / (warmup + 1)
+        share = (t - warmup) / (steps - warmup)
+        return smallest + (top - smallest) * (1 + math.cos(math.pi * share)) / 2
+
+    clipped = []
+    for t in range(steps):
+        ids = torch.from_numpy(windows.windows([2 * t, 2 * t + 1]))
+        loss = F.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+        assert loss.item() == pytest.approx(log_of(tmp_path)[t]["loss"], abs=1e-4)
+        assert log_of(tmp_path)[t]["lr"] == pytest.approx(cosine(t, largest))
+        model.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in network).sqrt()
+        clipped.append(norm > clip)
+        for p in network:
+            p.grad *= min(1.0, clip / norm)
+        for group in adamw.param_groups:
+            group["lr"] = cosine(t, largest)
+        sparse.param_groups[0]["lr"] = cosine(t, values_rate) * (4 - 3 * t / steps)
+        adamw.step()
+        sparse.step()
+    assert any(clipped)
+    for (name, a), b in zip(got.named_parameters(), model.parameters(), strict=True):
+        assert (a - b).norm() < 1e-3 * b.norm(), name
+
+
+def test_recall_is_the_share_of_answers_that_are_right_to_the_last_token():
+    class Model:
+        def complete(self, prompts, lengths):
+            assert prompts == [[0, 7], [0, 8], [0, 9]] and lengths == [2, 1, 2]
+            return [[1, 2], [3], [4, 9]]
+
+    asked = [(7, [1, 2]), (8, [3]), (9, [4, 5])]
+    questions = [{"prompt_ids": [prompt], "answer_ids": answer} for prompt, answer in asked]
+    assert train.recall(Model(), questions, separator=0) == 2 / 3
