@@ -105,7 +105,7 @@ class Sampler:
         apply_deltas(self.model, self.path, files)
 
     def open_dataset(self, name):
-        """Of that name, or of the run (None): it must be what the run was trained on."""
+        """The dataset of that name. None: the run's own, which must not have changed since."""
         with explain_errors(f"{self.path} names no dataset", "give one with --dataset"):
             folder = find_folder(name or self.checkpoint["train_config"]["dataset"])
         dataset = Dataset(folder)

@@ -24,7 +24,7 @@ class Experiment:
     """A run, but for its seed."""
 
     command: str  # with {seed}
-    options: dict  # with those of the preset
+    options: dict  # the given ones and the preset's
 
     def settings(self):
         """A hash of all options and some people: with another one it is another experiment."""
@@ -128,7 +128,7 @@ def finetune(kind, **given):
 
 
 def update(kind, slots, **given):
-    """The same by changing rows of the table, those of so many slots. 0: all."""
+    """The same by changing the rows of some slots. slots: how many, 0: all"""
     options = dict(dataset=f"out/facts-{kind}", slots=slots)
     return update_with("edit/update.py", {**options, **given})
 

@@ -5,7 +5,7 @@
     TRITON_INTERPRET=1 python bench/kernels.py    without a GPU: only check the Triton kernels
 
 Speeds are in GB/s, the bytes that must move (kernels.py counts them) divided by the time, and
-shares of what a plain copy reaches. Letters: those of kernels.py and memory.py.
+shares of what a plain copy reaches. kernels.py and memory.py explain the letters.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def check_path(path, device, widths):
     for dtype, D in product(TOLERANCES, widths):
         problem = random_problem(37, 13, 101, D, dtype, device)
         indices = problem[1]
-        indices[0] = 7  # slots that come more than once among those of a token
+        indices[0] = 7  # a token reads a slot more than once
         indices[1, :5] = 50
         indices[20:] = 3  # 221 pairs of one row, more than a piece
         got = results(path, *problem)

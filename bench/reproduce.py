@@ -205,7 +205,7 @@ def table(name, results):
 
 
 def training_row(part, training, lines, first):
-    """lines: {seed: line}. first: those of the first row; of that row itself it is empty."""
+    """lines: {seed: line} of this row. first: of the first row, empty for that row itself"""
     if not lines:
         return {"recall, % (each seed)": "not measured"}
     row = {}

@@ -67,8 +67,8 @@ def read_checkpoint(path):
 
 
 def whole_state(model, optimizers):
-    """state_dicts of a model and its optimisers. Of a table that several processes share, rank 0
-    gets the whole; all ranks take part."""
+    """state_dicts of a model and its optimisers. If several processes share the table, rank 0
+    gets all of it; all ranks take part."""
     pool = model.pool
     weights = model.state_dict()
     states = [optimizer.state_dict() for optimizer in optimizers]
@@ -111,7 +111,7 @@ def check_moments(state, names, parameter, steps):
         if moment.shape != parameter.shape:
             raise ValueError(f"{name} has not the shape of its parameter")
     if state["step"] != steps:
-        raise ValueError("its steps are not those of the run")
+        raise ValueError(f"an optimiser has done {state['step']} steps, the run {steps}")
 
 
 # --- the folder of a run --------------------------------------------------------------

@@ -20,7 +20,8 @@ RANK_VARIABLES = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
 class Ranks:
-    """This process among those of the run: `rank` of `world`, `local` on its machine.
+    """This process is number `rank` of the `world` processes of a run, and number `local` on its
+    machine.
 
     With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on.
     `group` is this rank's, or None; `replicas` are the ranks that hold the same columns.
@@ -105,7 +106,7 @@ class Ranks:
         for rank in range(self.world):
             first_replica = rank % self.M
             if tables[rank] != tables[first_replica] or networks[rank] != networks[0]:
-                what = "its weights are not those of the others"
+                what = "its weights differ from the others'"
                 raise UserError(f"rank {rank} is out of step: {what}")
 
     def end(self):
@@ -211,7 +212,7 @@ def fail_on_rank(error, hint=""):
 
 
 def exit_at_once(status):
-    """Where there are other processes, a tidy end would wait for them."""
+    """With several processes without Python's clean-up, which would wait for the others."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()

@@ -148,6 +148,8 @@ def folder_argument(text):
     """For argparse: an empty name, perhaps of an unset variable, is not the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a folder")
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, and must be a folder")
     return Path(text)
 
 

@@ -123,11 +123,11 @@ def truth_value(text):
     return values[text.lower()]
 
 
-# --- presets, and runs that go on -----------------------------------------------------
+# --- presets, and runs that continue --------------------------------------------------
 
 
 def options_from_preset(given, presets, default):
-    """Those of a new run: of its preset, overridden by what is given."""
+    """The options of a new run: its preset's, and over them the given ones."""
     name = given.get("preset", default)
     options = {"out_dir": f"out/{name}", **presets[name], **given}
     options.pop("preset", None)
@@ -135,8 +135,8 @@ def options_from_preset(given, presets, default):
 
 
 def options_to_resume(given, classes, default):
-    """Those of a run that goes on: its own, in the checkpoint, overridden by what is given. What
-    would make it another run must stay."""
+    """The options of a run that continues: those in its checkpoint, and over them the given ones.
+    The model, the seed and the batch must stay."""
     refuse_preset(given)
     out_dir = given.get("out_dir", f"out/{default}")
     saved = saved_options(out_dir, classes)
@@ -147,8 +147,8 @@ def options_to_resume(given, classes, default):
 
 
 def options_to_finetune(given, classes):
-    """Those of a run that begins with the weights of another one, init_from: its options,
-    overridden by what is given. The model must stay. What it was trained on becomes the
+    """The options of a run that begins with the weights of another one, init_from: the other
+    run's, and over them the given ones. The model must stay. The other run's dataset becomes the
     background."""
     refuse_preset(given)
     saved = saved_options(given["init_from"], classes)
@@ -166,7 +166,7 @@ def options_to_finetune(given, classes):
 def refuse_preset(given):
     if "preset" in given:
         way_out = "leave it out, give what is to change"
-        raise ValueError(f"preset: a run that goes on keeps its options; {way_out}")
+        raise ValueError(f"preset: a run that continues keeps its options; {way_out}")
 
 
 def saved_options(folder, classes):

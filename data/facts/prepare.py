@@ -99,8 +99,8 @@ def build_vocabulary():
 
 
 def make_people(count, generator, known=()):
-    """list of (name, {attribute: value}, {attribute: held-out phrase}). All names differ, also
-    from those of known."""
+    """list of (name, {attribute: value}, {attribute: held-out phrase}). All names differ, and
+    differ from the names in known."""
     taken = {name for name, _, _ in known}
     people = []
     for number in generator.choice(NAMES, count + len(taken), replace=False):
