@@ -143,7 +143,7 @@ PARTS = {
     "headline": Part("cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), {
         name: facts(system, **given) for name, (system, given) in HEADLINE.items()
     }),
-    "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
+    "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 9), {
         "Memory+": facts("memory"),
         "product-key memory": facts("pkm"),
         "PEER": facts("peer"),
@@ -168,7 +168,7 @@ PARTS = {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
         for system in ("pkm", "peer", "ultramem", "moe") for rate in (4e-3, 2.5e-3, 1.5e-3)
     }, compared=False),
-    "slots": Part("cpu", "more slots", range(1, 6), {
+    "slots": Part("cpu", "more slots", range(1, 9), {
         "16,384 slots": facts("memory"),
         "256 slots": facts("memory", mem_keys=16, n_ffn=248),  # n_ffn keeps the FLOPs equal
         "1,024 slots": facts("memory", mem_keys=32, n_ffn=240),
