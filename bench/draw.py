@@ -1,5 +1,11 @@
-"""Draw the README's pictures of measurements, assets/{results,slots,updates}.svg: plain SVG, by
-Python's standard library only. The other pictures in assets/ are drawn by hand."""
+"""Draw the pictures of measurements in assets/, as plain SVG:
+
+    results.svg      recall while training and at the end      from results.jsonl
+    more_slots.svg   recall against the number of slots        from results.jsonl
+    updates.svg      old facts against new facts               from results.jsonl
+    slots.svg        the slots that questions read             from slots.json
+
+The other pictures in assets/ are drawn by hand."""
 
 import argparse
 import json
@@ -35,6 +41,12 @@ def text(x, y, words, size=14, color=INK, anchor="middle", **more):
     return tag("text", escape(words), x=x, y=y, **look, **more)
 
 
+def label(x, y, words, color, anchor="start", **more):
+    """A text with a white edge, which can be read on top of lines."""
+    halo = {"stroke": "white", "stroke_width": 5, "paint_order": "stroke"}
+    return text(x, y, words, 14, color, anchor, stroke_linejoin="round", **halo, **more)
+
+
 def upward_text(x, y, words, size, color=INK):
     return text(x, y, words, size, color, transform=f"rotate(-90 {x} {y})")
 
@@ -44,9 +56,9 @@ def box(x, y, width, height, radius=0):
     return tag("rect", x=x, y=y, width=width, height=height, **look)
 
 
-def line(points, color, width):
+def line(points, color, width, **more):
     path = " ".join(f"{x},{y}" for x, y in points)
-    return tag("polyline", points=path, fill="none", stroke=color, stroke_width=width)
+    return tag("polyline", points=path, fill="none", stroke=color, stroke_width=width, **more)
 
 
 def spot(x, y, radius, color, opacity):
@@ -81,34 +93,21 @@ def arrowheads():
 
 # --- results.svg: recall while training, and at the end -------------------------------
 
+LOOKS = [  # options of the runs, color, name, note; the curve's name, and where it stands
+    ("facts-memory", ORANGE, "Memory+", "", "Memory+", (3.6, 0.88, "start")),
+    ("facts-moe --max_iters=5000", GREEN, "mixture of experts", "same time",
+     "mixture of experts", (6.1, 0.79, "end")),
+    ("facts-dense --max_iters=6000", VIOLET, "dense", "same time",
+     "dense, same time", (6.1, 0.24, "end")),
+    ("facts-dense2x", INK, "dense", "twice the FLOPs",
+     "2x FLOPs", (1.9, 0.40, "end")),
+    ("facts-dense", BLUE, "dense", "", "dense", (3.6, 0.09, "start")),
+]  # fmt: skip
+
 
 def read_results():
     lines = (BENCH / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def place(x0, share, recall):
-    """A point in a chart with its left edge at x0. share: of the chart's width."""
-    return round(x0 + 290 * share, 1), round(82 + 250 * (1 - recall), 1)
-
-
-def axes(x0, ticks, title, note, x_title):
-    """Frame of a chart of recall from 0 to 100%. ticks: [(share of the width, label)]."""
-    parts = [
-        text(x0 + 145, 38, title, font_weight="bold"),
-        text(x0 + 145, 60, note, 13, SOFT),
-        text(x0 + 145, 374, x_title, 13),
-        upward_text(x0 - 48, 207, "recall of facts", 13),
-    ]
-    for percent in range(0, 101, 20):
-        _, y = place(x0, 0, percent / 100)
-        right = place(x0, 1, percent / 100)
-        parts.append(line([(x0, y), right], GRID, 1))
-        parts.append(text(x0 - 8, y + 4, f"{percent}%", 12, SOFT, "end"))
-    for share, label in ticks:
-        x, _ = place(x0, share, 0)
-        parts.append(text(x, 352, label, 12, SOFT))
-    return parts
 
 
 def training_curves():
@@ -126,48 +125,127 @@ def training_curves():
 
 def draw_results():
     curves = training_curves()
-    looks = [
-        ("facts-memory", ORANGE, "Memory+", ""),
-        ("facts-moe --max_iters=5000", GREEN, "experts,", "same time"),
-        ("facts-dense --max_iters=6000", FAINT, "dense,", "same time"),
-        ("facts-dense2x", INK, "dense,", "2x FLOPs"),
-        ("facts-dense", BLUE, "dense", ""),
+    last = max(step for look in LOOKS for curve in curves[look[0]] for step, _ in curve)
+    parts = [
+        text(231, 34, "while training", 16, font_weight="bold"),
+        text(231, 56, "thin: a seed; thick: their mean", 14, SOFT),
+        text(231, 392, "training steps, in thousands", 14),
+        upward_text(22, 210, "recall of 12,000 facts", 14),
+        text(630, 34, "at the end", 16, font_weight="bold"),
+        text(630, 56, "circle: a seed; bar: mean ± standard error", 14, SOFT),
+        text(700, 392, "recall of 12,000 facts", 14),
     ]
-    last = max(step for look in looks for curve in curves[look[0]] for step, _ in curve)
-    ticks = [(step / last, f"{step / 1000:g}") for step in range(0, last + 1, 1000)]
-    columns = [((i + 0.5) / 5, look[2]) for i, look in enumerate(looks)]
-    note = "each thin line a seed, thick: their mean"
-    parts = axes(84, ticks, "while training", note, "thousand training steps of 1,024 tokens")
-    note = "each dot a seed, the bars their mean and its error"
-    parts += axes(500, columns, "at the end", note, "")
-    for i, (options, color, _, second_line) in enumerate(looks):
-        seeds = curves[options]
-        steps = [step for step, _ in seeds[0]]
-        average = [mean(recall for _, recall in points) for points in zip(*seeds, strict=True)]
-        parts += [recall_line(curve, last, color, 0.7) for curve in seeds]
-        parts.append(recall_line(zip(steps, average, strict=True), last, color, 3.2))
-        recalls = [curve[-1][1] for curve in seeds]
-        parts += draw_ends(recalls, (i + 0.5) / 5, color, second_line)
-    save("results.svg", 822, 396, parts)
+    for percent in range(0, 101, 20):
+        _, y = chart_point(0, percent / 100)
+        parts.append(line([(76, y), (386, y)], GRID, 1))
+        parts.append(text(68, y + 5, f"{percent}%", 14, SOFT, "end"))
+        x = row_x(percent / 100)
+        parts.append(line([(x, 74), (x, 348)], GRID, 1))
+        parts.append(text(x, 368, f"{percent}%", 14, SOFT))
+    for step in range(0, last + 1, 1000):
+        x, _ = chart_point(step / last, 0)
+        parts.append(text(x, 368, f"{step / 1000:g}", 14, SOFT))
+    for options, color, *_ in LOOKS:
+        for curve in curves[options]:
+            parts.append(recall_line(curve, last, color, 1, stroke_opacity=0.35))
+    for row, look in enumerate(LOOKS):
+        parts += draw_mean(look, curves[look[0]], last)
+        parts += draw_row(look, [curve[-1][1] for curve in curves[look[0]]], 96 + 55 * row)
+    save("results.svg", 822, 410, parts)
 
 
-def recall_line(curve, last, color, width):
-    points = [place(84, step / last, recall) for step, recall in curve]
-    return line(points, color, width)
+def chart_point(share, recall):
+    """share: of the width of the chart on the left."""
+    return round(76 + 310 * share, 1), round(342 - 264 * recall, 1)
 
 
-def draw_ends(recalls, share, color, second_line):
+def row_x(recall):
+    """In the rows on the right."""
+    return round(604 + 192 * recall, 1)
+
+
+def recall_line(curve, last, color, width, **more):
+    points = [chart_point(step / last, recall) for step, recall in curve]
+    return line(points, color, width, **more)
+
+
+def draw_mean(look, seeds, last):
+    _, color, _, _, name, (thousands, recall, anchor) = look
+    steps = [step for step, _ in seeds[0]]
+    average = [mean(recall for _, recall in points) for points in zip(*seeds, strict=True)]
+    x, y = chart_point(1000 * thousands / last, recall)
+    return [
+        recall_line(zip(steps, average, strict=True), last, color, 3.2),
+        label(x, y + 5, name, color, anchor),
+    ]
+
+
+def draw_row(look, recalls, y):
+    _, color, name, note, *_ = look
     average = mean(recalls)
     error = stdev(recalls) / len(recalls) ** 0.5
-    x, y = place(500, share, average)
-    top = place(500, share, average + error)
-    bottom = place(500, share, average - error)
+    x = row_x(average)
+    number = f"{100 * average:.0f} ± {100 * error:.0f}%"
+    if note:
+        number = f"{note}: {number}"
     return [
-        line([top, bottom], color, 3.2),
-        line([(x - 22, y), (x + 22, y)], color, 3.2),
-        text(x, 368, second_line, 12, SOFT),
-        *rings([place(500, share, recall) for recall in recalls], 4, color),
+        text(590, y - 3, name, 14, color, "end", font_weight="bold"),
+        text(590, y + 15, number, 14, color, "end"),
+        line([(row_x(average - error), y), (row_x(average + error), y)], color, 3.2),
+        line([(x, y - 17), (x, y + 17)], color, 3.2),
+        *rings([(row_x(recall), y) for recall in recalls], 4.5, color),
     ]
+
+
+# --- more_slots.svg: recall against the number of slots -------------------------------
+
+SLOTS = {  # options of the runs of each number of slots, and their parameters
+    256: ("facts-memory --mem_keys=16 --n_ffn=248", "0.23M"),
+    1024: ("facts-memory --mem_keys=32 --n_ffn=240", "0.28M"),
+    4096: ("facts-memory --mem_keys=64 --n_ffn=216", "0.47M"),
+    16384: ("facts-memory", "1.26M"),
+    65536: ("facts-memory --mem_keys=256 --n_ffn=88", "4.40M"),
+}
+LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE, "dense")]
+
+
+def draw_more_slots():
+    curves = training_curves()
+    parts = [
+        text(46, 360, "slots", 14),
+        text(46, 380, "parameters", 14, SOFT),
+        upward_text(22, 180, "recall of 12,000 facts", 14),
+    ]
+    for percent in range(0, 101, 20):
+        _, y = slots_point(0, percent / 100)
+        parts.append(line([(100, y), (690, y)], GRID, 1))
+        parts.append(text(92, y + 5, f"{percent}%", 14, SOFT, "end"))
+    for options, color, name in LINES:
+        average = mean(curve[-1][1] for curve in curves[options])
+        _, y = slots_point(0, average)
+        parts.append(line([(100, y), (690, y)], color, 2, stroke_dasharray="6 5"))
+        parts.append(label(684, y - 7, name, color, "end"))
+    means = []
+    for column, (slots, (options, parameters)) in enumerate(SLOTS.items()):
+        recalls = [curve[-1][1] for curve in curves[options]]
+        average = mean(recalls)
+        error = stdev(recalls) / len(recalls) ** 0.5
+        means.append(slots_point(column, average))
+        bottom = slots_point(column, average - error)
+        top = slots_point(column, average + error)
+        x, _ = bottom
+        parts.append(line([bottom, top], ORANGE, 3.2))
+        parts += rings([slots_point(column, recall) for recall in recalls], 4.5, ORANGE)
+        parts.append(text(x, 360, f"{slots:,}", 14))
+        parts.append(text(x, 380, parameters, 14, SOFT))
+    parts.append(line(means, ORANGE, 3.2))
+    x, y = means[3]
+    parts.append(label(x - 16, y - 8, "Memory+", ORANGE, "end", font_weight="bold"))
+    save("more_slots.svg", 722, 400, parts)
+
+
+def slots_point(column, recall):
+    return round(150 + 120 * column, 1), round(330 - 300 * recall, 1)
 
 
 # --- slots.svg: what questions read in a table of N * N slots -------------------------
@@ -210,24 +288,16 @@ def draw_table(x0, title, reads, names, keys):
 
 # --- updates.svg: old facts against new ones while a model learns 100 people ----------
 
-UPDATES = [  # options, color, note at the end of the curve, and how far below that end
-    ("", INK, "", 0),
-    ("--learning_rate=0.0003", FAINT, "", 0),
-    ("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "", 0),
-    ("--slots=0", GREEN, "", 0),
-    ("--slots=32768", BLUE, "32,768", -22),
-    ("--slots=16384", BLUE, "16,384", 18),
-    ("--slots=4096", BLUE, "4,096", 18),
-    ("--slots=1024", BLUE, "1,024", 18),
-    ("--slots=16384 --choose_by=reads", ORANGE, "16,384", 18),
-]
-LEGEND = [
-    (INK, "all weights, AdamW and RowAdam at the rates of training"),
-    (FAINT, "all weights, AdamW at 3e-4"),
-    (VIOLET, "all weights, AdamW at 1e-4, SGD for values"),
-    (GREEN, "all rows of the table, SGD"),
-    (ORANGE, "16,384 rows, chosen by reads"),
-    (BLUE, "so many rows"),
+UPDATES = [  # options, color, words in the legend or ""; words at the curve's end, and where
+    ("", INK, "all weights, rates of training: falls to 2%", "", ()),
+    ("--learning_rate=0.0003", FAINT, "all weights, AdamW 3e-4: falls to 62%", "", ()),
+    ("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "all weights, AdamW 1e-4", "", ()),
+    ("--slots=0", GREEN, "all rows of the table", "", ()),
+    ("--slots=16384 --choose_by=reads", ORANGE, "slots chosen by reads", "16,384", (6, 18)),
+    ("--slots=32768", BLUE, "slots chosen by gradient", "32,768", (-22, -22)),
+    ("--slots=16384", BLUE, "", "16,384", (-44, 26)),
+    ("--slots=4096", BLUE, "", "4,096", (8, 2)),
+    ("--slots=1024", BLUE, "", "1,024", (-16, 26)),
 ]
 
 
@@ -251,52 +321,45 @@ def update_curves():
 
 def draw_updates():
     curves = update_curves()
-    parts = recall_axes(84, 0.0, "all of it")
-    for options, color, _, _ in UPDATES:
-        points = update_points(curves[options], 84, 0.0)
-        parts += [line(points, color, 2), *rings(points, 3, color)]
-    parts += recall_axes(500, 0.85, "above 85%")
-    for options, color, note, shift in UPDATES:
-        points = update_points(curves[options], 500, 0.85)
-        parts += [line(points, color, 2), *rings(points, 3, color)]
-        if note:
-            x, y = points[-1]
-            parts.append(text(x - 10, y + shift, note, 12, color))
-    for i, (color, words) in enumerate(LEGEND):
-        x = 50 + 390 * (i % 2)
-        y = 378 + 20 * (i // 2)
-        parts.append(line([(x, y - 4), (x + 22, y - 4)], color, 2.5))
-        parts.append(text(x + 30, y, words, 12, anchor="start"))
-    save("updates.svg", 822, 432, parts)
-
-
-def recall_axes(x0, low, title):
-    """Frame of a chart of old recall, from low to 100%, against new recall, from 0 to 100%."""
     parts = [
-        text(x0 + 145, 34, title, 15, font_weight="bold"),
-        text(x0 + 145, 350, "new facts known", 13),
-        upward_text(x0 - 50, 180, "old facts known", 13),
+        text(280, 382, "new facts known", 14),
+        upward_text(22, 185, "old facts known", 14),
     ]
-    for i in range(6):
-        y = 305 - 50 * i
-        parts.append(line([(x0, y), (x0 + 290, y)], GRID, 1))
-        parts.append(text(x0 - 8, y + 4, f"{low + (1 - low) * i / 5:.0%}", 12, SOFT, "end"))
-        parts.append(text(x0 + 58 * i, 326, f"{i / 5:.0%}", 12, SOFT))
-    return parts
+    for percent in range(86, 97, 2):
+        _, y = update_point(0, percent / 100)
+        parts.append(line([(80, y), (480, y)], GRID, 1))
+        parts.append(text(72, y + 5, f"{percent}%", 14, SOFT, "end"))
+    for percent in range(0, 101, 20):
+        x, _ = update_point(percent / 100, 0)
+        parts.append(text(x, 358, f"{percent}%", 14, SOFT))
+    frame = tag("clipPath", box(80, 20, 410, 318), id="frame")
+    drawn = []
+    labels = []
+    for options, color, _, words, shift in UPDATES:
+        points = [update_point(new, old) for new, old in curves[options]]
+        drawn += [line(points, color, 2), *rings(points, 3.5, color)]
+        if words:
+            x, y = points[-1]
+            dx, dy = shift
+            labels.append(label(x + dx, y + dy, words, color))
+    parts += [frame, tag("g", "".join(drawn), clip_path="url(#frame)"), *labels]
+    y = 60
+    for _, color, words, _, _ in UPDATES:
+        if words:
+            parts.append(line([(500, y - 5), (522, y - 5)], color, 3))
+            parts.append(text(530, y, words, 14, anchor="start"))
+            y += 28
+    save("updates.svg", 822, 400, parts)
 
 
-def update_points(curve, x0, low):
-    """Where the part of a curve above low is drawn."""
-    points = []
-    for new, old in curve:
-        if old >= low:
-            y = 305 - 250 * (old - low) / (1 - low)
-            points.append((round(x0 + 290 * new, 1), round(y, 1)))
-    return points
+def update_point(new, old):
+    """Old recall is shown from 85 to 96%."""
+    return round(80 + 400 * new, 1), round(338 - 318 * (old - 0.85) / 0.11, 1)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     draw_results()
+    draw_more_slots()
     draw_slots()
     draw_updates()

@@ -65,17 +65,17 @@ class Clock:
 
 
 def summarize(run, tokens, result):
-    """Print what a run has come to. tokens: that it has read; result: the last line of its log"""
+    """Print the summary at the end of a run. tokens: the number read; result: the last line of
+    the log"""
     print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of training")
-    print(f"  {run.model.describe()}")
     losses = "{train_loss:.3f} train, {val_loss:.3f} validation (nats a token)"
     print(f"  loss         {losses.format(**result)}")
     print_recall(run.data["questions"], "recall", result, run.before)
     if "old" in run.data:
         print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
     if run.model.pool is not None:
-        even = "KL from even use {mem_kl:.2f} nats; the busiest 1% get {mem_top1:.1%} of reads"
-        print(f"  memory       {{mem_used:.1%}} of slots read; {even}".format(**result))
+        usage = "{mem_used:.1%} of slots read; the busiest 1% get {mem_top1:.1%} of reads"
+        print(f"  memory       {usage.format(**result)}")
     print(f"  written to   {run.config.out_dir}/ckpt.pt, log.jsonl")
     command = ["sample.py", f"--out_dir={run.config.out_dir}"]
     if "recall" in result:
