@@ -2,10 +2,6 @@
 model.py is used."""
 
 import copy
-import shutil
-import subprocess
-import sys
-import textwrap
 from functools import partial
 
 import pytest
@@ -13,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import memory
-from helpers import ROOT
 from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
 
@@ -410,56 +404,3 @@ def test_a_model_that_moves_to_another_type_takes_what_it_collects_along():
     before = model.pool.values.detach().clone()
     optimizer.step()
     assert model.pool.values.dtype == torch.bfloat16 and (before != model.pool.values).any()
-
-
-# --- the files --------------------------------------------------------------------------------------------------------------
-
-EXAMPLE = """
-import torch
-from torch.nn.functional import rms_norm
-{example}
-for optimizer in optimizers:
-    optimizer.zero_grad()
-y.square().mean().backward()
-for optimizer in optimizers:
-    optimizer.step()
-assert y.shape == x.shape and y.isfinite().all() and pool.values.shape == (65536, 512)
-"""
-
-
-def example_of_the_readme(with_text):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    return next(code for code in examples if with_text in code)
-
-
-@pytest.mark.slow
-def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
-    for name in ("memory.py", "kernels.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    example = example_of_the_readme("ValuePool(")
-    example = example.replace(
-        "y = x", "x = torch.randn(2, 3, 512)\nnorm = lambda x: rms_norm(x, [512])\ny = x", 1
-    )
-    example = example.replace("everything_but_the_pool", "layer.parameters()")
-    (tmp_path / "own.py").write_text(EXAMPLE.format(example=example))
-    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import own"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_search_of_the_readme_finds_all_pairs_of_the_best_sub_keys():
-    scope = {}
-    exec(textwrap.dedent(example_of_the_readme("def retrieve")), vars(memory), scope)
-    grid = type("Grid", (MemoryLayer,), scope)
-    torch.manual_seed(0)
-    layer, pool = grid(dim=C, slots=SLOTS, heads=2, topk=4), ValuePool(slots=SLOTS, dim=C)
-    x = torch.randn(5, C)
-    slots, weights = layer.retrieve(x)
-    best1, best2 = layer.scores(x).topk(2).indices.tolist()  # of each head and token
-    for t in range(5):
-        for h in range(2):
-            want = {15 * i + j for i in best1[h][t] for j in best2[h][t]}
-            assert set(slots[t, 4 * h : 4 * h + 4].tolist()) == want
-    torch.testing.assert_close(weights.view(5, 2, 4).sum(-1), torch.ones(5, 2))
-    assert layer(x, pool).shape == x.shape

@@ -148,22 +148,6 @@ def test_rows_of_a_part_can_be_built_and_have_equal_flops(part):
         assert max(sizes.values())[0] / min(sizes.values())[0] < 1.03, sizes
 
 
-def test_the_tables_in_the_documentation_are_those_of_the_results():
-    lines = read_lines(reproduce.RESULTS)
-    known = reproduce.this_machine(False)
-    update = next(line for line in lines if "--init_from" in line["command"])
-    machines = ({name: line[name] for name in known} for line in (lines[0], update))
-    results, others = (reproduce.select_results(lines, machine) for machine in machines)
-    documents = [reproduce.ROOT / name for name in ("README.md", "bench/README.md")]
-    written = "".join(document.read_text() for document in documents)
-    parts = ["headline", "systems", "seconds", "slots", "text", "capacity", "constant rates"]
-    rows = [row for part in parts for row in reproduce.table(part, results).splitlines()[4:]]
-    rows = [row for row in rows if "not measured" not in row]
-    parts = ["ablations", "new people", "moved people"]  # on the machine of the updates
-    rows += [row for part in parts for row in reproduce.table(part, others).splitlines()[4:]]
-    assert len(rows) == 40 + 34 and not [row for row in rows if row not in written]
-
-
 def test_differences_are_paired_by_seed():
     losses = {
         "Memory+": {1: 1.0, 2: 2.0},

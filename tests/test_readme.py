@@ -1,0 +1,393 @@
+"""README.md and bench/README.md: commands, code, outputs, numbers, links, length."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+
+import pytest
+import torch
+from test_openwebtext import BYTES, corpus
+
+import memory
+from bench import reproduce
+from bench.experiments import PARTS
+from helpers import ROOT, SMALL, log_of, prepare_here, train_here
+from memory import MemoryLayer, ValuePool
+from model import GPTConfig
+from presets import PRESETS
+from train import TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "bench/README.md").read_text(encoding="utf-8")
+COPIED = (
+    "out",
+    ".git",
+    ".ci",
+    "*.bin",
+    "*.jsonl",
+    "meta.json",
+    "archives",
+    "__pycache__",
+    ".*_cache",
+)
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def prose(text):
+    """Without code, links and pictures' names."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+
+
+# --- form -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 110
+    assert len(README.split()) < 2200
+
+
+@pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 5
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path
+        if file:
+            target = path.parent / file
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles]
+            assert anchor in anchors, link
+
+
+def test_the_map_names_all_files_and_folders():
+    table = README.partition("## In your own model")[0]
+    for path in ROOT.glob("*.py"):
+        assert f"[{path.name}]({path.name})" in table
+    for path in ROOT.glob("*/*.py"):
+        assert f"[{path.parent.name}/](" in table
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(block):
+    """[(words, lines of its output that are shown)] of a shell block."""
+    found = []
+    for line in block.splitlines():
+        if line.startswith("# "):
+            found[-1][1].append(line.removeprefix("# "))
+        else:
+            for command in line.split(" && "):
+                found.append((shlex.split(command, comments=True), []))
+    return found
+
+
+def short_form(words, archives):
+    """The same command for a small model, few people, two processes, no network."""
+    if words[0] == "pip":  # all of it is there already
+        return [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", *words[2:]]
+    if words[0] == "torchrun":
+        words = ["-m", "torch.distributed.run", *words[1:]]
+        words[words.index("--nproc_per_node=8")] = "--nproc_per_node=2"
+    else:
+        assert words[0] == "python"
+        words = words[1:]
+    program = next(word for word in words if word.endswith(".py"))
+    more = []
+    if program == "train.py" and "--resume" in words:
+        more = ["--max_iters=6"]
+    elif program == "train.py" and "--init_from=out/mine" in words:
+        more = ["--max_iters=2"]
+    elif program == "train.py":
+        given = {word.partition("=")[0] for word in words}
+        more = [option for option in SMALL if option.partition("=")[0] not in given]
+    elif program == "edit/update.py":
+        more = ["--max_iters=2", "--eval_iters=1", "--eval_interval=2"]
+    elif program == "data/facts/prepare.py":
+        more = ["--new=3", "--biographies=2"]
+    elif program == "data/openwebtext/prepare.py":  # with a vocabulary that needs no download
+        code = f"import data.openwebtext.prepare as it; it.VOCABULARY = {BYTES!r}; it.main()"
+        code = code.replace("main()", f"main({[*words[1:], f'--source={archives}']!r})")
+        words = ["-c", f"if __name__ == '__main__':\n  {code}"]
+    return [sys.executable, *words, *more]
+
+
+def shape(line):
+    """What stays of a line of output when numbers, words and passages change."""
+    line = re.sub(r"   +\(.*\)$", "", line.rstrip())  # a note
+    line = re.sub(r"'.*'", "'...'", line)
+    line = re.sub(r"\S.* →.*", "... → ...", line)
+    return re.sub(r"\d[\d,.]*", "0", line).replace("out/facts-memory", "out/...")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A fresh clone with little data and a trained demo."""
+    here = tmp_path / "nanomem"
+    shutil.copytree(ROOT, here, ignore=shutil.ignore_patterns(*COPIED))
+    prepare_here("facts", "--people=9", "--biographies=20", "--out", here / "data/facts")
+    data = f"--dataset={here}/data/facts"
+    train_here(*SMALL, data, f"--out_dir={here}/out/facts-memory")
+    (here / "mine.txt").write_text("How doth the little busy bee improve each shining hour. " * 99)
+    (here / "archives").mkdir()
+    for name, archive in corpus()[0].items():
+        (here / "archives" / name).write_bytes(archive)
+    return here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("sh"))))
+def test_every_command_runs_and_prints_what_is_shown(number, copy):
+    environment = {**os.environ, "PYTHONPATH": ""}
+    for words, shown in commands(blocks("sh")[number]):
+        if words[1] == "train.py" and len(words) == 2:
+            shutil.rmtree(copy / "out")
+        done = subprocess.run(
+            short_form(words, copy / "archives"),
+            cwd=copy, env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        printed = {shape(line) for line in done.stdout.splitlines()}
+        assert {shape(line) for line in shown} <= printed, (shown, done.stdout)
+
+
+def test_options_and_presets_are_those_of_the_programs():
+    """Also of commands in the text, which do not run here."""
+    options = {f.name for f in (*fields(TrainConfig), *fields(GPTConfig))} | {"preset"}
+    found = re.findall(r"train\.py ([^`\n#]*)", README + BENCH)
+    used = {word for part in found for word in re.findall(r"--(\w+)", part)}
+    assert "mem_keys" in used and used - options <= {"variant", "mem_sgd", "help"}
+    row = re.search(r"^- \*\*Presets\*\*.*?\n- ", README, re.DOTALL | re.MULTILINE)[0]
+    named = set(re.findall(r"`([a-z0-9-]+)`", row))
+    families = {name.rpartition("-")[0] for name in PRESETS}
+    assert named == families | {name.rpartition("-")[2] for name in PRESETS}
+
+
+def test_fields_of_the_log_are_those_that_it_has(facts, finished, tmp_path):
+    again = tmp_path / "again"
+    train_here(
+        f"--init_from={finished}", f"--dataset={facts}", f"--out_dir={again}", "--max_iters=2"
+    )
+    written = {name for out in (finished, again) for line in log_of(out) for name in line}
+    table = README.partition("| field of")[2].partition("\n\n")[0]
+    described = set(re.findall(r"`(\w+)`", table)) - {"jsonl"}
+    on_a_gpu = {"gpu_gib", "gpu_gib_reserved"}
+    # a dataset of the same questions has no old ones left to ask
+    assert described == written | on_a_gpu | {"old_recall"}
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+def python_block(text):
+    return next(code for code in blocks("python") if text in code)
+
+
+def test_all_python_blocks_are_tested_here():
+    assert len(blocks("python")) == 3
+
+
+@pytest.mark.slow
+def test_two_files_and_the_lines_of_the_readme_are_all_that_one_needs(tmp_path):
+    for name in ("memory.py", "kernels.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    check = "assert y.shape == x.shape and y.isfinite().all() and len(pool.values) == 65536"
+    before = "from memory import *\nsave = ValuePool.initialize\n"
+    before += "def keep(pool):\n    save(pool)\n    global first\n    first = pool.values.clone()\n"
+    before += "ValuePool.initialize = keep\n"
+    after = "assert (pool.values != first).any(dim=1).sum() > 1000  # the optimiser moved them\n"
+    (tmp_path / "own.py").write_text(before + python_block("ValuePool(") + check + "\n" + after)
+    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import own"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_trained_model_in_python(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "out/facts-memory")
+    scope = {}
+    exec(python_block("from_checkpoint"), scope)
+    assert scope["logits"].shape == (1, scope["ids"].size(1), 1712)
+    assert capsys.readouterr().out.startswith("Zailam Zimor Rinar was born in")
+    weights = torch.load("weights.pt", weights_only=True)
+    assert weights.keys() == scope["model"].state_dict().keys() and "pool.values" in weights
+
+
+def test_the_search_of_the_readme_finds_all_pairs_of_the_best_sub_keys():
+    scope = {}
+    exec(textwrap.dedent(python_block("def retrieve")), vars(memory), scope)
+    grid = type("Grid", (MemoryLayer,), scope)
+    torch.manual_seed(0)
+    layer = grid(dim=32, slots=15**2, heads=2, topk=4)
+    pool = ValuePool(slots=15**2, dim=32)
+    x = torch.randn(5, 32)
+    slots, weights = layer.retrieve(x)
+    best1, best2 = layer.scores(x).topk(2).indices.tolist()  # of each head and token
+    for t in range(5):
+        for h in range(2):
+            want = {15 * i + j for i in best1[h][t] for j in best2[h][t]}
+            assert set(slots[t, 4 * h : 4 * h + 4].tolist()) == want
+    torch.testing.assert_close(weights.view(5, 2, 4).sum(-1), torch.ones(5, 2))
+    assert layer(x, pool).shape == x.shape
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def results():
+    """{command: line} on the machine of the first line, and on the machine of the updates."""
+    lines = [json.loads(line) for line in reproduce.RESULTS.read_text().splitlines()]
+    known = reproduce.this_machine(False)
+    update = next(line for line in lines if "--init_from" in line["command"])
+    machines = ({name: line[name] for name in known} for line in (lines[0], update))
+    return [reproduce.select_results(lines, machine) for machine in machines]
+
+
+def lines_of(part, label, found):
+    part = PARTS[part]
+    commands = [part.rows[label].command.format(seed=seed) for seed in part.seeds]
+    return [found[command] for command in commands if command in found]
+
+
+def test_the_tables_are_those_of_the_results():
+    first, second = results()
+    parts = ["headline", "systems", "slots", "text", "capacity", "constant rates"]
+    rows = [row for part in parts for row in reproduce.table(part, first).splitlines()[4:]]
+    parts = ["ablations", "new people", "moved people"]
+    rows += [row for part in parts for row in reproduce.table(part, second).splitlines()[4:]]
+    rows = {row for row in rows if "not measured" not in row}
+    assert len(rows) == 5 + 4 + 4 + 3 + 12 + 8 + 15 + 13 + 6
+    assert not [row for row in rows if BENCH.count(f"\n{row}\n") != 1]  # nothing twice
+
+
+SYSTEMS = {  # row of the README: label in the results
+    "[Memory+](https://arxiv.org/abs/2412.09764)": "Memory+",
+    "[product-key memory](https://arxiv.org/abs/1907.05242)": "product-key memory",
+    "[PEER](https://arxiv.org/abs/2407.04153)": "PEER",
+    "[UltraMem](https://arxiv.org/abs/2411.12364)": "UltraMem",
+    "mixture of experts ([1](https://arxiv.org/abs/1701.06538), [2](https://arxiv.org/abs/2101.03961))":
+        "mixture of experts",
+    "dense": "dense",
+}  # fmt: skip
+
+
+def table_of_systems(found):
+    rows = []
+    for row, label in SYSTEMS.items():
+        lines = lines_of("systems", label, found)
+        assert len(lines) == 8
+        recall = reproduce.with_error([100 * line["recall"] for line in lines], ".1f")
+        loss = reproduce.with_error([line["val_loss"] for line in lines], ".3f")
+        size, _ = PARTS["systems"].rows[label].size()
+        speed = statistics.median(line["tokens_per_s"] for line in lines)
+        rows.append(f"| {row} | {recall} | {loss} | {size:.2f}M | {speed:,.0f} |")
+    return rows
+
+
+def mean_recall(lines):
+    return 100 * statistics.mean(line["recall"] for line in lines)
+
+
+def sentences():
+    """The parts of sentences in README.md that hold measured numbers."""
+    first, second = results()
+    memory_lines = lines_of("systems", "Memory+", first)
+    dense_lines = lines_of("systems", "dense", first)
+    memory_speed = statistics.median(line["tokens_per_s"] for line in memory_lines)
+    dense_speed = statistics.median(line["tokens_per_s"] for line in dense_lines)
+    facts = PRESETS["facts-memory"]
+    ratio = facts["mem_learning_rate"] / facts["learning_rate"]
+    seconds = [
+        line["seconds"] for label in SYSTEMS.values() for line in lines_of("systems", label, first)
+    ]
+    long = {name: mean_recall(lines_of("capacity", f"{name}, 2,000 people", first))
+            for name in ("dense", "moe", "memory")}  # fmt: skip
+    one = lines_of("ablations", "Memory+", second)
+    two = lines_of("ablations", "in both blocks", second)
+    lost = [100 * (a["recall"] - b["recall"]) for a, b in zip(one, two, strict=True)]
+    text = lines_of("text", "Memory+", first)
+    other = lines_of("text", "dense", first)
+    nats = [b["val_loss"] - a["val_loss"] for a, b in zip(text, other, strict=True)]
+    update = lines_of("new people", "16,384 slots", second)
+    new = statistics.mean(100 * line["recall"] for line in update)
+    old = statistics.mean(100 * (line["curve"][0][-2] - line["curve"][-1][-2]) for line in update)
+    assert round(statistics.median(line["seconds"] for line in memory_lines) / 60) == 4
+    return [
+        f"recalls {mean_recall(memory_lines):.0f}% of 12,000 made-up facts",
+        f"a dense GPT recalls {mean_recall(dense_lines):.0f}%",
+        f"Memory+ trains {round(memory_speed, -2):,.0f} tokens a second",
+        f"and the dense GPT {round(dense_speed, -2):,.0f}",
+        f"constant learning rate, {ratio:.0f} times the network's",
+        *table_of_systems(first),
+        "Two blocks of width 64, 3,500 steps of 1,024 tokens",
+        f"{sum(seconds) / 2 / 3600:.1f} hours",
+        f"dense recalls {long['dense']:.0f}%, experts {long['moe']:.0f}%, Memory+ {long['memory']:.0f}% (one seed)",
+        f"{reproduce.with_error(lost, '.0f')} points in two blocks",
+        f"{reproduce.with_error(nats, '.3f')} nats a byte",
+        f"teaches {new:.0f}% of 600 new facts and costs {old:.1f} points",
+        f"in a file of {update[0]['bytes'] / 1e6:.1f} MB",
+        "100 new people by changing 16,384 slots",
+    ]
+
+
+NOT_MEASURED = {  # numbers of README.md that are of papers, definitions or versions
+    "2.9": "PyTorch",
+    "4 heads of 32 slots": "the paper's",
+    "4, 12 and 20 of 24": "the paper's",
+    "1,024 scores and one over 119 sums": "tests/test_memory.py counts candidates",
+    "0.02": "memory.py, tests/test_memory.py",
+    "24 GB": "an estimate, bench/README.md",
+    "80 GB": "an estimate, bench/README.md",
+    "2019": "a year",
+}
+
+
+def joined(text):
+    return re.sub(r"\s+", " ", text)
+
+
+def test_every_number_of_the_readme_is_measured():
+    text = joined(README)
+    left = joined(prose(README))
+    for sentence in sentences():
+        assert joined(sentence) in text, sentence
+        left = left.replace(joined(prose(sentence)), " ")
+    for words in NOT_MEASURED:
+        assert words in left, words
+        left = left.replace(words, " ")
+    left = re.sub(r"\b[A-Z]\w*-?\d+\b|\d\. |\[\d", " ", left)  # A100, GPT-2; items; links
+    assert not re.findall(r"[^ ]*\d[^ ]*", left)
+
+
+def test_the_output_that_is_shown_is_that_of_seed_1():
+    first, _ = results()
+    line = lines_of("systems", "Memory+", first)[0]
+    steps = PRESETS["facts-memory"]["max_iters"]
+    shown = blocks("sh")[0]
+    assert f"# {steps:,} steps, {steps * 8 * 128:,} tokens in" in shown
+    assert f"train, {line['val_loss']:.3f} validation" in shown
+    assert f"recall       {line['recall']:.1%} of 12,000" in shown
+    assert f"memory       {line['mem_used']:.1%} of slots read" in shown
+    assert (
+        f"the mean of eight is {mean_recall(lines_of('systems', 'Memory+', first)):.0f}%"
+        in shown
+    )
