@@ -218,8 +218,8 @@ class MemoryLayer(nn.Module):
         return s.unflatten(0, (2, self.H))
 
     def flops(self):
-        """Forward FLOPs per token: 2 for each multiply-add of matrix products and lookup. Not
-        counted, as usual: elementwise products, norms, softmax and top-k."""
+        """Forward FLOPs per token: 2 for each multiply-add of matrix products and lookup.
+        Elementwise products, norms, softmax and top-k are not counted."""
         matrices = count_linear(self)
         scores = self.keys.numel()
         lookup = self.H * self.K * self.D
@@ -295,7 +295,7 @@ class ValuePool(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        for rows in self.values.split(4096):  # in pieces, to avoid a second table
+        for rows in self.values.split(4096):  # in pieces, to avoid a second table in float32
             rows.copy_(torch.empty(rows.shape, device=rows.device).normal_(std=0.02))
 
     def forward(self, rows, weights):
