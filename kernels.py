@@ -498,7 +498,7 @@ class CollectingLookup(torch.autograd.Function):
 
 
 def check_collector(gradient):
-    """Without it the values would silently learn nothing."""
+    """Without `gradient` the values would silently learn nothing."""
     if gradient is None:
         raise RuntimeError(
             "these values have no optimizer: make RowAdam(pool) before the forward pass "
@@ -542,7 +542,7 @@ def collecting_lookup(values, indices, weights, gradient, touched):
               Autograd gets none, so torch.compile has no graph break
     touched   (S,) uint8. Backward passes set the rows that were read to 1
 
-    Both may be None if there is no backward pass. It would raise RuntimeError."""
+    Both may be None. A backward pass for the values then raises RuntimeError."""
     check_lookup(values, indices, weights)
     return CollectingLookup.apply(
         values, indices.contiguous(), weights.contiguous(), gradient, touched
@@ -604,7 +604,7 @@ def topk_indices(scores, K):
         return scores.topk(K, dim=-1).indices
     if N <= 256:
         return topk_by_sorting(scores, K)
-    # numpy is ten times slower on longer rows: take the best of each 256, then of these.
+    # Longer rows take numpy ten times as long. Take the best of each 256, then of these.
     parts = []
     for first in range(0, N, 256):
         part = scores[..., first : first + 256]
@@ -898,7 +898,7 @@ def adam_kernel(
 
 
 def adam_warps(D):
-    """8 columns per thread."""
+    """8 columns a thread."""
     return min(32, max(1, triton.next_power_of_2(D) // 256))
 
 
