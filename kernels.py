@@ -3,19 +3,19 @@
 This is all that a memory layer does with its memory (Memory Layers at Scale,
 arXiv:2412.09764, section 3): every token reads k rows of a table of S rows and
 adds them up, each with its own weight. In matrix form y = W V, where W (n x S)
-holds k weights a row and zeros elsewhere. Its two gradients are then
+holds k weights in each row and zeros elsewhere. Its two gradients are then
 
     dV = W^T dY    row s of V collects the dY of every token that read it:
                    a lookup with the roles of tokens and rows swapped
-    dW = dY V^T    wanted only where W is not zero:
+    dW = dY V^T    needed only where W is not zero:
                    dweights[i, j] = dY[i] . values[indices[i, j]]
 
-From the top: the definition, the same in PyTorch (for a CPU) and in Triton (for
-a GPU), the lookup with its gradient, the selection of slots (memory.py says how
-and why), and `RowAdam`, the optimiser of the table. The lookup comes in two
-forms. `lookup` stands alone: the gradient of the table is a sparse tensor.
-Memory layers use `collecting_lookup`: it adds that gradient to one that several
-layers share. `python bench/kernels.py` checks all of it against float64 and times it.
+This file has the definition, its versions in PyTorch (for a CPU) and Triton (for a
+GPU), the lookup with its gradient, the selection of slots (memory.py explains it),
+and `RowAdam`, the optimiser of the table. The lookup has two forms. `lookup` stands
+alone and returns the gradient of the table as a sparse tensor. Memory layers use
+`collecting_lookup`, which adds the gradient to a tensor that several layers share.
+`python bench/kernels.py` checks all of this against float64 and times it.
 
 Letters: n tokens, k slots that a token reads (heads times top-k), S slots in the
 table, D width of a value, R distinct rows read, P = n * k pairs of token and slot.
@@ -34,7 +34,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # there is none for macOS and Windows; the PyTorch path needs none
+except ImportError:  # macOS and Windows have no Triton; the PyTorch path works without
     HAS_TRITON = False
 
     def jit(function):
@@ -43,10 +43,11 @@ except ImportError:  # there is none for macOS and Windows; the PyTorch path nee
     triton = types.SimpleNamespace(jit=jit)
     tl = types.SimpleNamespace(constexpr=None)
 
-# PyTorch says once a process that compressed sparse rows are in beta.
+# PyTorch warns once per process that compressed sparse rows are in beta.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"  # check slots on a GPU, too: the CPU waits
+# Check slots on a GPU, too. The CPU then waits for the GPU.
+DEBUG = os.environ.get("NANOMEM_DEBUG", "0") != "0"
 
 
 def definition(values, indices, weights):
@@ -57,7 +58,7 @@ def definition(values, indices, weights):
 
 
 def widen(x):
-    """bfloat16 to float32, for sums, norms and softmax. Wider numbers stay as they are."""
+    """Cast bfloat16 to float32, for sums, norms and softmax. Wider numbers keep their dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -65,7 +66,7 @@ def widen(x):
 
 
 def torch_forward(values, indices, weights):
-    """As the definition. On a CPU without a (n, k, D) tensor."""
+    """Same as definition(). On a CPU it needs no (n, k, D) tensor."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         weights = weights.to(values.dtype)
         return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
@@ -73,8 +74,8 @@ def torch_forward(values, indices, weights):
 
 
 def torch_backward(values, indices, weights, grad):
-    """grad (n, D), that is dY -> rows (R,) that were read, their gradient (R, D),
-    gradient of the weights (n, k)."""
+    """grad = dY (n, D) -> rows that were read (R,), their gradient (R, D), and the gradient
+    of the weights (n, k)."""
     order, rows, starts = group_by_row(indices)
     dy = widen(grad)
     tokens = order // indices.size(1)  # (P,)
@@ -89,7 +90,7 @@ def torch_products(values, indices, x):
     n, k = indices.shape
     x = widen(x.to(torch.promote_types(values.dtype, x.dtype)))
     if x.device.type == "cpu" and x.dtype == values.dtype and k <= len(values):
-        # W as a sparse matrix, whose entries this product computes: a tenth of the time.
+        # Compute the product only at the entries of sparse W: a tenth of the time.
         ends = torch.arange(n + 1) * k
         slots = indices.flatten().long()
         zeros = x.new_zeros(n * k)
@@ -103,7 +104,7 @@ def torch_products(values, indices, x):
 def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,),
     starts (R + 1,), int64. Pairs order[starts[r] : starts[r + 1]] read rows[r], in the
-    order of the tokens: so sums are the same every time."""
+    order of the tokens, so that sums are the same every time."""
     slots, order = sort_slots(indices.flatten())
     rows, counts = torch.unique_consecutive(slots, return_counts=True)
     starts = F.pad(counts.cumsum(0), (1, 0))
@@ -111,28 +112,28 @@ def group_by_row(indices):
 
 
 def sort_slots(slots):
-    """slots (P,) -> sorted (P,), the place of each before (P,) int64. Stable."""
+    """slots (P,) -> sorted slots (P,), their former places (P,) int64. Stable."""
     if slots.device.type != "cpu":
         return slots.int().sort(stable=True)  # int32: half the passes of a radix sort
-    # numpy sorts plain numbers far faster than PyTorch sorts pairs: put the place into
-    # the low bits of each number.
+    # numpy sorts plain numbers far faster than PyTorch sorts pairs. So put the place
+    # into the low bits of each number.
     packed = (slots.long() << 32) + torch.arange(len(slots))
     packed.numpy().sort()
     return packed >> 32, packed & (2**32 - 1)
 
 
 # --- Triton -------------------------------------------------------------------------
-# Bytes that must move at width D with e bytes a number (the 12 bytes of slot number and
-# weight of a pair are few):
+# Bytes that must move at width D with e bytes per number (not counting the 12 bytes of
+# slot number and weight per pair, which are few):
 #   forward    P * D * e       rows read; no cache holds a large table
 #              n * D * e       y written
 #   backward   R * D * e       rows read once, each by its one owner
 #              n * D * e       dY read, if the L2 cache holds it
 #              2 * R * D * e   their gradients, read and written
-# D and k are compile-time constants: the compiler then knows how rows are aligned, and
+# D and k are compile-time constants, so the compiler knows how rows are aligned and
 # loads 16 bytes at once.
 
-PIECE = 128  # pairs of one row that one program walks at most
+PIECE = 128  # a program handles at most this many pairs of a row
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes BLOCK_D columns of one token, BLOCK_K rows in flight at a time."""
+    """One program computes BLOCK_D columns of one token, with BLOCK_K rows in flight at a time."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -156,7 +157,7 @@ def forward_kernel(
         weight = tl.load(weights + token * k + j, mask=j < k, other=0.0).to(tl.float32)
         # int64 before the multiplication: slot * D passes 2**31 at 2M slots of width 1024
         place = slot.to(tl.int64)[:, None] * D + column[None, :]  # (BLOCK_K, BLOCK_D)
-        used = (j < k) & (weight != 0)  # no row of weight 0 is read
+        used = (j < k) & (weight != 0)  # rows with weight 0 are not read
         mask = used[:, None] & (column < D)[None, :]
         row = tl.load(values + place, mask=mask, other=0.0)
         total += weight[:, None] * row.to(tl.float32)
@@ -181,8 +182,8 @@ def backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program owns one row r. It reads it once, and walks over the pairs that read it,
-    order[begins[r] : ends[r]], BLOCK_P at a time:
+    """One program owns one row r. It loads the row once and walks over the pairs that read
+    it, order[begins[r] : ends[r]], BLOCK_P at a time:
     out[targets[r]] += sum over them of weight * dY; grad_weights[pair] = row . dY."""
     r = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)  # (BLOCK_D,), the whole row
@@ -244,7 +245,7 @@ def forward_tile(D):
 
 
 def backward_tile(D):
-    """(BLOCK_P, BLOCK_D, warps) of the backward kernel: a whole row, and up to 4 of dY."""
+    """(BLOCK_P, BLOCK_D, warps) of the backward kernel: a whole row, and up to 4 rows of dY."""
     block_d = triton.next_power_of_2(D)
     block_p = max(1, min(4, 4096 // block_d))
     warps = min(32, max(1, block_p * block_d // 1024))
@@ -252,12 +253,12 @@ def backward_tile(D):
 
 
 def sum_tile(D):
-    """(BLOCK_P, BLOCK_D, warps) of the sums of pieces: many programs for one long row."""
+    """(BLOCK_P, BLOCK_D, warps) of the sum kernel: many programs share one long row."""
     return 16, min(triton.next_power_of_2(D), 64), 2
 
 
 def triton_forward(values, indices, weights):
-    """As torch_forward. All tensors contiguous."""
+    """Same as torch_forward, for contiguous tensors."""
     n, k = indices.shape
     D = values.size(1)
     out = values.new_empty(n, D)
@@ -270,7 +271,7 @@ def triton_forward(values, indices, weights):
 
 
 def triton_backward(values, indices, weights, grad):
-    """As torch_backward. All tensors contiguous."""
+    """Same as torch_backward, for contiguous tensors."""
     order, rows, starts = group_by_row(indices)
     grad_rows = values.new_zeros(len(rows), values.size(1))
     targets = torch.arange(len(rows), device=rows.device)
@@ -280,7 +281,7 @@ def triton_backward(values, indices, weights, grad):
 
 
 def triton_backward_into(values, indices, weights, grad, gradient):
-    """As torch_backward, but the gradients of rows are added to the table `gradient` (S, D).
+    """Same as torch_backward, but adds the gradients of rows to the table `gradient` (S, D).
     -> rows (R,), gradient of the weights (n, k)"""
     order, rows, starts = group_by_row(indices)
     pairs = Pairs(order, weights, grad)
@@ -289,15 +290,15 @@ def triton_backward_into(values, indices, weights, grad, gradient):
 
 
 def triton_products(values, indices, x):
-    """As torch_products, by the backward kernel. The sums it writes as well are not used."""
+    """Same as torch_products, by the backward kernel. Its gradients of rows are not used."""
     zeros = torch.zeros_like(indices, dtype=torch.float32)
     _, _, products = triton_backward(values, indices, zeros, x)
     return products
 
 
 class Pairs:
-    """What the backward kernels read and write of the pairs: their order by row, weights
-    (n, k), dY (n, D); and the gradient of the weights (n, k), which they fill in."""
+    """The pairs for the backward kernels, which read their order by row, weights (n, k) and
+    dY (n, D), and fill in the gradient of the weights (n, k)."""
 
     def __init__(self, order, weights, grad):
         self.order = order
@@ -307,14 +308,14 @@ class Pairs:
 
 
 def add_row_gradients(values, rows, starts, pairs, out, targets):
-    """out[targets[r]] += gradient of rows[r], of pairs order[starts[r] : starts[r + 1]].
+    """out[targets[r]] += gradient of rows[r] from pairs order[starts[r] : starts[r + 1]].
 
-    A row that many tokens read is long: one program would walk over its pairs when all
-    others are done. It is cut into pieces, each with a program and a sum of its own."""
+    A row that many tokens read is long. One program would still walk over its pairs when all
+    others are done. So long rows are cut into pieces, each with its own program and sum."""
     begins = starts[:-1]
     ends = starts[1:]
     is_long = ends - begins > PIECE  # (R,)
-    short_ends = torch.where(is_long, begins, ends)  # long rows: an empty range, for now
+    short_ends = torch.where(is_long, begins, ends)  # an empty range for long rows
     launch_backward(values, rows, begins, short_ends, pairs, out, targets)
     long = is_long.nonzero().flatten()
     if len(long) > 0:
@@ -345,8 +346,8 @@ def launch_backward(values, rows, begins, ends, pairs, out, targets):
 
 
 def sum_pieces(values, rows, begins, ends, pairs):
-    """Cut rows into pieces of PIECE pairs; the gradient of each piece on its own.
-    -> partial (pieces, D) float32; firsts: those of rows[r] are firsts[r] to firsts[r + 1]"""
+    """Cut rows into pieces of PIECE pairs, and sum the gradient of each piece.
+    -> partial (pieces, D) float32, firsts: rows[r] has partial[firsts[r] : firsts[r + 1]]"""
     counts = (ends - begins + PIECE - 1) // PIECE  # pieces of each row
     firsts = F.pad(counts.cumsum(0), (1, 0))
     owner = torch.repeat_interleave(counts)  # (pieces,), the row of each piece
@@ -369,11 +370,11 @@ def add_sums_of_pieces(partial, firsts, out, targets):
 
 
 # --- lookup, and its gradient -------------------------------------------------------
-# Custom operators are opaque to torch.compile. Each has a fake, which says shape and dtype.
+# Custom operators are opaque to torch.compile. Each has a fake that gives shape and dtype.
 
 
 def uses_triton(tensor):
-    """On a GPU, where Triton is installed."""
+    """True on a GPU if Triton is installed."""
     return tensor.is_cuda and HAS_TRITON
 
 
@@ -434,8 +435,8 @@ def lookup_backward_into(
     gradient: torch.Tensor,
     touched: torch.Tensor,
 ) -> torch.Tensor:
-    """As lookup_backward, but adds the gradients of rows to those of `gradient` (S, D), and
-    sets these rows to 1 in `touched` (S,). -> gradient of the weights (n, k)"""
+    """Same as lookup_backward, but adds the gradients of rows to `gradient` (S, D) and sets
+    these rows to 1 in `touched` (S,). -> gradient of the weights (n, k)"""
     if uses_triton(values) and indices.numel() > 0:
         with torch.cuda.device_of(values):
             rows, grad_weights = triton_backward_into(
@@ -443,9 +444,9 @@ def lookup_backward_into(
             )
     else:
         rows, grad_rows, grad_weights = lookup_backward(values, indices, weights, grad)
-        gradient.index_add_(0, rows, grad_rows)  # each row once: in a fixed order
+        gradient.index_add_(0, rows, grad_rows)  # each row once, so the order is fixed
     touched.index_fill_(0, rows, 1)
-    return grad_weights.to(weights.dtype).contiguous()  # as its fake
+    return grad_weights.to(weights.dtype).contiguous()  # like its fake
 
 
 @lookup_backward_into.register_fake
@@ -472,7 +473,7 @@ class Lookup(torch.autograd.Function):
 
 
 class CollectingLookup(torch.autograd.Function):
-    """collecting_lookup: the gradient of values is added to `gradient`; autograd has none."""
+    """collecting_lookup: adds the gradient of values to `gradient` and gives autograd none."""
 
     @staticmethod
     def forward(ctx, values, indices, weights, gradient, touched):
@@ -497,17 +498,17 @@ class CollectingLookup(torch.autograd.Function):
 
 
 def check_collector(gradient):
-    """Without one the values would learn nothing, silently."""
+    """Without `gradient` the values would silently learn nothing."""
     if gradient is None:
         raise RuntimeError(
-            "nobody takes the gradient of these values: before the forward pass make an "
-            "optimizer for their pool, RowAdam(pool) (others, like AdamW, do not see it), or "
-            "freeze them by pool.requires_grad_(False)"
+            "these values have no optimizer: make RowAdam(pool) before the forward pass "
+            "(others, like AdamW, do not see their gradient), or freeze the values with "
+            "pool.requires_grad_(False)"
         )
 
 
 def sparse_rows(rows, grads, shape):
-    """A coalesced sparse tensor: grads (R, D) at rows (R,), sorted, each once."""
+    """Make a coalesced sparse tensor: grads (R, D) at sorted, distinct rows (R,)."""
     return torch.sparse_coo_tensor(
         rows[None], grads, shape, is_coalesced=True, check_invariants=False
     )
@@ -515,16 +516,16 @@ def sparse_rows(rows, grads, shape):
 
 def lookup(values, indices, weights):
     """Weighted sum of table rows: out[i] = sum over j of weights[i, j] * values[indices[i, j]].
-    For a table of one's own; memory layers use collecting_lookup.
+    It is for a table of your own. Memory layers use collecting_lookup.
 
     values   (S, D) float32, bfloat16 or float16 (on a CPU also float64); S below 2^31
-    indices  (n, k) int32 or int64, in [0, S): checked on a CPU, on a GPU only with
-             NANOMEM_DEBUG=1
-    weights  (n, k) floating point, best float32; n * k below 2^31
+    indices  (n, k) int32 or int64, in [0, S). Checked on a CPU, and on a GPU only
+             with NANOMEM_DEBUG=1
+    weights  (n, k) floating point, preferably float32; n * k below 2^31
     returns  (n, D) of values' dtype, summed in float32 or wider
 
     Differentiable in values and weights. The gradient of values is a coalesced sparse tensor
-    of the rows read, which torch.optim.SparseAdam takes; its size does not depend on S. The
+    of the rows that were read, for torch.optim.SparseAdam. Its size does not depend on S. The
     same inputs give the same bits. Raises ValueError for inputs that do not fit."""
     check_lookup(values, indices, weights)
     if torch.is_grad_enabled():  # torch.compile cannot trace a sparse gradient
@@ -535,13 +536,13 @@ def lookup(values, indices, weights):
 
 
 def collecting_lookup(values, indices, weights, gradient, touched):
-    """As lookup, for a table that several layers and micro-steps read (memory.ValuePool).
+    """Same as lookup, for a table that several layers and micro-steps read (memory.ValuePool).
 
-    gradient  (S, D) of values' dtype. Backward passes add the gradient of values to its rows:
-              autograd sees none, and torch.compile breaks no graph
-    touched   (S,) uint8. They set the rows that were read to 1
+    gradient  (S, D) of values' dtype. Backward passes add the gradient of values to its rows.
+              Autograd gets none, so torch.compile has no graph break
+    touched   (S,) uint8. Backward passes set the rows that were read to 1
 
-    Both may be None where no backward pass is wanted: one raises RuntimeError then."""
+    Both may be None. A backward pass for the values then raises RuntimeError."""
     check_lookup(values, indices, weights)
     return CollectingLookup.apply(
         values, indices.contiguous(), weights.contiguous(), gradient, touched
@@ -588,22 +589,22 @@ def check_slots(values, indices):
 
 
 # --- selecting slots ----------------------------------------------------------------
-# memory.py says how and why. On a CPU and elsewhere memory.product_topk does it with the
-# function below; on a GPU one program does it for one head of one token: two top-k, the
-# candidates, their top-k.
+# memory.py explains the method. On a GPU one program selects the slots of one head of one
+# token: two top-k, the candidates, their top-k. Elsewhere memory.product_topk selects them
+# with the function below.
 
 
 def topk_indices(scores, K):
-    """Where the K largest of each row are, largest first. scores (..., N) -> (..., K) int64.
+    """Columns of the K largest scores in each row, largest first: (..., N) -> (..., K) int64.
 
     On a CPU numpy's vectorised sort takes a quarter of the time of torch.topk (3 ms against
-    12 on one core, 16 of 128 in 8,192 rows)."""
+    12 on one core, for the top 16 of 128 in 8,192 rows)."""
     N = scores.size(-1)
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or K > 64:
         return scores.topk(K, dim=-1).indices
     if N <= 256:
         return topk_by_sorting(scores, K)
-    # Longer rows take numpy ten times as long: the best of each 256, and the best of these.
+    # Longer rows take numpy ten times as long. Take the best of each 256, then of these.
     parts = []
     for first in range(0, N, 256):
         part = scores[..., first : first + 256]
@@ -615,9 +616,9 @@ def topk_indices(scores, K):
 
 
 def topk_by_sorting(scores, K):
-    """As topk_indices. scores (..., N) float32, finite.
-    numpy sorts numbers, not pairs of number and place. So put the place into the number: a
-    float32 widened to float64 ends in 29 zero bits, worth less than any difference."""
+    """Same as topk_indices, for finite scores (..., N) in float32.
+    numpy sorts numbers, not pairs of number and place. So put the place into the number. A
+    float32 widened to float64 ends in 29 zero bits, too small to change the order."""
     packed = scores.double().numpy()
     packed.view(np.int64)[...] |= np.arange(scores.size(-1))
     packed.sort(axis=-1)
@@ -627,9 +628,9 @@ def topk_by_sorting(scores, K):
 
 @triton.jit
 def pack(score, column):
-    """Score and column in one int64, the score's bits first: sorting one sorts both, exactly."""
+    """Pack score and column into one int64, score bits first. Sorting it sorts both, exactly."""
     bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that order as the floats do
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the same order as the floats
     return (bits.to(tl.int64) << 32) | column
 
 
@@ -645,9 +646,9 @@ def unpack(packed):
 def best_of_row(
     row, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
 ):
-    """The BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,).
-    They lie in the BLOCK_K groups of neighbours with the largest maxima: find these groups,
-    then sort their members."""
+    """Find the BLOCK_K largest of N finite scores, largest first -> scores, columns (BLOCK_K,).
+    They lie in the BLOCK_K groups of neighbours with the largest maxima. So find these
+    groups, then sort their members."""
     member = tl.arange(0, GROUP)[None, :]
     column = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + member  # (BLOCK_N / GROUP, GROUP)
     packed = pack(tl.load(row + column, mask=column < N, other=float("-inf")), column)
@@ -692,8 +693,8 @@ def select_kernel(
 
 
 def select_tile(N, K):
-    """(BLOCK_N, BLOCK_K, GROUP, warps): groups of about the square root of N / K, and 32
-    numbers a thread."""
+    """(BLOCK_N, BLOCK_K, GROUP, warps): groups of about the square root of N / K columns, and
+    32 numbers per thread."""
     block_n = max(2, triton.next_power_of_2(N))
     block_k = max(2, triton.next_power_of_2(K))
     group = 2 ** ((block_n // block_k).bit_length() // 2)
@@ -702,7 +703,7 @@ def select_tile(N, K):
 
 
 def triton_select(scores, candidates, K):
-    """As memory.product_topk: scores (2, H, n, N), float32 or narrower; candidates:
+    """Same as memory.product_topk. scores (2, H, n, N), float32 or narrower; candidates:
     memory.candidate_ranks(K) -> slots (H, n, K) int64"""
     _, H, n, N = scores.shape
     count = candidates.size(1)
@@ -729,29 +730,29 @@ def triton_select(scores, candidates, K):
 
 
 # --- RowAdam: the optimiser ---------------------------------------------------------
-# Bytes a step: R * D * e gradient, 2 * R * D * e values, 16 * R * D moments, 4 * R * D
-# random bits.
+# Bytes per step: R * D * e of gradient, 2 * R * D * e of values, 16 * R * D of moments,
+# 4 * R * D of random bits.
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for the values of a pool, of which each step reads a few rows. A step costs what
-    those rows cost.
+    """Adam for the values of a pool. A step updates only the rows that were read, and its
+    cost depends only on them.
 
-    For a row that has a gradient g at step t (arXiv:1412.6980, algorithm 1):
+    For a row with gradient g at step t (arXiv:1412.6980, algorithm 1):
 
         m = beta1 m + (1 - beta1) g
         v = beta2 v + (1 - beta2) g^2
         value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    Rows without a gradient keep value and moments ("lazy" Adam, as torch.optim.SparseAdam;
-    bench/README.md compares others). State: m and v in float32.
+    Rows without a gradient keep their value and moments ("lazy" Adam, as in
+    torch.optim.SparseAdam; bench/README.md compares others). The state is m and v in float32.
 
-    pool  memory.ValuePool, float32 or bfloat16. It collects gradients from now on, and step()
-          takes them out of it: pool.take_gradient()
-    eps   only guards against 0 / 0: where a loss is the mean over 491,520 tokens (the gpt2
-          presets), a row's gradient is about 1e-9
-    seed  bfloat16 drops small updates, so they are rounded stochastically (unbiased), by
-          seed and step
+    pool  memory.ValuePool, float32 or bfloat16. It collects gradients from now on. step() takes
+          them with pool.take_gradient()
+    eps   only guards against 0 / 0. It is small because a row's gradient can be about 1e-9,
+          if the loss is the mean over 491,520 tokens (the gpt2 presets)
+    seed  bfloat16 would drop small updates, so values are rounded stochastically (unbiased),
+          by seed and step
     """
 
     def __init__(self, pool, lr=1e-3, betas=(0.9, 0.98), eps=1e-15, seed=0):
@@ -765,7 +766,7 @@ class RowAdam(torch.optim.Optimizer):
         pool.collect_gradients()
 
     def zero_grad(self, set_to_none=True):
-        """Drop what the pool has collected."""
+        """Drop the gradient in the pool."""
         self.pool.drop_gradient()
 
     @torch.no_grad()
@@ -778,7 +779,7 @@ class RowAdam(torch.optim.Optimizer):
             self.update(values, rows, grads, self.state[values], self.param_groups[0])
 
     def update(self, values, rows, grads, state, options):
-        """One step of the rows. state: of this table; options: lr, betas, eps, seed."""
+        """Update the rows. state: of this table; options: lr, betas, eps, seed."""
         if len(state) == 0:
             state["step"] = 0
             state["means"] = torch.zeros_like(values, dtype=torch.float32)
@@ -786,8 +787,8 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
         beta1, beta2 = options["betas"]
-        # The two bias corrections, as factors of lr and eps: one pass over the rows needs
-        # no others.
+        # Fold both bias corrections into lr and eps, so that the pass over the rows needs
+        # none.
         correction = (1 - beta2**t) ** 0.5
         rate = options["lr"] * correction / (1 - beta1**t)
         eps = options["eps"] * correction
@@ -798,7 +799,7 @@ class RowAdam(torch.optim.Optimizer):
             part = 2**17
         else:
             update_rows = torch_adam
-            part = 2**11  # what stays in a CPU's cache
+            part = 2**11  # small enough for a CPU's cache
         for start in range(0, len(rows), part):
             some_rows = rows[start : start + part]
             some_grads = grads[start : start + part].contiguous()
@@ -816,19 +817,19 @@ class RowAdam(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict):
-        """PyTorch's own casts the moments to the values' dtype: take them as they were."""
+        """PyTorch's own casts the moments to the values' dtype. Keep them as saved."""
         super().load_state_dict(state_dict)
         values = self.pool.values
         for saved in state_dict["state"].values():
             state = {"step": saved["step"]}
             for name in ("means", "squares"):
-                moments = saved[name].to(values.device, copy=True)  # not those of a mapped file
+                moments = saved[name].to(values.device, copy=True)  # not a view of a mapped file
                 state[name] = moments.contiguous()
             self.state[values] = state
 
 
 def random_bits(values, grads, generator):
-    """16 random bits for each number that is rounded; float32 values need none."""
+    """Draw 16 random bits for each number to round. float32 values need none."""
     if values.dtype == torch.float32:
         return grads  # a placeholder, which is not read
     bits = torch.empty(grads.shape, dtype=torch.int16, device=grads.device)
@@ -836,8 +837,8 @@ def random_bits(values, grads, generator):
 
 
 def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """RowAdam's step, in place. rows (R,), each once; grads, bits (R, D); rate and eps are
-    corrected for the bias."""
+    """RowAdam's step, in place. rows (R,) are distinct; grads, bits (R, D). rate and eps
+    include the bias corrections."""
     g = grads.float()
     mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
     square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -851,8 +852,8 @@ def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, ep
 
 
 def round_stochastically(value, bits):
-    """float32 to bfloat16, up with a probability equal to the distance from the number below:
-    add random bits to those that are cut off."""
+    """Round float32 to bfloat16. The probability of rounding up is the distance from the
+    number below: add random bits to the bits that are cut off."""
     rounded = (value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16
     rounded = rounded.to(torch.int16).view(torch.bfloat16)
     return torch.where(value.isfinite(), rounded, value.bfloat16())
@@ -873,7 +874,7 @@ def adam_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program owns one row, and moves its moments and its value."""
+    """One program owns one row, and updates its moments and its value."""
     r = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
@@ -891,7 +892,7 @@ def adam_kernel(
         random = tl.load(bits + r * D + column, mask=inside, other=0).to(tl.int32) & 0xFFFF
         rounded = (value.to(tl.int32, bitcast=True) + random) >> 16
         rounded = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        is_finite = tl.abs(value) < float("inf")  # False of NaN, too
+        is_finite = tl.abs(value) < float("inf")  # also False for NaN
         value = tl.where(is_finite, rounded, value.to(tl.bfloat16))
     tl.store(values + place, value, mask=inside)
 
@@ -902,7 +903,7 @@ def adam_warps(D):
 
 
 def triton_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, eps):
-    """As torch_adam. All tensors contiguous."""
+    """Same as torch_adam, for contiguous tensors."""
     D = values.size(1)
     adam_kernel[(len(rows),)](
         values,

@@ -4,28 +4,27 @@ Memory Layers at Scale (Berges et al. 2024, arXiv:2412.09764), on the product ke
 Lample et al. 2019 (arXiv:1907.05242). For one token x, and for each of H heads:
 
     q1, q2  = the two halves of W_q x                    query
-    s1, s2  = keys1 q1, keys2 q2                         a score for each of N sub-keys, twice
+    s1, s2  = keys1 q1, keys2 q2                         scores of each half's N sub-keys
     slots   = the K best of all sums s1[i] + s2[j]       slot i * N + j, of S = N * N
     p       = softmax of those K sums                    weights
     y       = sum of p[slot] * values[slot]              the lookup (kernels.py), over
                                                          all heads and their slots
     out     = W_o (y * silu(W_g x))                      silu gate, the "+" of Memory+
 
-The K best sums are found without computing all S of them (product_topk).
-Memory+ also normalises q1, q2 and the sub-keys (then dividing scores by the square root
-of Q), and lets several layers read one pool of values. Without gate, W_o and norms, in
-one layer, this is the product-key memory (PKM) of 2019, except that it normalised queries
-over the batch.
+product_topk finds the K best sums without computing all S of them. Memory+ also
+normalises q1, q2 and the sub-keys, divides scores by the square root of Q, and lets
+several layers read one pool of values. The product-key memory (PKM) of 2019 is one layer
+without gate, W_o and norms. (The original normalised queries over the batch.)
 
     pool = ValuePool(slots=256**2, dim=512)
     layer = MemoryLayer(dim=512, slots=256**2)    # in place of a feed-forward network
     optimizers = [torch.optim.AdamW(layer.parameters()), RowAdam(pool, lr=1e-3)]
     y = x + layer(norm(x), pool)                  # x (..., 512)
 
-In each step call step() and zero_grad() of both optimizers.
+Call step() and zero_grad() of both optimizers in each step.
 
-Letters: C model width, H heads, K slots a head reads (top-k), N sub-keys a half, S = N * N
-slots, D value width, Q width of half a query (2Q: of a key), n tokens.
+Letters: C model width, H heads, K slots per head (top-k), N sub-keys per half, S = N * N
+slots, D value width, Q width of half a query (a full key has 2Q), n tokens.
 """
 
 import contextlib
@@ -51,8 +50,8 @@ from kernels import (
 def candidate_ranks(K):
     """Ranks (a, b) that can be among the K best sums of two sorted lists: two rows, int64.
 
-    (a, b) is beaten by all (a', b') with a' <= a and b' <= b, which are (a + 1)(b + 1) - 1
-    other pairs. So it needs (a + 1)(b + 1) <= K: 119 pairs instead of 1,024 for K = 32."""
+    (a, b) loses to every other (a', b') with a' <= a and b' <= b: (a + 1)(b + 1) - 1 pairs.
+    So it needs (a + 1)(b + 1) <= K. For K = 32 this leaves 119 of 1,024 pairs."""
     ranks = []
     for a in range(K):
         for b in range(K // (a + 1)):
@@ -61,10 +60,10 @@ def candidate_ranks(K):
 
 
 def product_topk(s1, s2, K, candidates):
-    """The slots of the K best sums s1[i] + s2[j], best first: i * N + j, (..., K) int64.
+    """Return the slots i * N + j of the K best sums s1[i] + s2[j], best first: (..., K) int64.
 
-    s1, s2 (..., N); candidates: candidate_ranks(K). Exactly the top-k over all N * N sums, at the
-    cost of two top-k of N and one of about K log K (1907.05242, section 3.2)."""
+    s1, s2 (..., N); candidates: candidate_ranks(K). This is the exact top-k of all N * N sums, for
+    two top-k over N scores and one over about K log K sums (1907.05242, section 3.2)."""
     i = topk_indices(s1, K)  # (..., K), best first
     j = topk_indices(s2, K)
     best1 = s1.gather(-1, i)
@@ -79,7 +78,7 @@ def product_topk(s1, s2, K, candidates):
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
 def select(scores: torch.Tensor, candidates: torch.Tensor, K: int) -> torch.Tensor:
-    """Each head's K best slots. scores (2, H, n, N), candidates: candidate_ranks(K)
+    """Select each head's K best slots. scores (2, H, n, N), candidates: candidate_ranks(K)
     -> (H, n, K)"""
     if uses_triton(scores) and scores.size(2) > 0:
         return triton_select(scores, candidates, K)
@@ -97,18 +96,18 @@ def _(scores, candidates, K):
 
 
 class MemoryLayer(nn.Module):
-    """Replaces a feed-forward network. It has queries, keys, gate and output; the values are
-    those of a pool, which is handed to forward().
+    """A layer that replaces a feed-forward network. It has the weights of queries, keys, gate
+    and output. forward() takes the pool that holds the values.
 
     dim        model width C
-    slots      of the pool, a square number S
+    slots      slots S of the pool, a square number
     heads      H
-    topk       slots K that a head reads
+    topk       slots K that each head reads
     key_dim    width of a full key, 2Q; default: half of dim, at most 512
     value_dim  width D of the pool's values; default: dim
-    gate       multiply what was read by silu(W_g x), and project it (Memory+)
+    gate       multiply the lookup by silu(W_g x) and project it by W_o (Memory+)
     qk_norm    RMSNorm on queries and sub-keys (Memory+)
-    initialize draw the weights; False: initialize() is called later, or weights are loaded
+    initialize draw the weights. If False, call initialize() or load weights later
     """
 
     def __init__(
@@ -140,11 +139,11 @@ class MemoryLayer(nn.Module):
         self.keys = nn.Parameter(torch.empty(2 * self.H, self.N, self.Q))
         self.query_norm = nn.Identity()
         self.key_norm = nn.Identity()
-        self.scale = 1.0  # the keys begin with length 1: scores have a spread of about 1
+        self.scale = 1.0  # keys start with length 1, so scores have a spread of about 1
         if qk_norm:
             self.query_norm = nn.RMSNorm(self.Q, eps=1e-6)
             self.key_norm = nn.RMSNorm(self.Q, eps=1e-6)
-            # A score is Q cos(angle) now, of spread sqrt(Q): divide by that, as in attention.
+            # Scores are now Q cos(angle), with spread sqrt(Q). Divide by it, as in attention.
             self.scale = math.sqrt(self.Q)
         self.gate = None
         self.out = None
@@ -157,7 +156,7 @@ class MemoryLayer(nn.Module):
             self.initialize()
 
     def initialize(self, residual=1.0):
-        """Draw all weights. residual: factor of the output matrix, which adds to the residual
+        """Draw all weights. residual scales the output matrix, which adds to the residual
         stream."""
         self.initialize_keys()
         initialize_linear(self.query)
@@ -181,7 +180,7 @@ class MemoryLayer(nn.Module):
         return self.combine(x, y)
 
     def combine(self, x, y):
-        """Gate and output matrix: x (..., C), what was read (..., D) -> (..., C)"""
+        """Apply gate and output matrix: x (..., C), y = lookup (..., D) -> (..., C)"""
         if self.gate is None:
             y = y.type_as(x)
         else:
@@ -202,8 +201,8 @@ class MemoryLayer(nn.Module):
         slots = select(s.detach(), self.candidates, self.K)  # (H, n, K)
         i = slots // self.N
         j = slots - i * self.N
-        # A sub-key can be in several slots. The backward pass of gather adds up its gradients,
-        # on a GPU in any order: there they may differ in the last bits.
+        # A sub-key can be in several slots, and the backward pass of gather sums its gradients.
+        # On a GPU the order of this sum varies, so its last bits can differ.
         halves = s.gather(-1, torch.stack((i, j)))  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)  # (H, n, K)
         slots = slots.transpose(0, 1).flatten(1)  # (n, H*K)
@@ -219,8 +218,8 @@ class MemoryLayer(nn.Module):
         return s.unflatten(0, (2, self.H))
 
     def flops(self):
-        """Of a token, forward: 2 for each multiply-add of matrix products and lookup. As usual
-        not elementwise products, norms, softmax and top-k."""
+        """Forward FLOPs per token: 2 for each multiply-add of matrix products and lookup.
+        Elementwise products, norms, softmax and top-k are not counted."""
         matrices = count_linear(self)
         scores = self.keys.numel()
         lookup = self.H * self.K * self.D
@@ -249,12 +248,12 @@ def check_shape(dim, slots, heads, topk, key_dim, value_dim):
 
 
 def initialize_linear(linear, scale=1.0):
-    """The product keeps the size of what it multiplies, times scale."""
+    """Draw weights that keep the spread of the input, times scale."""
     nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
 
 
 def count_linear(module):
-    """Numbers in the matrices of all nn.Linear in it: multiply-adds of a token."""
+    """Count the weights of all nn.Linear inside: one multiply-add each per token."""
     total = 0
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -266,27 +265,27 @@ def count_linear(module):
 
 
 class ValuePool(nn.Module):
-    """The values of S slots, which any number of memory layers read.
+    """The values of S slots. Any number of memory layers can read them.
 
     slots      S
     dim        width D of a value
     dtype      float32 or bfloat16
-    tables     how many values a slot has (systems/: 2 in PEER; in UltraMem one for each
-               core). values has tables * S rows; value t of slot s is row t * S + s
-    initialize draw the values, N(0, 0.02^2); False: later, or they are loaded
+    tables     number of values per slot (in systems/, PEER has 2, UltraMem one per core).
+               values has tables * S rows. Row t * S + s is value t of slot s
+    initialize draw the values from N(0, 0.02^2). If False, call initialize() or load them later
 
-    The gradient of values does not go through autograd's values.grad: an optimizer like AdamW
-    would have to go through all S rows. Instead, backward passes of all layers and
-    micro-steps add it to rows of `gradient`, and mark these rows in `touched`.
-    RowAdam(pool).step() takes it out by take_gradient(). RowAdam makes the two tensors;
-    without them a backward pass raises RuntimeError. Nor does clip_grad_norm_ see it."""
+    The gradient of values is not stored in autograd's values.grad, because an optimizer like
+    AdamW would then update all S rows. Instead, backward passes of all layers and micro-steps
+    add it to rows of `gradient` and mark these rows in `touched`. RowAdam(pool) makes these
+    two tensors. Its step() takes the gradient out with take_gradient(). Without RowAdam a
+    backward pass raises RuntimeError. clip_grad_norm_ does not see this gradient."""
 
     def __init__(self, slots, dim, dtype=torch.float32, tables=1, initialize=True):
         super().__init__()
         self.slots = slots
         self.dim = dim
         self.values = nn.Parameter(torch.empty(tables * slots, dim, dtype=dtype))
-        # Not buffers: DistributedDataParallel would copy those of rank 0 to all others.
+        # Not buffers, because DistributedDataParallel would copy rank 0's to all other ranks.
         self.gradient = None  # (tables * S, D)
         self.touched = None  # (tables * S,) uint8
         self.first_read = None  # see check_gradient_taken()
@@ -296,7 +295,7 @@ class ValuePool(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        for rows in self.values.split(4096):  # in pieces: no second table in float32
+        for rows in self.values.split(4096):  # in pieces, to avoid a second table in float32
             rows.copy_(torch.empty(rows.shape, device=rows.device).normal_(std=0.02))
 
     def forward(self, rows, weights):
@@ -306,7 +305,7 @@ class ValuePool(nn.Module):
         return self.lookup(rows, weights)
 
     def _apply(self, fn, recurse=True):
-        """What moves the values, to("cuda") say, also moves their gradient."""
+        """Move the gradient together with the values, as in to("cuda")."""
         super()._apply(fn, recurse)
         if self.gradient is not None:
             self.gradient = fn(self.gradient)
@@ -314,12 +313,12 @@ class ValuePool(nn.Module):
         return self
 
     def lookup(self, rows, weights):
-        """forward() without the statistics. runtime/sharded_pool.py has another one."""
+        """forward() without usage statistics. runtime/sharded_pool.py overrides it."""
         return collecting_lookup(self.values, rows, weights, self.gradient, self.touched)
 
     def collect_gradients(self):
-        """Make the tensors that backward passes add to. RowAdam does it. In bfloat16 each
-        addition rounds, which loses a little (bench/README.md)."""
+        """Make the tensors that backward passes add to. RowAdam calls this. In bfloat16 each
+        addition rounds, which loses some precision (bench/README.md)."""
         if self.gradient is None:
             device = self.values.device
             self.gradient = torch.zeros_like(self.values, requires_grad=False)
@@ -327,12 +326,13 @@ class ValuePool(nn.Module):
 
     @torch.no_grad()
     def take_gradient(self):
-        """What backward passes have added since the last call: a coalesced sparse tensor of
-        values' shape and dtype, of the rows that were read. Nothing is left in the pool.
+        """Return the gradient that backward passes have added since the last call, as a
+        coalesced sparse tensor of values' shape and dtype with the rows that were read. The
+        pool then holds no gradient.
 
-        Several processes (torch.distributed), each with a copy of the table, call it
-        together. All get the same bits: the mean over them. They exchange a byte a slot, and
-        then the gradients of those rows that any of them has read."""
+        Processes (torch.distributed) that each hold a copy of the table call this together.
+        They exchange one byte per slot, then the gradients of rows that any of them has read.
+        All get the same bits: the mean over processes."""
         if self.gradient is None:
             raise RuntimeError("no gradient was collected: make RowAdam(pool) before forward")
         world = count_processes()
@@ -354,7 +354,7 @@ class ValuePool(nn.Module):
 
     @torch.no_grad()
     def drop_gradient(self):
-        """Forget what backward passes have added."""
+        """Drop the gradient that was collected."""
         if self.gradient is not None:
             self.gradient.index_fill_(0, self.touched.nonzero().flatten(), 0)
             self.touched.zero_()
@@ -368,12 +368,12 @@ class ValuePool(nn.Module):
             raise ValueError(f"a layer with value_dim={layer.D} reads values of width {self.dim}")
 
     def check_gradient_taken(self, layer):
-        """Raises RuntimeError if nobody has taken out the gradient of an earlier step. It does
-        not find that under torch.compile, nor if the queries are frozen."""
+        """Raises RuntimeError if the pool still holds the gradient of an earlier step. This is
+        not detected under torch.compile or with frozen queries."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.touched is None:
             return
-        # Watch the first layer that reads after take_gradient(). When it reads again, in
-        # another micro-step, its query must be the same. If not, an optimizer has stepped.
+        # Watch the first layer that reads after take_gradient(). Its query must be unchanged
+        # when it reads again in another micro-step. If not, an optimizer has stepped.
         query = layer.query.weight[0]
         if self.first_read is None:
             self.first_read = (id(layer), query.detach().clone())
@@ -388,7 +388,7 @@ class ValuePool(nn.Module):
 
     @contextlib.contextmanager
     def record_usage(self):
-        """with pool.record_usage() as usage: ... model(...) ...; usage.summary()"""
+        """Use: `with pool.record_usage() as usage: model(x)`, then usage.summary()"""
         self.usage = Usage(self.slots, self.values.device)
         try:
             yield self.usage
@@ -406,15 +406,15 @@ def count_processes():
 
 
 class Usage:
-    """How evenly slots are read (1907.05242, section 4.4), while record_usage() is on.
-    reads (S,): how often; mass (S,): with which absolute weights in all."""
+    """Counts reads of slots while record_usage() is on (1907.05242, section 4.4).
+    reads (S,): number of reads; mass (S,): sum of their absolute weights."""
 
     def __init__(self, slots, device):
         self.reads = torch.zeros(slots, device=device)
         self.mass = torch.zeros(slots, device=device)
 
     def add(self, slots, weights):
-        """slots, weights: of one shape"""
+        """slots and weights: same shape"""
         slots = slots.flatten()
         weights = weights.detach().float().abs().flatten()
         self.reads.index_put_((slots,), torch.ones_like(weights), accumulate=True)
@@ -422,8 +422,8 @@ class Usage:
 
     def summary(self):
         """used: share of slots that were read. kl, kl_weighted: KL divergence of reads and of
-        weights from uniform, in nats (0: even; log S: all in one slot). top1: share of reads of
-        the busiest 1% of slots."""
+        weights from uniform, in nats (0 if even, log S if all are in one slot). top1: share of
+        reads that go to the busiest 1% of slots."""
         busiest = max(1, len(self.reads) // 100)
         top = self.reads.topk(busiest).values.sum()
         return {
@@ -435,7 +435,7 @@ class Usage:
 
 
 def kl_from_uniform(counts):
-    """log S + sum of p log p, p the shares of counts (S,)"""
+    """log S + sum of p log p, with p = counts / sum (S,)"""
     p = counts.cpu().double()
     p = p / p.sum().clamp(min=1e-9)
     return math.log(len(p)) + torch.xlogy(p, p).sum().item()

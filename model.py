@@ -4,11 +4,11 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU
 (arXiv:2002.05202), no biases:
 
     x = x + attention(norm(x))
-    x = x + ffn(norm(x))          SwiGLU; in the blocks of config.mem_layers a layer of
+    x = x + ffn(norm(x))          SwiGLU. In the blocks config.mem_layers it is a layer of
                                   config.system: Memory+, or another one of systems/
 
-Letters: B batch, T time, C model width (n_embd), V vocabulary; memory.py has those of the
-memory."""
+Letters: B batch, T time, C model width (n_embd), V vocabulary. memory.py lists the letters of
+the memory."""
 
 import math
 from dataclasses import dataclass
@@ -28,24 +28,24 @@ from systems import SYSTEMS, SystemOptions, check_system
 
 @dataclass(frozen=True)
 class GPTConfig(SystemOptions):
-    """Shape of a model. Raises ValueError, naming the option, for one that cannot be built."""
+    """Shape of a model. Raises ValueError, naming the option, if it cannot be built."""
 
-    vocab_size: int = option(50257, "tokens of the vocabulary; train.py: those of the dataset", 1)
+    vocab_size: int = option(50257, "size of the vocabulary; train.py takes it from the dataset", 1)
     block_size: int = option(1024, "longest context, in tokens", 1)
     n_layer: int = option(12, "blocks", 1, 10_000)
     n_head: int = option(12, "attention heads", 1)
     n_embd: int = option(768, "model width C", 1)
     n_ffn: int = option(0, "width of SwiGLU; 0: 8/3 of n_embd, rounded up to a multiple of 8")
-    system: str = option("memory", "what mem_layers are", choices=tuple(SYSTEMS))
+    system: str = option("memory", "kind of layer in mem_layers", choices=tuple(SYSTEMS))
     mem_count: int = option(0, "layers of that system, evenly spread; 0: a dense model")
-    mem_layers: tuple[int, ...] = option((), "blocks with one, as in 2,6,10; overrides mem_count")
+    mem_layers: tuple[int, ...] = option((), "block numbers, as in 2,6,10; overrides mem_count")
     mem_keys: int = option(1024, "sub-keys N of each half; the memory has N * N slots", 1)
     mem_heads: int = option(4, "memory heads H", 1)
     mem_topk: int = option(32, "slots K that each memory head reads", 1)
     mem_key_dim: int = option(0, "width of a key, two halves; 0: half of n_embd, at most 512")
     mem_value_dim: int = option(0, "width D of a value; 0: n_embd")
     mem_dtype: str = option("float32", "dtype of the values", choices=("float32", "bfloat16"))
-    mem_gate: bool = option(True, "multiply what was read by silu(W_g x) and project it (Memory+)")
+    mem_gate: bool = option(True, "multiply the lookup by silu(W_g x) and project it (Memory+)")
     mem_qk_norm: bool = option(True, "RMSNorm on queries and sub-keys (Memory+)")
 
     def __post_init__(self):
@@ -67,7 +67,7 @@ class GPTConfig(SystemOptions):
             raise ValueError(f"mem_count={self.mem_count}: {blocks}")
 
     def fill_in(self):
-        """What 0 and () stand for."""
+        """Fill in what 0 and () mean."""
         if self.n_ffn == 0:
             self.set("n_ffn", math.ceil(self.n_embd / 3) * 8)
         if self.mem_key_dim == 0:
@@ -91,7 +91,7 @@ class GPTConfig(SystemOptions):
 
 
 def spread_evenly(count, n_layer):
-    """Centred with a stride, as in the paper's ablation: 3 of 24 blocks are 4, 12, 20."""
+    """Space layers evenly and centred, as in the paper's ablation: 4, 12, 20 of 24 blocks."""
     return [(2 * i + 1) * n_layer // (2 * count) for i in range(count)]
 
 
@@ -108,8 +108,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, start=0):
         """x (B, T, C) at positions start to start + T - 1 -> (B, T, C). cache (2, B, heads,
-        block_size, C/heads): keys and values of the positions before; those of x are added.
-        T = 1 if start > 0."""
+        block_size, C/heads) holds keys and values of earlier positions, and gets those of x.
+        T must be 1 if start > 0."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads) each
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def flops(self, T):
-        """Of a token, forward. It sees (T + 1) / 2 positions on average."""
+        """Forward FLOPs per token, which sees (T + 1) / 2 positions on average."""
         C = self.out.in_features
         return 2 * (4 * C * C + C * (T + 1))
 
@@ -158,7 +158,7 @@ class SwiGLU(nn.Module):
         return self(x), 0.0
 
     def flops(self):
-        """Of a token, forward."""
+        """Forward FLOPs per token."""
         return 2 * 3 * self.gate.weight.numel()
 
 
@@ -203,15 +203,15 @@ def run_layer(layer, x, pool):
 
 
 class GPT(nn.Module):
-    """config: a GPTConfig. initialize=False: for weights that are about to be loaded.
+    """config: a GPTConfig. Use initialize=False before loading weights.
 
-    With a group of torch.distributed its processes share the table, each with a part of the
-    columns; replicas: the processes of other groups that hold the same part."""
+    If a torch.distributed group is given, its processes share the table and each holds a part
+    of the columns. replicas: the processes in other groups that hold the same part."""
 
     def __init__(self, config, initialize=True, group=None, replicas=None):
         super().__init__()
         self.config = config
-        # Also the output matrix, transposed. Padded to 32 rows, for fast products on GPUs.
+        # Also the output matrix, transposed. Padding to a multiple of 32 makes it fast on GPUs.
         padded = math.ceil(config.vocab_size / 32) * 32
         self.embedding = nn.Embedding(padded, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -228,9 +228,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu", group=None, replicas=None):
-        """The model in a checkpoint of train.py, on a device. group, replicas: as above,
-        however many processes have written the file. Raises FileNotFoundError or ValueError,
-        naming the file, if it is missing, damaged, or something else."""
+        """Load the model from a checkpoint of train.py onto a device. group, replicas: as above,
+        for any number of processes that wrote the file. Raises FileNotFoundError or ValueError,
+        naming the file, if it is missing, damaged, or not a checkpoint."""
         checkpoint = read_checkpoint(path)
         with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
             weights = checkpoint["model"]
@@ -244,9 +244,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Draw every parameter. Matrices keep the size of what they multiply, N(0, 1 / inputs).
-        Those that add to the residual stream are smaller, so that 2 n_layer additions sum to
-        about 1 (GPT-2's rule)."""
+        """Draw every parameter. Matrices are N(0, 1 / inputs), which keeps the spread of their
+        input. Matrices that add to the residual stream are smaller, so that 2 n_layer additions
+        sum to about 1 (GPT-2's rule)."""
         c = self.config
         residual = 1 / math.sqrt(2 * c.n_layer)
         # as output matrix the embedding gives logits of spread 1
@@ -261,8 +261,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None.
 
-        Target -1 is ignored. Logits beside a loss are detached: a compiled backward pass would
-        read zeros for them. Auxiliary losses are in the gradient of the loss, not in its value.
+        Target -1 is ignored. With a loss, logits are detached, because a compiled backward pass
+        would read zeros for them. The loss has the gradient of the auxiliary losses, but not
+        their value.
         """
         x, auxiliary = self.run_blocks(idx)
         logits = self.logits(x)
@@ -276,12 +277,12 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, start=0):
         """idx (B, T) token ids at positions start to start + T - 1 -> (B, T, C), for the output
-        matrix. T = 1 if start > 0."""
+        matrix. T must be 1 if start > 0."""
         x, _ = self.run_blocks(idx, cache, start)
         return x
 
     def run_blocks(self, idx, cache=None, start=0):
-        """As hidden(), and the sum of the auxiliary losses."""
+        """hidden(), and the sum of the auxiliary losses."""
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
@@ -291,7 +292,7 @@ class GPT(nn.Module):
         sin = self.sin[start:end]
         x = self.embedding(idx)
         auxiliary = 0.0
-        skips = {}  # what is to be added after which block
+        skips = {}  # {block: output to add after it}
         for i, block in enumerate(self.blocks):
             if block.skip is not None:
                 y, loss = run_layer(block.skip, block.attn_norm(x), self.pool)
@@ -314,20 +315,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yield max_new_tokens tensors (B,), one token each, that continue idx (B, T).
-        Temperature 0: greedy.
+        """Continue idx (B, T). Yields max_new_tokens tensors (B,), one token each. Temperature 0
+        is greedy.
 
-        Keys and values are cached. When the block is full, its last half is encoded afresh and
-        the cache goes on from there: every token sees between half a block and a whole one."""
+        Keys and values are cached. When the block is full, its last half is encoded again and
+        the cache continues from there. So every token sees half a block to a whole block."""
         block = self.config.block_size
         cache = self.make_cache(idx)
-        window = idx[:, -block:]  # what the cache does not have
+        window = idx[:, -block:]  # tokens that are not in the cache
         start = 0
         for _ in range(max_new_tokens):
             if start + window.size(1) > block:
                 window = idx[:, -max(1, block // 2) :]
                 start = 0
-            # Not cuDNN's attention, PyTorch's first choice on an H100: it plans for each length.
+            # Avoid cuDNN's attention, PyTorch's first choice on an H100. It plans for each length.
             with sdpa_kernel(
                 [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
             ):
@@ -339,7 +340,7 @@ class GPT(nn.Module):
             yield window[:, 0]
 
     def make_cache(self, idx):
-        """For the keys and values of all blocks, in the precision that attention has."""
+        """Make a cache for the keys and values of all blocks, in attention's precision."""
         c = self.config
         device = idx.device.type
         dtype = self.embedding.weight.dtype
@@ -354,16 +355,16 @@ class GPT(nn.Module):
         return torch.column_stack([idx, *new])
 
     def complete(self, prompts, lengths, batch_size=None):
-        """Greedily continue prompts (lists of token ids), by lengths[i] tokens. Returns the new
-        ones."""
+        """Greedily continue prompts (lists of token ids) by lengths[i] tokens. Returns the new
+        tokens."""
         device = self.embedding.weight.device
         if batch_size is None:
             batch_size = 512
             if device.type == "cuda":
-                batch_size = 2048  # a GPU waits for the CPU
+                batch_size = 2048  # so that a GPU waits less for the CPU
         new = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        while order:  # prompts of one length at a time: no padding
+        while order:  # prompts of one length at a time, without padding
             length = len(prompts[order[0]])
             batch = [i for i in order[:batch_size] if len(prompts[i]) == length]
             order = order[len(batch) :]
@@ -377,9 +378,9 @@ class GPT(nn.Module):
     # --- counts and parameter groups ------------------------------------------------
 
     def parameter_groups(self):
-        """{"matrices", "norm_weights", "pool"}: lists; each parameter in one of them, by the
-        role it plays. Matrices (embedding, projections, sub-keys) are decayed; the pool has its
-        own optimiser."""
+        """Lists of parameters by role: {"matrices", "norm_weights", "pool"}. Each parameter is in
+        one of them. Matrices (embedding, projections, sub-keys) get weight decay. The pool has
+        its own optimiser."""
         groups = {"matrices": [], "norm_weights": [], "pool": []}
         for name, parameter in self.named_parameters():
             if name == "pool.values":
@@ -391,18 +392,18 @@ class GPT(nn.Module):
         return groups
 
     def parameter_counts(self):
-        """{"dense", "pool"}: numbers in the network, and in the whole table beside it."""
+        """{"dense", "pool"}: parameters in the network, and in the whole table beside it."""
         dense = sum(p.numel() for p in self.parameters())
         if self.pool is None:
             return {"dense": dense, "pool": 0}
-        dense -= self.pool.values.numel()  # here; other processes may have other columns
+        dense -= self.pool.values.numel()  # of this process; others may have other columns
         return {"dense": dense, "pool": len(self.pool.values) * self.pool.dim}
 
     def flops_per_token(self, T):
-        """{"attention", "ffn", "memory", "head"}: forward FLOPs of a token in a sequence of T, 2
-        for each multiply-add of matrix products, attention and lookup; as usual not of
-        elementwise products, norms, softmax, top-k. Training costs three times this. Each
-        module counts its own."""
+        """{"attention", "ffn", "memory", "head"}: forward FLOPs per token in a sequence of T: 2
+        for each multiply-add of matrix products, attention and lookup. Elementwise products,
+        norms, softmax and top-k are not counted. Training costs three times this. Each module
+        counts its own FLOPs."""
         flops = {"attention": 0, "ffn": 0, "memory": 0}
         for block in self.blocks:
             flops["attention"] += block.attn.flops(T)
@@ -434,7 +435,7 @@ class GPT(nn.Module):
 
 
 def make_pool(config, group, replicas):
-    """The values that all memory layers of a GPT read. With a group: those of Memory+ and PKM;
+    """Make the pool that all memory layers of a GPT read. A group is only for Memory+ and PKM.
     train.py refuses it for other systems."""
     if group is None:
         return SYSTEMS[config.system].make_pool(config)
@@ -449,12 +450,12 @@ def make_pool(config, group, replicas):
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> (B, 1). top_k: of the k likeliest; top_p: of the fewest that hold p
+    """logits (B, V) -> (B, 1). top_k keeps the k likeliest tokens, top_p the fewest that hold p
     (nucleus)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)
-    # the largest becomes 0, below even of a temperature that is 0 in float32
+    # the largest becomes 0, the others less, even for a temperature that is 0 in float32
     logits = (logits - logits[:, :1]) / max(temperature, 1e-30)
     if top_k is not None:
         logits[:, top_k:] = -math.inf

@@ -1,8 +1,8 @@
-"""The named runs of train.py, --preset=FAMILY-SYSTEM, with all that differs from the defaults.
+"""The named runs of train.py, --preset=FAMILY-SYSTEM. Each lists what differs from the defaults.
 
-The systems of a family have the same data, the same steps, and FLOPs a token within 3% of those
-of its memory preset (dense2x: twice as many). moe, pkm, peer and ultramem also have its
-parameters, within 5%. tests/test_systems.py holds them together.
+All systems of a family use the same data and number of steps. Their FLOPs per token are within
+3% of the memory preset's (dense2x: twice the FLOPs). moe, pkm, peer and ultramem also have its
+number of parameters, within 5%. tests/test_systems.py checks this.
 """
 
 PRESETS = {}

@@ -1,20 +1,21 @@
-"""What Memory+ is compared with. A system is one file here, and one line in SYSTEMS.
+"""Systems to compare with Memory+. A system is one file here, and one line in SYSTEMS.
 
-It is a module that takes the place of a block's feed-forward network. GPT uses of it:
+A system is a module that replaces a block's feed-forward network. GPT uses these members:
 
-    Options                 dataclass of the options that it alone has, or None
+    Options                 dataclass of the options that only this system has, or None
     check(config)           raises ValueError for options that do not fit together
-    from_config(config)     the layer, with weights that are not yet drawn
-    initialize(residual)    draws them; residual: factor of what adds to the residual stream
-    flops()                 of a token, forward
-    uses_pool               whether it reads a pool of values, that of make_pool(config)
-    with_loss(x, pool)      x (B, T, C) -> (B, T, C), auxiliary loss (0.0: none);
+    from_config(config)     makes the layer, without drawing its weights
+    initialize(residual)    draws the weights; residual scales those that add to the residual
+                            stream
+    flops()                 forward FLOPs per token
+    uses_pool               True if it reads the pool of values from make_pool(config)
+    with_loss(x, pool)      x (B, T, C) -> (B, T, C), auxiliary loss (0.0 if none);
                             with_loss(x) if it uses no pool
 
 A subclass of MemoryPlus has all of these, and overrides what is different: retrieve() finds
-slots and weights, read() makes one vector of a token's values, combine() is gate and output.
-A system with options of its own also adds them to the bases of SystemOptions. presets.py
-makes presets of a system, in each family of runs."""
+slots and weights, read() turns a token's values into one vector, combine() applies gate and
+output matrix. A system with its own options also adds them to the bases of SystemOptions.
+presets.py has presets of each system, in each family of runs."""
 
 from dataclasses import dataclass, fields
 
@@ -33,11 +34,11 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class SystemOptions(UltraMemOptions, MoEOptions):
-    """The options that one system alone has."""
+    """The options that only one system has."""
 
 
 def check_system(config):
-    """Raises ValueError for options of another system, or that do not fit together."""
+    """Raises ValueError for options of another system, or if options do not fit together."""
     own = SYSTEMS[config.system].Options
     for name, system in SYSTEMS.items():
         if system.Options is None or system.Options is own:

@@ -1,7 +1,7 @@
-"""Memory+ in a GPT, and the product-key memory of 2019: MemoryLayer of memory.py, made from
-the options of a GPTConfig. Product-key memory has mem_gate=False and mem_qk_norm=False.
+"""Memory+ in a GPT: the MemoryLayer of memory.py, made from the options of a GPTConfig. With
+mem_gate=False and mem_qk_norm=False it is the product-key memory of 2019.
 
-Systems that also read a pool of values are subclasses: they say what is different."""
+Other systems that read a pool of values are subclasses. They override what is different."""
 
 import torch
 
@@ -9,7 +9,7 @@ from memory import MemoryLayer, ValuePool
 
 
 class MemoryPlus(MemoryLayer):
-    Options = None  # all of a memory's options are in GPTConfig
+    Options = None  # GPTConfig has all options of a memory
     uses_pool = True
 
     @classmethod

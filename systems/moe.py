@@ -1,14 +1,14 @@
-"""Mixture of experts: E SwiGLUs, of which a token uses the k that a router finds likeliest
+"""Mixture of experts: E SwiGLUs. A router chooses the k likeliest for each token
 (arXiv:1701.06538; k = 1 is the Switch Transformer, arXiv:2101.03961). No token is dropped.
 
     p = softmax(W_r x)                                        router, (E,)
     y = sum over the k likeliest experts e of p[e] * expert_e(x)
-                                                              k > 1: divided by their sum
+                                                              k > 1: p[e] divided by their sum
 
     auxiliary loss = 0.01 * E * sum over e of share[e] * mean[e]
 
-share[e]: of all choices, those of expert e; mean[e]: mean of p[e] over tokens. E times that
-sum is 1 where both are even (2101.03961, equation 4).
+share[e] is the share of expert e in all choices. mean[e] is the mean of p[e] over tokens. E
+times the sum is 1 if both are even (2101.03961, equation 4).
 
 Letters: B batch, T time, C model width, F width of an expert, n = B * T tokens."""
 
@@ -78,7 +78,7 @@ class MoE(nn.Module):
         """x (B, T, C) -> (B, T, C), auxiliary loss"""
         shape = x.shape
         x = x.flatten(0, 1)  # (n, C)
-        with torch.autocast(x.device.type, enabled=False):  # the router is in float32
+        with torch.autocast(x.device.type, enabled=False):  # the router runs in float32
             p = F.linear(widen(x), self.router.weight).softmax(-1)  # (n, E)
         weights, experts = p.topk(self.k)  # (n, k)
         if self.k > 1:
@@ -91,28 +91,28 @@ class MoE(nn.Module):
         return y, 0.01 * imbalance
 
     def run_experts(self, x, experts, choices):
-        """Every choice of every token by its expert: experts (n * k,), choices (n * k, E), one
-        1 a row -> (n * k, C)"""
+        """Run each choice of each token by its expert: experts (n * k,), choices (n * k, E)
+        with one 1 per row -> (n * k, C)"""
         order = experts.argsort(stable=True)  # by expert
-        ends = choices.sum(0).cumsum(0).int()  # (E,): where in that order each one's end
+        ends = choices.sum(0).cumsum(0).int()  # (E,): end of each expert in that order
         inputs = x.repeat_interleave(self.k, 0)[order]  # (n * k, C)
         gate, up = grouped_product(inputs, self.gate_up, ends).chunk(2, dim=-1)  # (n * k, F)
         y = grouped_product(F.silu(gate) * up, self.down, ends)
         return y[order.argsort()]
 
     def flops(self):
-        """Of a token, forward: k experts and the router."""
+        """Forward FLOPs per token: k experts and the router."""
         _, hidden, dim = self.down.shape
         return 2 * (self.k * 3 * dim * hidden + self.router.weight.numel())
 
 
 def grouped_product(x, w, ends):
-    """x (P, in), rows grouped by expert up to ends (E,); w (E, in, out) -> (P, out)"""
+    """x (P, in) has rows grouped by expert up to ends (E,), w (E, in, out) -> (P, out)"""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         w = w.to(torch.get_autocast_dtype(device))
     if x.dtype == torch.bfloat16:
         return torch._grouped_mm(x, w, offs=ends)
-    # torch.compile knows this product in bfloat16 only
+    # torch.compile supports this product only in bfloat16
     return torch.compiler.disable(torch._grouped_mm)(x, w, offs=ends)

@@ -4,7 +4,7 @@ Slots are retrieved as in Memory+, but slot s holds a neuron of two vectors, u_s
 
     y = sum over heads and their slots of p[s] * gelu(u_s . x) * v_s
 
-They are rows s and S + s of the pool. Letters as in memory.py."""
+u_s and v_s are rows s and S + s of the pool. Letters as in memory.py."""
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class PEER(MemoryPlus):
         return pool(pool.slots + slots, weights * F.gelu(z))
 
     def flops(self):
-        """Two rows of a slot are read."""
+        """Each slot has two rows to read."""
         return super().flops() + 2 * self.H * self.K * self.D
 
 
@@ -49,7 +49,7 @@ class NeuronPool(ValuePool):
     @torch.no_grad()
     def initialize(self):
         super().initialize()
-        self.values[: self.slots] *= 50 * self.dim**-0.5  # from 0.02: u . x has a spread of 1
+        self.values[: self.slots] *= 50 * self.dim**-0.5  # from 0.02, so u . x has spread 1
 
 
 def dot(pool, rows, x):
@@ -61,11 +61,11 @@ def dot(pool, rows, x):
 
 
 class Dot(torch.autograd.Function):
-    """z[i, j] = values[rows[i, j]] . x[i] is the gradient of the weights of a lookup whose
-    dY is x. So the kernels of the lookup compute it, and its gradients:
+    """z[i, j] = values[rows[i, j]] . x[i] is the gradient of the weights in a lookup with
+    dY = x. So the kernels of the lookup compute z and its gradients:
 
         dx[i] = sum over j of dz[i, j] * values[rows[i, j]]     a lookup with weights dz
-        dvalues                                                 that of this lookup, for dY = x
+        dvalues                                                 its gradient, for dY = x
     """
 
     @staticmethod

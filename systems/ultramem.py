@@ -1,15 +1,15 @@
-"""UltraMem (Huang et al. 2024, arXiv:2411.12364). These are its parts. Without them, and with
-mem_gate=False and mem_qk_norm=False, it is PKM:
+"""UltraMem (Huang et al. 2024, arXiv:2411.12364) has the parts below. Without them, and with
+mem_gate=False and mem_qk_norm=False, it is PKM.
 
 mem_rank=r     the score of slot (i, j) is S_row[:, i]^T core S_col[:, j], not a sum. Rows and
-               columns have r scores each, of r queries and sub-keys with LayerNorm; the core
-               (r, r) is learned
-mem_cores=h    slots are chosen by the sum of h cores; each weights its own h-th of a value
-mem_softmax    False: scores weight the values as they are
-mem_expand=E   E times the slots are addressed. A permutation maps each to a block e and a
-               row of the table. What was read of block e is multiplied by its own matrix W_e,
+               columns have r scores each, from r queries and sub-keys with LayerNorm. The
+               core (r, r) is learned
+mem_cores=h    the sum of h cores chooses the slots. Each core weights its own 1/h of a value
+mem_softmax    if False, the scores weight the values without a softmax
+mem_expand=E   E * S slots are addressed. A permutation maps each to a block e and a
+               row of the table. The lookup of block e is multiplied by its own matrix W_e,
                a part of W_o
-mem_skip       the layer reads the input of a block, and is added after a later one
+mem_skip       the layer reads the input of a block, and its output is added after a later one
 
 Letters as in memory.py. Here N * N slots are addressed, E times the S slots of the pool."""
 
@@ -28,10 +28,10 @@ from systems.memory_plus import MemoryPlus
 @dataclass(frozen=True)
 class UltraMemOptions:
     mem_rank: int = option(0, "ultramem: rank r of row and column scores; 0: their sum")
-    mem_cores: int = option(1, "ultramem: cores h, each weights one h-th of a value", 1)
+    mem_cores: int = option(1, "ultramem: cores h, each weights 1/h of a value", 1)
     mem_softmax: bool = option(True, "ultramem: softmax of the scores")
     mem_expand: int = option(1, "ultramem: blocks E, a square number: E times the slots", 1)
-    mem_skip: int = option(0, "ultramem: add the output so many blocks later; 0: no skip")
+    mem_skip: int = option(0, "ultramem: add the output this many blocks later; 0: no skip")
 
 
 class UltraMem(MemoryPlus):
@@ -56,12 +56,12 @@ class UltraMem(MemoryPlus):
         check_config(config)
 
     def __init__(self, config):
-        """config: a GPTConfig. initialize() is to be called, or weights to be loaded."""
+        """config: a GPTConfig. Then call initialize() or load weights."""
         rank = max(1, config.mem_rank)
         super().__init__(
             dim=config.n_embd,
             slots=config.mem_keys**2 * config.mem_expand,
-            heads=config.mem_heads * rank,  # of queries and sub-keys: r in each head
+            heads=config.mem_heads * rank,  # of queries and sub-keys, r per head
             topk=config.mem_topk,
             key_dim=config.mem_key_dim // rank,
             value_dim=config.mem_value_dim * config.mem_expand,
@@ -70,7 +70,7 @@ class UltraMem(MemoryPlus):
             initialize=False,
         )
         self.r = rank
-        self.heads = config.mem_heads  # H below; self.H of MemoryLayer is r times as many
+        self.heads = config.mem_heads  # H below; self.H of MemoryLayer is r * H
         self.E = config.mem_expand
         self.softmax = config.mem_softmax
         self.core = None
@@ -82,7 +82,7 @@ class UltraMem(MemoryPlus):
 
     def initialize_keys(self):
         super().initialize_keys()
-        if self.core is not None:  # scores of spread 1 / sqrt(heads * K)
+        if self.core is not None:  # scores get spread 1 / sqrt(heads * K)
             spread = self.heads * self.K
             nn.init.normal_(self.core, std=(spread * self.r**2) ** -0.5)
 
@@ -112,16 +112,16 @@ class UltraMem(MemoryPlus):
 
     def bilinear_scores(self, row, col):
         """row^T core col for each core: (H, r, n, K) each -> (H, h, n, K)"""
-        # products and sums: autocast would round a matrix product
+        # products and sums, because autocast would round a matrix product
         row = row[:, None, :, None] * self.core[..., None, None]  # (H, h, r, r, n, K)
         row = row.sum(2)  # (H, h, r, n, K)
         return (row * col.unsqueeze(1)).sum(2)
 
     def read(self, x, pool):
-        """x (n, C) -> (n, E*D): of each block what the lookup gives if the slots of all other
-        blocks have weight 0."""
+        """x (n, C) -> (n, E*D): one lookup per block, in which the slots of all other blocks
+        have weight 0."""
         slots, weights = self.retrieve(x)  # (n, H*K), (n, h, H*K)
-        # in the order of the table: a block's slots are read together
+        # sort by place in the table, to read a block's slots together
         places, order = pool.permute(slots).sort(-1)
         weights = weights.gather(-1, order.unsqueeze(1).expand_as(weights))
         blocks = places // pool.slots
@@ -142,7 +142,7 @@ class UltraMem(MemoryPlus):
 
     def auxiliary_loss(self):
         """1e-3 / (r - 1) times the sum of max(0, sigma - 0.15)^2 over the core's singular
-        values but the largest: the smaller they are, the less the first pass misses."""
+        values except the largest. If they are small, the first pass misses less."""
         if self.core is None or self.r == 1:
             return 0.0
         sigma = torch.linalg.svdvals(self.core.sum(0).nan_to_num())
@@ -150,7 +150,7 @@ class UltraMem(MemoryPlus):
         return 1e-3 * excess.square().sum() / (self.r - 1)
 
     def flops(self):
-        """As MemoryLayer.flops, and the two passes and weights of the cores."""
+        """MemoryLayer.flops, plus the two passes and the weights of the cores."""
         D = self.D // self.E
         count = count_linear(self) + self.keys.numel() + self.heads * self.K * D
         if self.core is not None:
@@ -163,8 +163,8 @@ class UltraMem(MemoryPlus):
 
 
 class UltraMemPool(ValuePool):
-    """A table of S rows for each core, of a h-th of a value. permutation (E * S,): of the
-    slots that are addressed; kept in checkpoints. One block (E = 1) needs none."""
+    """A table of S rows for each core, with 1/h of each value. permutation (E * S,) permutes
+    addressed slots and is saved in checkpoints. One block (E = 1) needs none."""
 
     def __init__(self, slots, dim, dtype, cores, expand):
         super().__init__(slots, dim // cores, dtype, tables=cores, initialize=False)
@@ -191,7 +191,7 @@ class UltraMemPool(ValuePool):
             raise ValueError(f"a layer for {theirs} reads a pool of {own}")
 
     def permute(self, slots):
-        """Addressed slots -> place: block * S + slot of the table."""
+        """Addressed slots -> places, block * S + slot of the table."""
         if self.permutation is None:
             return slots
         return self.permutation[slots].long()
@@ -215,14 +215,14 @@ def _(s, K, core):
 
 
 def tucker_topk(s, K, core):
-    """The slots of the K best of S_grid = S_row^T core S_col, in two passes. S_row, S_col: the
-    two of s (2, H, r, n, N) -> (H, n, K) int64
+    """Return the slots of the K best of S_grid = S_row^T core S_col, in two passes. s
+    (2, H, r, n, N) holds S_row and S_col -> (H, n, K) int64
 
-    First pass: the best approximation of rank 1, core = sigma u w^T, gives a grid of products
-    a[i] b[j], a = u^T S_row, b = w^T S_col. Its best lie in the K rows and columns with the
-    largest a and b, or with the smallest. (The paper leaves out these products of two negative
-    numbers; but u and w could as well be -u and -w.) Second pass: among those 2 K * K slots
-    the core decides. Exact if its rank is 1, and K products are positive."""
+    First pass: the best rank-1 approximation, core = sigma u w^T, gives a grid of products
+    a[i] b[j] with a = u^T S_row, b = w^T S_col. Its best products are in the K rows and columns
+    with the largest a and b, or with the smallest. (The paper omits the smallest, products of
+    two negative numbers. But u and w can also be -u and -w.) Second pass: the core scores these
+    2 K * K slots. The result is exact if the core has rank 1 and K products are positive."""
     u, _, w = torch.linalg.svd(core.nan_to_num())
     vectors = torch.stack((u[:, 0], w[0]))  # (2, r)
     ab = (s * vectors.view(2, 1, -1, 1, 1)).sum(2)  # (2, H, n, N)
@@ -263,7 +263,7 @@ def check_config(c):
     if c.mem_key_dim % parts != 0:
         raise ValueError(f"mem_key_dim={c.mem_key_dim}: must be {parts} parts of one width")
     if c.mem_rank > 0 and c.mem_qk_norm and c.mem_key_dim < 3 * parts:
-        wants = f"LayerNorm wants 3 in each of {parts} parts"  # nothing is left of 1 or 2
+        wants = f"LayerNorm wants 3 in each of {parts} parts"  # LayerNorm leaves nothing of 1 or 2
         raise ValueError(f"mem_key_dim={c.mem_key_dim}: {wants}")
     if c.mem_rank == 0 and c.mem_cores > 1:
         raise ValueError(f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
