@@ -853,7 +853,7 @@ def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, ep
 
 def round_stochastically(value, bits):
     """Round float32 to bfloat16. The probability of rounding up is the distance from the
-    number below: add random bits to the bits that are cut off."""
+    number below, divided by the gap: add random bits to the bits that are cut off."""
     rounded = (value.view(torch.int32) + (bits.int() & 0xFFFF)) >> 16
     rounded = rounded.to(torch.int16).view(torch.bfloat16)
     return torch.where(value.isfinite(), rounded, value.bfloat16())

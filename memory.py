@@ -23,6 +23,12 @@ without gate, W_o and norms. (The original normalised queries over the batch.)
 
 Call step() and zero_grad() of both optimizers in each step.
 
+To follow a slot through the code: MemoryLayer.retrieve chooses it (select, product_topk).
+collecting_lookup reads it (torch_forward, forward_kernel) and CollectingLookup.backward
+computes its gradient (torch_backward, backward_kernel), which all layers and micro-steps add
+to ValuePool.gradient. ValuePool.take_gradient takes out the rows that were read, and
+RowAdam.update moves them.
+
 Letters: C model width, H heads, K slots per head (top-k), N sub-keys per half, S = N * N
 slots, D value width, Q width of half a query (a full key has 2Q), n tokens.
 """
