@@ -1,4 +1,4 @@
-"""The experiments of the READMEs, in parts. bench/reproduce.py trains them, and prints tables."""
+"""The experiments of the READMEs, in parts. bench/reproduce.py trains them and prints tables."""
 
 import hashlib
 import itertools
@@ -21,13 +21,13 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run, but for its seed."""
+    """A run without its seed."""
 
     command: str  # with {seed}
     options: dict  # the given ones and the preset's
 
     def settings(self):
-        """A hash of all options and some people: with another one it is another experiment."""
+        """A hash of all options and some people. Another hash is another experiment."""
         people = []
         if "facts" in self.options["dataset"]:
             people = make_people(99, np.random.default_rng(0))
@@ -38,14 +38,14 @@ class Experiment:
         return "init_from" in self.options
 
     def people(self):
-        """How many its data have: 2,000 in data/facts, 4,000 in out/facts4000. 0: other data."""
+        """People in its data: 2,000 in data/facts, 4,000 in out/facts4000. 0: other data."""
         name = re.fullmatch(r"facts|out/facts(\d+)", self.options["dataset"])
         if name is None:
             return 0
         return int(name[1] or 2000)
 
     def size(self):
-        """Parameters, and FLOPs of a token forward, both in millions."""
+        """Parameters, and forward FLOPs per token, both in millions."""
         vocabulary = 256
         if "facts" in self.options["dataset"]:
             vocabulary = 1712
@@ -65,7 +65,7 @@ class Part:
     seeds: range
     rows: dict  # {label: Experiment}
     compared: bool = True  # with the first row, in a column of differences
-    bits: bool = False  # a column of what the people's facts amount to
+    bits: bool = False  # a column with the known facts in bits
 
     def runs(self):
         """{command: (experiment, seed)}, all rows of a seed together."""
@@ -83,8 +83,8 @@ def command_line(program, options):
 
 
 def training(preset, **given):
-    """A preset with options over it. The command leaves out what the preset has anyway, so that
-    parts share runs."""
+    """A preset with other options over it. The command omits options with the preset's value, so
+    that parts share runs."""
     options = PRESETS[preset]
     changes = {name: value for name, value in given.items() if options.get(name) != value}
     command = command_line("train.py", {"preset": preset, **changes})
@@ -122,13 +122,13 @@ def update_with(program, given):
 
 
 def finetune(kind, **given):
-    """Teach BASE 100 new people, or where 100 that it knows have moved to, in 200 steps."""
+    """Teach BASE 100 new people, or the new homes of 100 people that it knows, in 200 steps."""
     options = dict(max_iters=200, eval_interval=50, warmup_iters=10, dataset=f"out/facts-{kind}")
     return update_with("train.py", {**options, **given})
 
 
 def update(kind, slots, **given):
-    """The same by changing the rows of some slots. slots: how many, 0: all"""
+    """The same by changing only the rows of `slots` slots. 0: all"""
     options = dict(dataset=f"out/facts-{kind}", slots=slots)
     return update_with("edit/update.py", {**options, **given})
 

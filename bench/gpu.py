@@ -1,12 +1,12 @@
 """Run the checks and measurements on a GPU, for the tables of bench/README.md.
 
-    python bench/gpu.py --minutes=8     what tells most comes first
-    python bench/gpu.py --minutes=4     again: what is not done yet
+    python bench/gpu.py --minutes=8     the most important parts come first
+    python bench/gpu.py --minutes=4     again, for the parts that are not done yet
     python bench/gpu.py --only=tiles    one part, even if it is done
-    python bench/gpu.py --device=cpu    short forms of the commands: do they work?
+    python bench/gpu.py --device=cpu    short forms of the commands, to test them
 
-Each part is a command with a time limit, so that a crash or a hang loses one part. --out holds
-what all have printed, and is written after each part. Runs of train.py are in a folder beside it.
+Each part is a command with a time limit, so a crash or a hang loses only one part. The output of
+all parts is written to --out after each part. Runs of train.py are in a folder beside it.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Part:
-    """A command of python. seconds: that it takes on an H100, an estimate; with less time left it
-    is not begun. limit: seconds after which it is killed."""
+    """A command of python. seconds: an estimate for an H100; the part does not start with less
+    time left. limit: seconds after which it is killed."""
 
     seconds: int
     limit: int
@@ -72,7 +72,7 @@ CPU_PARTS = {
 
 
 def run_part(command, limit, folder):
-    """Returns what a command has printed, how long it took, and what went wrong, if anything."""
+    """Return the output of a command, its time, and an error or ""."""
     words = [word.replace("FOLDER", str(folder)) for word in command.split()]
     began = time.monotonic()
     with open(folder / "output.txt", "w") as f:
@@ -86,7 +86,7 @@ def run_part(command, limit, folder):
                 failed = f"it ended with exit code {process.returncode}"
         except subprocess.TimeoutExpired:
             failed = f"killed after {limit:.0f} s"
-        finally:  # with all that it has started
+        finally:  # and all processes that it has started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -123,7 +123,7 @@ def run_parts(parts, names, done, out, end):
 
 
 def open_results(out, device):
-    """What is in --out, if it is of this machine; else raises ValueError."""
+    """Return the content of --out. Raises ValueError if it comes from another machine."""
     machine = f"{device.type}, PyTorch {torch.__version__}"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
@@ -136,7 +136,7 @@ def open_results(out, device):
 
 
 def print_tables(done):
-    """What bench/README.md shows: the rows in Markdown that the parts have printed."""
+    """Print the Markdown rows in the output of the parts, for bench/README.md."""
     print(f"\n{done['machine']}")
     for name, result in done["parts"].items():
         print(f"\n{name}: `python {result['command']}`, {result['seconds']} s {result['failed']}")
@@ -166,7 +166,7 @@ def main():
     names = args.only
     if not names:
         names = [name for name in parts if name not in passed]
-        names.sort(key=lambda name: name in done["parts"])  # those that have failed come last
+        names.sort(key=lambda name: name in done["parts"])  # failed parts come last
     for name in names:
         if name not in parts:
             raise ValueError(f"--only={name}: must be one of {', '.join(parts)}")

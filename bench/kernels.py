@@ -4,8 +4,9 @@
     python bench/kernels.py --only=tiles          on a GPU: time Triton's kernels with other tiles
     TRITON_INTERPRET=1 python bench/kernels.py    without a GPU: only check the Triton kernels
 
-Speeds are in GB/s, the bytes that must move (kernels.py counts them) divided by the time, and
-shares of what a plain copy reaches. kernels.py and memory.py explain the letters.
+A speed is the number of bytes that must move (kernels.py counts them), divided by the time. It is
+printed in GB/s and as a share of the speed of a plain copy. kernels.py and memory.py explain the
+letters.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ ADAM = {"rate": 1.0, "beta1": 0.9, "beta2": 0.98, "eps": 1e-15}
 
 
 def random_problem(n, k, S, D, dtype, device, reads="uniform"):
-    """values (S, D), indices (n, k), weights (n, k), and a gradient (n, D) from above.
+    """Make values (S, D), indices (n, k), weights (n, k), and a gradient of the output (n, D).
     reads: "uniform", or "zipf": the r-th most read slot in proportion to 1 / r."""
     generator = torch.Generator(device).manual_seed(0)
     values = torch.randn(S, D, generator=generator, device=device).to(dtype)
@@ -58,7 +59,7 @@ def random_problem(n, k, S, D, dtype, device, reads="uniform"):
 
 
 def check_path(path, device, widths):
-    """Print the errors of a path at awkward shapes. Returns whether all are small, and a second
+    """Print the errors of a path at awkward shapes. Returns True if all are small and a second
     run gives the same bits."""
     print(f"\n{path}: relative errors against float64")
     passed = True
@@ -81,7 +82,7 @@ def check_path(path, device, widths):
 
 
 def results(path, values, indices, weights, grad):
-    """What a path computes: y, dV, dW, and how far RowAdam moves float32 values."""
+    """Return the results of a path: y, dV, dW, and how far RowAdam moves float32 values."""
     forward, backward, adam = PATHS[path]
     rows, grad_rows, dW = backward(values, indices, weights, grad)
     before = values.float()
@@ -117,7 +118,7 @@ def relative_error(got, want):
 
 
 def check_select(device):
-    """As check_path, for triton_select: the scores of its slots against a top-k over all sums."""
+    """Same as check_path, for triton_select. Compares its scores with a top-k over all sums."""
     print("\nselection in Triton: relative errors against float64")
     passed = True
     for (n, H, N, K), dtype in product(((3, 4, 128, 16), (2, 1, 500, 32)), TOLERANCES):
@@ -137,7 +138,7 @@ def check_select(device):
 
 @dataclass
 class Shape:
-    """What is timed. reads: as in random_problem"""
+    """A problem to time. reads: as in random_problem"""
 
     reads: str
     S: int
@@ -162,7 +163,7 @@ CPU_SHAPES = [
 
 
 def timed(run, device):
-    """Seconds that run() takes, with what it leaves to a GPU."""
+    """Seconds that run() takes, including its work on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -173,13 +174,13 @@ def timed(run, device):
 
 
 def median_seconds(run, device, repeats=9):
-    """After two runs to warm up."""
+    """Median time of run(), after two runs to warm up."""
     times = [timed(run, device) for _ in range(2 + repeats)]
     return sorted(times[2:])[repeats // 2]
 
 
 def print_row(*cells):
-    """Of a table in Markdown."""
+    """Print a row of a Markdown table."""
     print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -1,15 +1,15 @@
-"""The experiments of the READMEs: trains what is missing, prints tables, draws the pictures.
+"""Train the experiments of the READMEs that are missing, print tables, and draw the pictures.
 
-    python bench/reproduce.py --list               the parts: what they ask, how long they take
+    python bench/reproduce.py --list               the parts, their questions and times
     python bench/reproduce.py --only=headline      one part
     python bench/reproduce.py                      headline, systems, text and slots: 3 hours
     python bench/reproduce.py --tier=more          the others: a night
     python bench/reproduce.py --tier=gpu           a larger one on one GPU
 
-The parts are in bench/experiments.py. A finished run is a line of bench/results.jsonl. A run is not
-repeated if a line has the same options, data, machine and PyTorch (--any: any machine and PyTorch),
-so the same command continues after an interruption. Ctrl-C waits for the runs at work and keeps
-them. On a CPU a run takes one thread, and two are trained at a time.
+bench/experiments.py defines the parts. Each finished run adds a line to bench/results.jsonl. A run
+is not repeated if a line has the same options, data, machine and PyTorch (--any: any machine and
+PyTorch), so the same command continues after an interruption. Ctrl-C waits for the current runs
+and keeps them. On a CPU, two runs train at a time, with one thread each.
 """
 
 import itertools
@@ -47,8 +47,8 @@ RESULTS = ROOT / "bench" / "results.jsonl"
 
 
 def make_dataset(count):
-    """The facts of so many people, made anew if prepare.py has changed since. data/facts is the
-    user's, and is not replaced."""
+    """Make the facts of `count` people, again if prepare.py has changed since. data/facts belongs
+    to the user and is not replaced."""
     folder = OUT.parent / f"facts{count}"
     if count == 2000:
         folder = find_folder("facts")
@@ -67,7 +67,7 @@ def make_dataset(count):
 
 
 def make_base(seed):
-    """The trained model that updates of this seed change, and the facts that they teach it."""
+    """Train the model that the updates of this seed change, and make the facts to teach it."""
     folder = ROOT / base_folder(seed)
     path = folder / "ckpt.pt"
     if not path.exists() or read_checkpoint(path)["iter"] < BASE.options["max_iters"]:
@@ -124,7 +124,7 @@ def read_log(path):
 
 
 def bytes_to_keep(folder):
-    """Of an update's delta, or of all weights."""
+    """Bytes of an update's delta, or of all weights."""
     delta = folder / "delta.pt"
     if delta.exists():
         return delta.stat().st_size
@@ -132,7 +132,7 @@ def bytes_to_keep(folder):
 
 
 def this_machine(gpu):
-    """What speeds and last digits depend on."""
+    """Machine and PyTorch: speeds and last digits depend on them."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if gpu:
@@ -145,7 +145,7 @@ def this_machine(gpu):
 
 
 def commit():
-    """Of this repository. "-changed": some file is, other than those that this script writes."""
+    """Commit of this repository; "-changed" if a file differs that this script does not write."""
     if shutil.which("git") is None:
         return ""
     name = git("rev-parse", "--short", "HEAD")
@@ -182,7 +182,8 @@ def runs_at_a_time(gpu):
 
 
 def table(name, results):
-    """A part in Markdown: means and standard errors over seeds. results: {command: line}"""
+    """Format a part in Markdown, with means and standard errors over seeds. results: {command:
+    line}"""
     part = PARTS[name]
     rows = []
     first = {}  # lines of the first row
@@ -256,7 +257,8 @@ def update_row(lines):
 
 
 def lost_at(curve, share):
-    """Recall of old facts lost when so many new ones are known, between evaluations; or None."""
+    """Recall of old facts lost when a share of the new ones is known, interpolated between
+    evaluations; None if this share is not reached."""
     for before, after in itertools.pairwise(curve):
         if after[1] >= share:
             progress = (share - before[1]) / (after[1] - before[1])
@@ -287,7 +289,7 @@ def read_lines():
 
 
 def select_results(lines, same):
-    """{command: line} of lines that are like same and have the options that the command has now."""
+    """{command: line} of lines that agree with `same` and have today's options of the command."""
     runs = {}
     for part in PARTS.values():
         runs.update(part.runs())
@@ -316,7 +318,7 @@ def print_plan(name, missing, lines, gpu):
 def parse_arguments(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--list", action="store_true", help="only say what would be trained, and how long it takes")
+    add("--list", action="store_true", help="only list the runs to do, and their time")
     add("--only", choices=PARTS, action="append", metavar="PART", help="can be given again")
     add("--tier", choices=("cpu", "more", "gpu"), default="cpu", help="parts to train")
     add("--any", action="store_true", help="runs of other machines and versions count as done")

@@ -1,11 +1,11 @@
-"""How fast are the layer, training and generation, and what takes the time?
+"""Time the layer, training and generation, and show where the time goes.
 
     python bench/speed.py              a layer, and a model with one, against dense ones
     python bench/speed.py --systems    all systems of the facts presets
     python bench/speed.py --preset=gpt2-dense --preset=gpt2-memory --compile
 
-Trains on random tokens, which read the rows more evenly than text does. Without --preset all that
-is compared takes turns, to meet the same disturbances.
+Models train on random tokens, which read the rows more evenly than text does. Without --preset,
+the things that are compared take turns, so that other load on the machine affects all of them.
 """
 
 import gc
@@ -52,7 +52,7 @@ PARTS = {
 
 
 def in_turns(runs, device, repeats):
-    """{name: run} -> {name: median seconds}, after three rounds that warm up"""
+    """{name: run} -> {name: median seconds}, after three rounds to warm up"""
     times = {name: [] for name in runs}
     for _ in range(3 + repeats):
         for name, run in runs.items():
@@ -69,7 +69,7 @@ class PlainPool(ValuePool):
 
 
 class PlainLayer(MemoryLayer):
-    """As one would first write it: torch.topk, all K * K sums, and autograd."""
+    """A straightforward layer: torch.topk, all K * K sums, and autograd."""
 
     def retrieve(self, x):
         s1, s2 = self.scores(x).float()  # (H, n, N)
@@ -83,7 +83,7 @@ class PlainLayer(MemoryLayer):
 
 
 def layer_step(layer, inputs, optimizers, device):
-    """The training step of a layer, a function: forward, backward, optimizers."""
+    """Return a function that does a training step of a layer: forward, backward, optimizers."""
     adamw = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)
 
     def step():
@@ -99,7 +99,7 @@ def layer_step(layer, inputs, optimizers, device):
 
 
 def layer_times(options, device, repeats):
-    """Print what a training step of a layer takes."""
+    """Print the time of a training step of a layer."""
     config, shape = make_configs(options, train.TrainConfig, GPTConfig)
     tokens = config.batch_size * shape.block_size
     C = shape.n_embd
@@ -188,10 +188,11 @@ class Training:
 def shares_of(events, on_gpu):
     """{part: share of the time of a step}, from torch.profiler's averages.
 
-    On a GPU each kernel's time is in several of them: its own, the operation that started it, and
-    the ranges around it, once for the CPU and once for the GPU. So a step is the sum of the
-    kernels, and a part the kernels that were started in the CPU's range of that name. RowAdam
-    starts its kernel outside any operation: the profiler links it to no range."""
+    On a GPU the profiler counts the time of a kernel several times: for the kernel, for the
+    operation that started it, and for the ranges around it, once for the CPU and once for the GPU.
+    So a step is the sum of its kernels, and a part is the sum of the kernels that the CPU started
+    in the range of that name. RowAdam starts its kernel outside any operation, so the profiler
+    links it to no range."""
     parts = dict(PARTS)
     times = {}
     step = 0

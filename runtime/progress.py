@@ -32,7 +32,7 @@ class Progress:
         )
 
     def update(self):
-        """After a step."""
+        """Count one step."""
         self.bar.update()
 
     def show(self, line):
@@ -47,7 +47,7 @@ class Progress:
 
 
 class Clock:
-    """Counts the training time of a run, run.seconds, without evaluations and checkpoints."""
+    """Counts the training time of a run in run.seconds, without evaluations and checkpoints."""
 
     def __init__(self, run):
         self.run = run
@@ -58,7 +58,7 @@ class Clock:
         self.first_step = self.run.step
 
     def stop(self):
-        """Steps a second since the start."""
+        """Return the steps per second since the start."""
         seconds = time.perf_counter() - self.began
         self.run.seconds += seconds
         return (self.run.step - self.first_step) / seconds
