@@ -1,5 +1,6 @@
 """README.md and bench/README.md: commands, code, outputs, numbers, links, length."""
 
+import itertools
 import json
 import os
 import re
@@ -394,3 +395,36 @@ def test_the_output_that_is_shown_is_that_of_seed_1():
     assert (
         f"the mean of eight is {mean_recall(lines_of('systems', 'Memory+', first)):.0f}%" in shown
     )
+
+
+def test_sentences_of_bench_readme_are_those_of_the_results():
+    first, _ = results()
+    memory_lines = lines_of("systems", "Memory+", first)
+    plain = lines_of("systems", "product-key memory", first)
+    dense = mean_recall(lines_of("systems", "dense", first))
+    wide = mean_recall(lines_of("headline", "dense, twice the FLOPs", first))
+    recall = mean_recall(memory_lines)
+    pairs = list(zip(memory_lines, plain, strict=True))
+    points = [100 * (a["recall"] - b["recall"]) for a, b in pairs]
+    nats = [a["val_loss"] - b["val_loss"] for a, b in pairs]
+    steps = []
+    numbers = ("256", "1,024", "4,096", "16,384", "65,536")
+    runs = [lines_of("slots", f"{number} slots", first) for number in numbers]
+    for fewer, more in itertools.pairwise(runs):
+        rise = [100 * (b["recall"] - a["recall"]) for a, b in zip(fewer, more, strict=True)]
+        steps.append(reproduce.with_error(rise, ".1f"))
+    seconds = {}
+    for part in ("headline", "systems"):
+        for label in PARTS[part].rows:
+            for line in lines_of(part, label, first):
+                seconds[line["command"]] = line["seconds"]
+    text = joined(BENCH)
+    for sentence in (
+        f"Memory+ recalls {recall / dense:.1f} times as much as dense, "
+        f"and {recall / wide:.1f} times as much as dense with twice the FLOPs",
+        f"recall by {reproduce.with_error(points, '.1f')} points",
+        f"is {reproduce.with_error(nats, '.3f')} nats higher",
+        f"recall rises by {', '.join(steps[:-1])} and {steps[-1]} points",
+        f"{sum(seconds.values()) / 2 / 3600:.1f} hours on the EPYC",
+    ):
+        assert sentence in text, sentence
