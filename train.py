@@ -54,19 +54,19 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
     dataset: str = option("facts", "a folder in data/, or a path to one with train.bin, val.bin")
-    init_from: str = option("", "folder of a run to finetune: start from its weights, options")
+    init_from: str = option("", "folder of a run to finetune: start from its weights and options")
     background: str = option(
-        "", "with init_from: dataset to evaluate, too; default: what that run was trained on"
+        "", "with init_from: a second dataset to evaluate; default: what that run was trained on"
     )
     batch_size: int = option(8, "sequences per micro-step", 1)
-    gradient_accumulation_steps: int = option(1, "micro-steps per step, over all processes", 1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per step, summed over processes", 1)
     max_iters: int = option(1000, "training steps; the learning rate decays over all of them", 1)
     learning_rate: float = option(6e-4, "peak learning rate of the network (AdamW)", below=1e31)
     min_lr: float = option(0.0, "learning rate of the network at the end", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its peak")
     mem_learning_rate: float = option(3e-3, "learning rate of the values (RowAdam)", 1e-30, 1e31)
     mem_decay: float = option(0.0, "0: constant mem_learning_rate; else decay from this multiple")
-    weight_decay: float = option(0.1, "weight decay of matrices; norms and values have none")
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices; norms and values have none")
     beta1: float = option(0.9, "decay of the first moment in AdamW and RowAdam", below=1)
     beta2: float = option(0.98, "decay of the second moment in AdamW and RowAdam", below=1)
     grad_clip: float = option(1.0, "limit of the network's gradient norm; 0: no limit", below=1e31)
