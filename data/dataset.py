@@ -155,7 +155,7 @@ class Dataset:
         started = any((self.folder / name).exists() for name in ("vocab.json", "recall.jsonl"))
         has_meta = (self.folder / "meta.json").exists()
         if (started and not has_meta) or is_unfinished(self.folder):
-            what = f"{self.folder} is half made: its prepare.py is running, or was interrupted"
+            what = f"{self.folder} is half made: a prepare.py is running there, or was interrupted"
             raise ValueError(f"{what}; {PREPARE_AGAIN}")
         if not has_meta and (self.folder / "meta.pkl").exists():
             what = f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read"
@@ -174,7 +174,7 @@ class Dataset:
             raise ValueError(f"separator is {separator!r}")
 
     def fingerprint(self):
-        """Hash the size and first MiB of each file but recall.jsonl. It changes if they are
+        """Hash the size and first MiB of each file but recall.jsonl. The hash changes if they are
         prepared anew."""
         digest = hashlib.sha256()
         for name in ("train.bin", "val.bin", "meta.json", "vocab.json"):
@@ -220,7 +220,7 @@ class Dataset:
             return []
         encoding = make_encoding(self.vocabulary())
         with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines splits at more
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines has more separators
         questions = []
         must = "must be a JSON object with prompt and answer, and perhaps attribute"
         for number, line in enumerate(lines, 1):
