@@ -48,7 +48,7 @@ def check_limits(name, value, limits):
 
 
 def make_configs(options, *classes):
-    """{option: value} -> a config of each class. Raises ValueError for an unknown or invalid one."""
+    """{option: value} -> a config of each class. Raises ValueError for unknown or invalid ones."""
     known = set()
     configs = []
     for config_class in classes:
