@@ -135,7 +135,7 @@ def check_processes(config, model_config, world):
         raise ValueError(f"gradient_accumulation_steps={steps} {must}")
     if world % M != 0 or width % M != 0:
         must = f"must divide the {world} processes and the values' width {width}"
-        raise ValueError(f"memory_parallel={M} {must}; with --resume, give it again")
+        raise ValueError(f"memory_parallel={M} {must}: give another one (--resume allows it)")
 
 
 class StopSignal:
