@@ -1,11 +1,11 @@
-"""Text from a checkpoint, or answers to the closed-book questions of its dataset.
+"""Generate text from a checkpoint, or answer the closed-book questions of its dataset.
 
     python sample.py                          samples from the default run, out/facts-memory
     python sample.py --start="Once upon a"    continue a text (FILE:path: a file, -: standard input)
-    python sample.py --recall                 ask for the facts in words not used in training
+    python sample.py --recall                 ask for each fact in wording held out of training
     python sample.py --recall --dataset=facts-new --delta=out/facts-new/delta.pt
 
-edit/update.py makes deltas, edit/inspect_slots.py shows which slots a text reads.
+edit/update.py makes deltas. edit/inspect_slots.py shows which slots a text reads.
 """
 
 import codecs
@@ -36,20 +36,20 @@ def parse(argv):
     )
     add = parser.add_argument
     add_model_options(parser)
-    add("--num_samples", type=int, default=3, help="how many texts (default: %(default)s)")
-    add("--max_new_tokens", type=int, default=200, help="tokens of each (default: %(default)s)")
+    add("--num_samples", type=int, default=3, help="number of texts (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="tokens per text (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
-    add("--top_k", type=int, help="draw among the k likeliest tokens only")
-    add("--top_p", type=float, help="nucleus sampling: among the fewest tokens that hold p")
-    add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
+    add("--top_k", type=int, help="sample only from the k most likely tokens")
+    add("--top_p", type=float, help="sample only from the fewest tokens with total probability p")
+    add("--seed", type=int, default=1, help="seed of the sampling (default: %(default)s)")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
-    add("--rows", type=int, default=20, help="questions shown, 0: all (default: %(default)s)")
-    add("--dataset", help="with --recall: whose questions (default: of the run)")
+    add("--rows", type=int, default=20, help="questions to show, 0: all (default: %(default)s)")
+    add("--dataset", help="with --recall: dataset of the questions (default: the run's own)")
     args = parser.parse_args(argv)
     if args.dataset is not None and not args.recall:
-        parser.error(f"--dataset={args.dataset}: is for --recall")
+        parser.error(f"--dataset={args.dataset}: needs --recall")
     if args.recall and args.start:
-        parser.error("--recall: asks the questions of a dataset, without --start")
+        parser.error("--recall asks the questions of a dataset: leave out --start")
     check_limits(parser, args, ("num_samples", "max_new_tokens", "top_k"), low=1)
     check_limits(parser, args, ("temperature", "rows"), low=0)
     check_limits(parser, args, ("top_p",), low=0, high=1)
@@ -62,7 +62,7 @@ def add_model_options(parser):
     add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
     add("--start", default="", help="text to continue; FILE:path: a file, -: standard input")
     add("--delta", help="updates to apply, FILE[,FILE]: delta.pt of edit/update.py")
-    add("--device", default="auto", help="cpu, cuda, mps (default: the fastest there is)")
+    add("--device", default="auto", help="cpu, cuda, mps (default: the fastest available)")
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a GPU")
 
@@ -75,8 +75,8 @@ def check_limits(parser, args, names, low, high=10**9):
 
 
 class Sampler:
-    """A run that is opened to generate text: model, encoding, separator, checkpoint. args: the
-    options of add_model_options"""
+    """A run opened to generate text: model, encoding, separator, checkpoint. args: the options of
+    add_model_options"""
 
     def __init__(self, args):
         self.path = Path(args.out_dir, "ckpt.pt")
@@ -93,19 +93,19 @@ class Sampler:
                 raise ValueError(f"{tokens} tokens in its vocabulary, {rows} in its model")
 
     def apply(self, deltas):
-        """deltas: FILE[,FILE], or None"""
+        """Apply deltas, FILE[,FILE] or None."""
         if deltas is None:
             return
         files = deltas.split(",")
         if "" in files:
-            hint = "a file has no name; is it a variable that is not set?"
+            hint = "a file has no name; is it an unset variable?"
             raise ValueError(f"--delta={deltas}: {hint}")
         if self.model.pool is None:
             raise ValueError(f"--delta={deltas}: the model in {self.path} has no memory")
         apply_deltas(self.model, self.path, files)
 
     def open_dataset(self, name):
-        """The dataset of that name. None: the run's own, which must not have changed since."""
+        """Open the dataset called name. None: the run's own, which must not have changed since."""
         with explain_errors(f"{self.path} names no dataset", "give one with --dataset"):
             folder = find_folder(name or self.checkpoint["train_config"]["dataset"])
         dataset = Dataset(folder)
@@ -113,12 +113,11 @@ class Sampler:
             what = "is not what this checkpoint was trained on"
             raise ValueError(f"{dataset.folder} {what}; name one with --dataset")
         if dataset.vocabulary() != self.checkpoint["vocabulary"]:
-            raise ValueError(f"--dataset={name}: its vocabulary is not {self.path}'s")
+            raise ValueError(f"--dataset={name}: its vocabulary differs from {self.path}'s")
         return dataset
 
     def encode(self, start):
-        """The text of --start -> token ids, after a separator, as at the beginning of a
-        document."""
+        """The text of --start -> token ids. They begin with a separator, as a document does."""
         text = read_text(start)
         with explain_errors("--start", f"the vocabulary in {self.path} cannot take it"):
             ids = self.encoding.encode(text, allowed_special="all")
@@ -128,7 +127,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def generating(self):
-        """The precision to generate in; errors become messages."""
+        """Generate with the right precision; turn errors into messages."""
         what = f"{self.path} cannot be sampled from"
         with (
             explain_errors(what, "give another --out_dir"),
@@ -139,9 +138,9 @@ class Sampler:
             yield
 
     def stream(self, ids, **options):
-        """Yield the text of each new token. options: of GPT.stream"""
+        """Yield the text of each new token. options: those of GPT.stream"""
         prompt = torch.tensor([ids], device=self.device)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may cut a character
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may split a character
         for token in self.model.stream(prompt, **options):
             yield decoder.decode(self.encoding.decode_single_token_bytes(token.item()))
         rest = decoder.decode(b"", final=True)
@@ -186,7 +185,7 @@ def print_samples(sampler, ids, args):
 
 
 def print_recall(sampler, questions, rows):
-    """Ask all questions. Print the first rows of them, and the accuracy for each attribute."""
+    """Ask all questions. Print the first `rows` of them and the accuracy for each attribute."""
     answers = answer_questions(sampler.model, questions, sampler.separator)
     shown = questions
     if rows > 0:
@@ -220,7 +219,7 @@ def main(argv):
         if args.recall:
             questions = sampler.open_dataset(args.dataset).questions()
             if not questions:
-                raise ValueError("--recall: the dataset has no recall.jsonl, no questions to ask")
+                raise ValueError("--recall: the dataset has no questions (no recall.jsonl)")
         else:
             ids = sampler.encode(args.start)
         sampler.apply(args.delta)

@@ -1,14 +1,14 @@
-"""Train a GPT, with memory layers or without.
+"""Train a GPT, with or without memory layers.
 
-    python train.py                          --preset=facts-memory: it remembers made-up facts
+    python train.py                          --preset=facts-memory: it learns made-up facts
     python train.py --preset=facts-dense     the same compute without a memory, to compare
-    python train.py --mem_keys=64 --out_dir=out/small            any option over any preset
+    python train.py --mem_keys=64 --out_dir=out/small            any option overrides a preset
     python train.py --resume --out_dir=out/small                 continue that run
     python train.py --init_from=out/small --dataset=facts-new    finetune that model
     torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2
 
-Options are the fields of TrainConfig and of GPTConfig (model.py). A preset (presets.py) has its own
-values of some of them, instead of the defaults.
+Options are the fields of TrainConfig and of GPTConfig (model.py). A preset (presets.py) replaces
+some of their defaults.
 """
 
 import json
@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-PARENT = os.getppid()  # before the imports, which take seconds: torchrun may be killed meanwhile
+PARENT = os.getppid()  # torchrun may be killed during the slow imports below
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # a few sparse operators need it
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
 
@@ -48,54 +48,52 @@ DEFAULT_PRESET = "facts-memory"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises ValueError, naming the option, for a value that makes no sense."""
+    """How to train. Raises ValueError, naming the option, for an invalid value."""
 
-    out_dir: str = option("out", "folder for checkpoint and log; a preset has its own, out/PRESET")
+    out_dir: str = option("out", "folder for checkpoint and log; with a preset: out/PRESET")
     resume: bool = option(False, "continue the run in out_dir, with its options")
     overwrite: bool = option(False, "replace the run in out_dir")
-    dataset: str = option("facts", "a folder in data/, or the path of one with train.bin, val.bin")
-    init_from: str = option("", "folder of a run: begin with its weights and options, finetune")
+    dataset: str = option("facts", "a folder in data/, or a path to one with train.bin, val.bin")
+    init_from: str = option("", "folder of a run to finetune: start from its weights and options")
     background: str = option(
-        "", "with init_from: a dataset to report, too; default: what that run was trained on"
+        "", "with init_from: a second dataset to evaluate; default: what that run was trained on"
     )
-    batch_size: int = option(8, "sequences in a micro-step", 1)
-    gradient_accumulation_steps: int = option(
-        1, "micro-steps in a step, of all processes together", 1
-    )
-    max_iters: int = option(1000, "steps to train for; the learning rate falls over all of them", 1)
-    learning_rate: float = option(6e-4, "largest learning rate of the network (AdamW)", below=1e31)
-    min_lr: float = option(0.0, "learning rate of the network that the cosine ends at", below=1e31)
-    warmup_iters: int = option(50, "steps over which the learning rate rises to its largest")
-    mem_learning_rate: float = option(3e-3, "rate of the memory's values (RowAdam)", 1e-30, 1e31)
-    mem_decay: float = option(0.0, "0: that rate is constant; else it falls, from so many times it")
-    weight_decay: float = option(0.1, "AdamW's decay of matrices; norms and values have none")
-    beta1: float = option(0.9, "decay of the mean of the gradient, AdamW and RowAdam", below=1)
-    beta2: float = option(0.98, "decay of the mean of its square, AdamW and RowAdam", below=1)
-    grad_clip: float = option(1.0, "largest norm of the network's gradient; 0: any", below=1e31)
+    batch_size: int = option(8, "sequences per micro-step", 1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per step, summed over processes", 1)
+    max_iters: int = option(1000, "training steps; the learning rate decays over all of them", 1)
+    learning_rate: float = option(6e-4, "peak learning rate of the network (AdamW)", below=1e31)
+    min_lr: float = option(0.0, "learning rate of the network at the end", below=1e31)
+    warmup_iters: int = option(50, "steps over which the learning rate rises to its peak")
+    mem_learning_rate: float = option(3e-3, "learning rate of the values (RowAdam)", 1e-30, 1e31)
+    mem_decay: float = option(0.0, "0: constant mem_learning_rate; else decay from this multiple")
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices; norms and values have none")
+    beta1: float = option(0.9, "decay of the first moment in AdamW and RowAdam", below=1)
+    beta2: float = option(0.98, "decay of the second moment in AdamW and RowAdam", below=1)
+    grad_clip: float = option(1.0, "limit of the network's gradient norm; 0: no limit", below=1e31)
     eval_interval: int = option(250, "steps between evaluations, each followed by a checkpoint", 1)
-    eval_iters: int = option(20, "batches in an estimate of the loss", 1)
-    log_interval: int = option(10, "steps between lines of the log", 1)
-    seed: int = option(1, "of initialisation, and order of the data", below=2**63)
-    device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
+    eval_iters: int = option(20, "batches per estimate of the loss", 1)
+    log_interval: int = option(10, "steps between log lines", 1)
+    seed: int = option(1, "seed of the initialisation and of the data order", below=2**63)
+    device: str = option("auto", "cpu, cuda, mps; auto: the fastest available")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     compile: str = option(
         "auto", "torch.compile; auto: on a GPU", choices=("auto", "true", "false")
     )
     memory_parallel: int = option(
-        1, "processes that share one table, each with a part of its columns", 1
+        1, "processes that share one table; each holds a part of its columns", 1
     )
     timeout: int = option(
-        600, "seconds that a process waits for another one; give it again with --resume", 1
+        600, "seconds a process waits for another one; give it again with --resume", 1
     )
 
     def __post_init__(self):
         check_options(self)
         if not self.out_dir.strip():
-            raise ValueError("out_dir=: must name a folder; is it a variable that is not set?")
+            raise ValueError("out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite: one continues the run, the other removes it")
+            raise ValueError("resume continues the run, overwrite removes it: give only one")
         if self.background and not self.init_from:
-            raise ValueError("background= goes with a run to finetune: init_from= must name it")
+            raise ValueError("background= needs init_from=, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             way_out = "init_from= names the same folder; give another one"
             raise ValueError(f"out_dir={self.out_dir}: {way_out}")
@@ -103,8 +101,8 @@ class TrainConfig:
 
 @dataclass
 class Run:
-    """What train() needs. data: of open_dataset; data["old"]: the background's, if there is one.
-    before: an evaluation before the first step, of a run that finetunes."""
+    """What train() needs. data: from open_dataset; data["old"] is the background's, if any.
+    before: in finetuning, the evaluation before the first step."""
 
     config: TrainConfig
     model: GPT
@@ -121,9 +119,9 @@ class Run:
 
 
 def make_optimizers(model, config):
-    """AdamW for the network; RowAdam for the pool, which moves only the rows that a step has
-    read. eps only guards against 0 / 0: with half a million tokens in a step a row's gradient is
-    1e-9, less than the usual eps."""
+    """Return AdamW for the network and RowAdam for the pool. RowAdam updates only the rows that a
+    step has read. eps only guards against 0 / 0: with half a million tokens per step, a row's
+    gradient is 1e-9, below the usual eps."""
     groups = model.parameter_groups()
     betas = (config.beta1, config.beta2)
     network = [
@@ -137,7 +135,7 @@ def make_optimizers(model, config):
 
 
 def learning_rate(config, it, largest):
-    """Linear warmup to the largest rate, then a cosine to min_lr at max_iters. it: from 0."""
+    """Linear warmup to the largest rate, then cosine decay to min_lr at max_iters. it: from 0."""
     if it < config.warmup_iters:
         return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -145,8 +143,8 @@ def learning_rate(config, it, largest):
 
 
 def memory_rate(config, it):
-    """The rate of the values: constant. With mem_decay (UltraMem) a cosine as above, times a
-    factor that falls from mem_decay to 1."""
+    """The values' learning rate is constant. With mem_decay (UltraMem) it is a cosine as above,
+    times a factor that falls from mem_decay to 1."""
     if config.mem_decay == 0:
         return config.mem_learning_rate
     factor = config.mem_decay + (1 - config.mem_decay) * it / config.max_iters
@@ -154,8 +152,8 @@ def memory_rate(config, it):
 
 
 def optimizer_step(run, network):
-    """Clip the gradients of the network's parameters, set the rates, and step. Returns the
-    network's rate."""
+    """Clip the gradients of the network, set the learning rates, and step. Returns the network's
+    rate."""
     config = run.config
     if config.grad_clip > 0:
         clip_grad_norm_(network, config.grad_clip)
@@ -174,7 +172,7 @@ def optimizer_step(run, network):
 
 
 def batches(windows, numbers, size, device):
-    """For each number of a micro-step its inputs and targets, two tensors (B, T). windows:
+    """Yield the inputs and targets of each numbered micro-step, two tensors (B, T). windows:
     dataset.Batches"""
     for i in numbers:
         batch = torch.from_numpy(windows.windows(range(i * size, (i + 1) * size)))  # (B, T + 1)
@@ -185,7 +183,8 @@ def batches(windows, numbers, size, device):
 
 
 def training_batches(run):
-    """The micro-steps of this rank. What a step reads does not depend on the number of ranks."""
+    """Yield the micro-steps of this rank. The data of a step do not depend on the number of
+    ranks."""
     micro_steps = run.config.gradient_accumulation_steps
     first = run.step * micro_steps + run.ranks.rank
     end = (run.config.max_iters + 1) * micro_steps  # one is fetched ahead
@@ -204,7 +203,7 @@ def mean_loss(model, windows, config, device):
 
 
 def recall(model, questions, separator):
-    """The share of closed-book questions that greedy decoding answers exactly."""
+    """Return the share of closed-book questions that greedy decoding answers exactly."""
     answers = answer_questions(model, questions, separator)
     right = 0
     for question, answer in zip(questions, answers, strict=True):
@@ -213,7 +212,7 @@ def recall(model, questions, separator):
 
 
 def evaluate(model, data, config, device):
-    """Losses, recall if the dataset asks questions, and how evenly a memory is used."""
+    """Return losses, recall if the dataset has questions, and how evenly a memory is used."""
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
     if model.pool is None:
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
@@ -248,7 +247,7 @@ def train(run):
     bar = Progress(run, hidden=run.ranks.rank > 0)
     clock = Clock(run)
     while run.step < config.max_iters:
-        # forward and backward; then the next batch, while a GPU is still at work with this one
+        # forward and backward; fetch the next batch while a GPU still works on this one
         loss = torch.zeros((), device=run.device)
         for _ in range(micro_steps):
             with context:
@@ -258,7 +257,7 @@ def train(run):
             loss += micro_loss.detach()
             inputs, targets = next(pairs)
 
-        # the mean gradient of all ranks (the pool takes its own), then the optimisers' step
+        # average the gradients over all ranks (the pool averages its own), then step
         run.ranks.average_gradients(network)
         lr = optimizer_step(run, network)
         run.step += 1
@@ -287,7 +286,7 @@ def tokens_in_step(run):
 
 
 def report(run, line, evaluating):
-    """Complete a line of the log, with an evaluation if it is time for one, and write it."""
+    """Complete a log line, with an evaluation if one is due, and write it."""
     if "loss" in line:
         check_finite(line["loss"], "loss", run)
     if run.device.type == "cuda":
@@ -312,9 +311,9 @@ def check_finite(number, what, run):
 
 
 def save(run):
-    """Write ckpt.pt. Rank 0 does, but all ranks take part: each may have a part of the table."""
+    """Rank 0 writes ckpt.pt. All ranks must call this: each may hold a part of the table."""
     largest = [p.detach().norm(math.inf).item() for p in run.model.parameters()]
-    check_finite(run.ranks.mean(sum(largest)), "largest weight", run)  # the sum is NaN if one is
+    check_finite(run.ranks.mean(sum(largest)), "largest weight", run)  # NaN if any is NaN
     weights, optimizers = whole_state(run.model, run.optimizers)
     checkpoint = {
         "format": FORMAT,
@@ -333,7 +332,7 @@ def save(run):
 
 
 def end_early(run, bar, number):
-    """After a signal and a checkpoint."""
+    """After a signal and a checkpoint: print how to continue, and exit."""
     bar.close()
     if run.ranks.rank == 0:
         program = "python"
@@ -350,25 +349,25 @@ def end_early(run, bar, number):
 
 
 def prepare(given, ranks):
-    """given: options of the command line. Returns a Run. Everything that can be wrong is found
-    here, before training, and no earlier run is touched until then."""
+    """Check everything that can be wrong, and return a Run. given: options of the command line.
+    An earlier run stays untouched until all checks have passed."""
     config, model_config = make_configs(complete_options(given), TrainConfig, GPTConfig)
     check_processes(config, model_config, ranks.world)
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(processes_per_table(config, model_config))
     torch.manual_seed(config.seed)
     if ranks.local == 0:
-        find_folder(config.dataset)  # makes the facts, if they are not there
+        find_folder(config.dataset)  # generates the facts if they are missing
     ranks.wait()
     folder = find_folder(config.dataset)
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
-    with torch.device("meta"):  # which takes no room
+    with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False, group=ranks.group), device)
     out_dir = Path(config.out_dir)
     if ranks.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock_folder(out_dir)  # nobody else may write a checkpoint from here on
+        lock_folder(out_dir)  # from here on no other process may write a checkpoint
         if not config.resume and not config.overwrite:
             check_unoccupied(out_dir)
     ranks.wait()
@@ -378,7 +377,7 @@ def prepare(given, ranks):
         add_background(run, check=not config.resume)
     if config.resume:
         continue_run(run, out_dir / "ckpt.pt", folder)
-    ranks.wait()  # nobody has found anything wrong
+    ranks.wait()  # all checks have passed on all ranks
     if ranks.rank == 0:
         if config.resume:
             cut_log(out_dir, run.step)
@@ -388,7 +387,7 @@ def prepare(given, ranks):
 
 
 def complete_options(given):
-    """Options of the command line -> all that are not defaults."""
+    """Add the options of a preset or an earlier run to the given ones."""
     classes = (TrainConfig, GPTConfig)
     if given.get("resume"):
         return options_to_resume(given, classes, DEFAULT_PRESET)
@@ -403,7 +402,7 @@ def make_model(config, model_config, device, ranks):
         folder = config.out_dir
     if folder:
         return GPT.from_checkpoint(Path(folder, "ckpt.pt"), device, ranks.group, ranks.replicas)
-    with device:  # there its numbers are drawn, which takes a CPU seconds
+    with device:  # draw the weights there; on a CPU this takes seconds
         return GPT(model_config, group=ranks.group, replicas=ranks.replicas)
 
 
@@ -422,8 +421,8 @@ def continue_run(run, path, folder):
 
 
 def add_background(run, check=True):
-    """Open what a run that finetunes reports, too: data["old"]. check: against the run that it
-    begins with, which may be gone when it is resumed"""
+    """Open the background of a finetuning run as data["old"]. check: compare the data with the
+    run in init_from, which may be gone on a resume"""
     c = run.config
     if check:
         check_vocabulary(run.data, f"dataset={c.dataset}", c)
@@ -433,16 +432,17 @@ def add_background(run, check=True):
     if check:
         check_vocabulary(old, f"background={c.background}", c)
     asked = {question["prompt"] for question in run.data["questions"]}
-    # those have other answers now
+    # leave out questions that have new answers
     old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
     run.data["old"] = old
 
 
 def check_vocabulary(data, option, config):
-    """data: of the run or its background. It must suit the model that the run begins with."""
+    """Raises ValueError if data, the run's or its background's, do not suit the model in
+    init_from."""
     checkpoint = read_checkpoint(Path(config.init_from, "ckpt.pt"))
     if data["vocabulary"] != checkpoint["vocabulary"]:
-        raise ValueError(f"{option}: has another vocabulary than {config.init_from}")
+        raise ValueError(f"{option}: its vocabulary differs from {config.init_from}'s")
     trained_on = f"background={checkpoint['train_config']['dataset']}"
     if option == trained_on and data["fingerprint"] != checkpoint["fingerprint"]:
         raise ValueError(f"{option}: not what {config.init_from} was trained on")
@@ -454,7 +454,7 @@ def main(argv):
     run = None
     try:
         with explain_out_of_memory():
-            # checked before the processes find each other by it
+            # check it before the processes use it to find each other
             timeout = TrainConfig(timeout=given.get("timeout", TrainConfig.timeout)).timeout
             ranks = Ranks(timeout, PARENT)
             run = prepare(given, ranks)
@@ -469,7 +469,7 @@ def main(argv):
         if run is None:
             fail_on_rank(error)
         if not lost_another_process(error) and not isinstance(error, (UserError, OSError)):
-            raise  # an error of our own keeps its traceback
+            raise  # a bug keeps its traceback
         if ranks.rank == 0:
             print(file=sys.stderr)  # below the progress bar
         fail_on_rank(error, way_on(run))
@@ -488,7 +488,7 @@ def announce(run):
 
 
 def way_on(run):
-    """After an error."""
+    """How to continue after an error."""
     if Path(run.config.out_dir, "ckpt.pt").exists():
         return "The last checkpoint is complete: continue with --resume"
     return "Start again with --overwrite"

@@ -1,18 +1,17 @@
-"""The dataset folder: what every prepare.py writes and what training and sampling read.
+"""The dataset folder: every prepare.py writes it, and training and sampling read it.
 
     train.bin, val.bin   token ids one after another, little-endian uint16 (uint32 if meta.json
                          says so)
     meta.json            {"encoding": "gpt2" or the name of a file beside it, "dtype",
-                         "vocab_size", "separator"}; {"unfinished": true} while a prepare.py is
-                         at work
-    vocab.json           the vocabulary, if it is not GPT-2's: plain JSON, see
-                         describe_vocabulary
+                         "vocab_size", "separator"}; {"unfinished": true} while a prepare.py
+                         runs
+    vocab.json           the vocabulary as plain JSON (see describe_vocabulary), if it is not
+                         GPT-2's
     recall.jsonl         optional: closed-book questions {"prompt", "answer", "attribute"}, one
-                         per line; the model has to continue the prompt with a space and the
+                         per line; the model must continue the prompt with a space and the
                          answer
 
-A folder prepared for nanoGPT with GPT-2's vocabulary (two .bin files and none of the others)
-works as it is.
+A folder prepared for nanoGPT with GPT-2's vocabulary (only the two .bin files) works as it is.
 """
 
 import hashlib
@@ -45,7 +44,7 @@ PREPARE_AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
 
 
 def check_free(folder, overwrite):
-    """Raises ValueError if a folder holds a finished dataset, unless it may be overwritten."""
+    """Raises ValueError if a folder holds a finished dataset and overwrite is false."""
     old = [name for name in FILES if (folder / name).exists()]
     if old and not overwrite and not is_unfinished(folder):
         way_out = "replace it (--overwrite), or give another --out"
@@ -53,14 +52,14 @@ def check_free(folder, overwrite):
 
 
 def describe_vocabulary(name, pattern, tokens, special_tokens):
-    """The contents of vocab.json. tokens: list of bytes, in order of ids; special_tokens: {text:
-    id}."""
+    """Return the contents of vocab.json. tokens: list of bytes in order of ids; special_tokens:
+    {text: id}."""
     texts = [token.decode("latin-1") for token in tokens]
     return {"name": name, "pattern": pattern, "tokens": texts, "special_tokens": special_tokens}
 
 
 def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwrite=False, **facts):
-    """Write a dataset. Until all else is written, meta.json marks the folder as unfinished.
+    """Write a dataset. meta.json marks the folder as unfinished until all else is written.
 
     train, val: sequences of token ids; vocabulary: "gpt2" or the result of describe_vocabulary;
     recall: list of questions; facts: anything else for meta.json."""
@@ -122,8 +121,8 @@ def check_ids(path, ids, vocab_size):
 
 
 class Dataset:
-    """An opened folder. Raises FileNotFoundError or ValueError, with a way out, if it is not a
-    dataset."""
+    """An opened dataset folder. Raises FileNotFoundError or ValueError, with a fix, if it is not
+    one."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -137,8 +136,8 @@ class Dataset:
         }
         if meta_path.exists():
             meta = load_json(meta_path)
-        must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and a separator"
-        with explain_errors(f"{meta_path} {must} below it", PREPARE_AGAIN):
+        must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and separator"
+        with explain_errors(f"{meta_path} {must} < vocab_size", PREPARE_AGAIN):
             self.dtype = DTYPES[meta["dtype"]]
             self.encoding_name = meta["encoding"]
             self.vocab_size = meta["vocab_size"]
@@ -156,7 +155,7 @@ class Dataset:
         started = any((self.folder / name).exists() for name in ("vocab.json", "recall.jsonl"))
         has_meta = (self.folder / "meta.json").exists()
         if (started and not has_meta) or is_unfinished(self.folder):
-            what = f"{self.folder} is half made: a prepare.py is at work there, or was interrupted"
+            what = f"{self.folder} is half made: a prepare.py is running there, or was interrupted"
             raise ValueError(f"{what}; {PREPARE_AGAIN}")
         if not has_meta and (self.folder / "meta.pkl").exists():
             what = f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read"
@@ -175,7 +174,7 @@ class Dataset:
             raise ValueError(f"separator is {separator!r}")
 
     def fingerprint(self):
-        """A hash of size and first MiB of each file but recall.jsonl: it shows if they were
+        """Hash the size and first MiB of each file but recall.jsonl. The hash changes if they are
         prepared anew."""
         digest = hashlib.sha256()
         for name in ("train.bin", "val.bin", "meta.json", "vocab.json"):
@@ -187,7 +186,7 @@ class Dataset:
         return digest.hexdigest()
 
     def tokens(self, split):
-        """The token ids of a split as a memory map. split: "train" or "val"."""
+        """Return the token ids of a split, "train" or "val", as a memory map."""
         path = self.folder / f"{split}.bin"
         size = path.stat().st_size
         if size == 0 or size % self.dtype.itemsize != 0:
@@ -195,13 +194,13 @@ class Dataset:
             hint = "is it truncated, or was there too little text? Prepare it again"
             raise ValueError(f"{path} has {size} bytes, not {ids}: {hint}")
         ids = np.memmap(path, dtype=self.dtype, mode="r")
-        # The rest is checked when it is read: it may exceed memory.
+        # The rest may exceed memory: batches check it when they read it.
         check_ids(path, ids[: 2**24], self.vocab_size)
         return ids
 
     def vocabulary(self):
-        """What make_encoding takes and a checkpoint stores: "gpt2" or the contents of
-        vocab.json."""
+        """Return "gpt2" or the contents of vocab.json. make_encoding takes it; checkpoints
+        store it."""
         if self.encoding_name == "gpt2":
             vocabulary = "gpt2"
         else:
@@ -214,14 +213,14 @@ class Dataset:
         return vocabulary
 
     def questions(self):
-        """The closed-book questions: list of dicts with prompt, answer, attribute, prompt_ids
-        and answer_ids. Empty if the dataset has none."""
+        """Return the closed-book questions: dicts with prompt, answer, attribute, prompt_ids and
+        answer_ids. The list is empty if the dataset has none."""
         path = self.folder / "recall.jsonl"
         if not path.exists():
             return []
         encoding = make_encoding(self.vocabulary())
         with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split more
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines has more separators
         questions = []
         must = "must be a JSON object with prompt and answer, and perhaps attribute"
         for number, line in enumerate(lines, 1):
@@ -242,7 +241,7 @@ def read_question(line, encoding):
 
 
 def answer_questions(model, questions, separator):
-    """What a GPT says to closed-book questions (Dataset.questions), greedily: lists of tokens."""
+    """Return a GPT's greedy answers to closed-book questions (Dataset.questions): token lists."""
     prompts = [[separator, *question["prompt_ids"]] for question in questions]
     lengths = [len(question["answer_ids"]) for question in questions]
     return model.complete(prompts, lengths)
@@ -255,7 +254,7 @@ def vocabulary_size(vocabulary):
 
 
 def make_encoding(vocabulary):
-    """vocabulary: "gpt2" or the contents of vocab.json -> tiktoken.Encoding. Nothing is
+    """Return a tiktoken.Encoding. vocabulary: "gpt2" or the contents of vocab.json. Nothing is
     executed."""
     if vocabulary == "gpt2":
         return gpt2_encoding()
@@ -283,13 +282,13 @@ def gpt2_encoding():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken passes on whatever its download raised
         what = f"GPT-2's vocabulary could not be fetched ({type(error).__name__})"
-        fetch = "where there is a network, run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER"
-        copy = "then copy the folder here and set the variable"
+        fetch = "on a machine with a network, run tiktoken once with TIKTOKEN_CACHE_DIR=FOLDER"
+        copy = "then copy the folder here and set the same variable"
         raise FileNotFoundError(f"{what}; {fetch}; {copy}") from None
 
 
 def find_folder(name):
-    """A folder in data/, or a path. data/facts, the default dataset, is made if it is missing."""
+    """Find a folder in data/, or at a path. Generate data/facts, the default, if it is missing."""
     data = Path(__file__).resolve().parent
     folder = Path(name)
     if folder.name == name and (data / name).is_dir():
@@ -298,13 +297,15 @@ def find_folder(name):
         subprocess.run([sys.executable, folder / "prepare.py"])
         if not (folder / "meta.json").exists():
             elsewhere = f"python {folder / 'prepare.py'} --out FOLDER"
-            raise OSError(f"{folder} could not be made, see above; elsewhere: {elsewhere}")
+            raise OSError(
+                f"{folder} could not be made, see above; to make it elsewhere: {elsewhere}"
+            )
     return folder
 
 
 def open_dataset(folder, block_size, seed):
-    """What training needs of a folder, checked: batches, questions, and facts for a
-    checkpoint."""
+    """Check a folder, and return what training needs: batches, questions, and facts for
+    checkpoints."""
     dataset = Dataset(folder)
     fingerprint = dataset.fingerprint()
     train = dataset.tokens("train")
@@ -325,8 +326,8 @@ def open_dataset(folder, block_size, seed):
 
 class Batches:
     """Windows of block_size + 1 tokens in shuffled order. An epoch has each token once, except
-    for a part of a window at either end. What step t gets depends only on the seed and t: any
-    process can compute it."""
+    part of a window at either end. The data of step t depend only on the seed and t, so any
+    process can compute them."""
 
     def __init__(self, ids, block_size, seed, vocab_size):
         self.path = getattr(ids, "filename", "the data")
@@ -340,12 +341,12 @@ class Batches:
         self.epoch = None
 
     def __len__(self):
-        """Windows in an epoch."""
-        room = len(self.ids) - self.block_size - 1  # one window less: room for the shift
+        """The number of windows in an epoch."""
+        room = len(self.ids) - self.block_size - 1  # one window less leaves room for the shift
         return room // self.block_size
 
     def start(self, number):
-        """Where window `number` (counted from the start of training) begins."""
+        """Where window `number` begins. Windows are counted from the start of training."""
         epoch, position = divmod(number, len(self))
         if epoch != self.epoch:  # draw the order of its windows, and a shift common to them all
             generator = np.random.default_rng([self.seed, epoch])
@@ -355,8 +356,8 @@ class Batches:
         return int(self.order[position]) * self.block_size + self.shift
 
     def windows(self, numbers):
-        """numbers: of windows -> int64 (len(numbers), block_size + 1), the inputs and one more
-        target."""
+        """Return the numbered windows, int64 (len(numbers), block_size + 1): the inputs and one
+        more target."""
         starts = [self.start(number) for number in numbers]
         windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
         check_ids(self.path, windows, self.vocab_size)

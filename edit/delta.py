@@ -1,5 +1,5 @@
-"""Deltas: files with the rows of a table that an update of a checkpoint has changed. sample.py
---delta applies them. Tensors and plain values only: nothing in them is executed."""
+"""Deltas: files with the table rows that an update of a checkpoint has changed. sample.py --delta
+applies them. They hold only tensors and plain values, so nothing in them is executed."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ FORMAT = "nanomem-delta-1"
 
 
 def weights_hash(tensors):
-    """A hash of {name: tensor}. That of a model's state_dict says what a delta belongs to."""
+    """Hash {name: tensor}. A delta names its model by the hash of the model's state_dict."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(name.encode())
@@ -22,8 +22,8 @@ def weights_hash(tensors):
 
 
 def save_delta(path, values, rows, base, base_name):
-    """Write rows of values (int64) that may have changed. base: weights_hash of the model before
-    the update; base_name: its file, for messages."""
+    """Write the rows (int64) of values that may have changed. base: weights_hash of the model
+    before the update; base_name: its file, for messages."""
     tensors = {"rows": rows.cpu(), "values": values.detach()[rows].cpu()}
     delta = {
         "format": FORMAT,
@@ -36,8 +36,8 @@ def save_delta(path, values, rows, base, base_name):
 
 
 def apply_deltas(model, path, files):
-    """Put the rows of deltas into a model's table, one after another. Each must belong to the
-    model's checkpoint, path, or to what earlier ones made of it. Raises FileNotFoundError or
+    """Write the rows of deltas into a model's table, one delta after another. Each must belong to
+    the model's checkpoint, path, or to a result of the earlier deltas. Raises FileNotFoundError or
     ValueError, naming the file."""
     known = {}  # {weights_hash: name}
     name = str(path)
@@ -67,5 +67,7 @@ def apply_delta(model, delta):
     table = model.pool.values.detach()
     rows = delta["rows"].to(table.device)
     if rows.min() < 0 or rows.max() >= len(table):
-        raise ValueError(f"rows {rows.min()} to {rows.max()}, of a table of {len(table)}")
+        raise ValueError(
+            f"rows {rows.min()} to {rows.max()}, out of range of a table of {len(table)}"
+        )
     table[rows] = delta["values"].to(table.device)

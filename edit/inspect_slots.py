@@ -1,11 +1,11 @@
-"""Show what a model reads in its memory: for each new token the slots with the largest weights,
-and the passages of the training data that read these slots most.
+"""Show what a model reads in its memory. For each new token, print the slots with the largest
+weights and the passages of the training data that read these slots most.
 
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in"
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in" --json | head -1
-    python edit/inspect_slots.py --recall      who shares the slots that questions read
+    python edit/inspect_slots.py --recall      which other facts share the slots of each question
 
-A first call reads the training data once, and keeps what it finds in readers.pt beside the
+The first call reads the training data once, and saves the result in readers.pt beside the
 checkpoint.
 """
 
@@ -35,11 +35,11 @@ def parse(argv):
     )
     add = parser.add_argument
     add_model_options(parser)
-    add("--max_new_tokens", type=int, default=8, help="to generate (default: %(default)s)")
-    add("--dataset", help="whose passages (default: those that the run was trained on)")
-    add("--json", action="store_true", help="all that was read, as JSON")
-    add("--recall", action="store_true", help="the closed-book questions instead of a text")
-    add("--rows", type=int, default=0, help="only so many of them; 0: all (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=8, help="tokens to generate (default: %(default)s)")
+    add("--dataset", help="dataset of the passages (default: the one the run was trained on)")
+    add("--json", action="store_true", help="print all reads as JSON")
+    add("--recall", action="store_true", help="inspect the closed-book questions, not a text")
+    add("--rows", type=int, default=0, help="number of questions; 0: all (default: %(default)s)")
     args = parser.parse_args(argv)
     check_limits(parser, args, ("max_new_tokens",), low=1)
     check_limits(parser, args, ("rows",), low=0)
@@ -50,8 +50,8 @@ def parse(argv):
 
 
 def inspect_text(sampler, readers, ids, train_ids, args):
-    """Continue ids greedily, and print what each new token read. train_ids: of the training
-    data"""
+    """Continue ids greedily, and print what each new token read. train_ids: token ids of the
+    training data"""
     reads = Reads(sampler.model.config)
     sampler.model.pool.usage = reads
     if not args.json:
@@ -94,8 +94,8 @@ def print_reads(text, found):
 
 
 def inspect_questions(sampler, questions, as_json):
-    """Print who shares the slot that a question reads most: other facts of the same person,
-    facts of the same attribute, or neither. With as_json, what each question reads instead."""
+    """Print which facts share the slot that a question reads most: facts of the same person, of
+    the same attribute, or neither. With as_json, print what each question reads instead."""
     facts = []  # (person, attribute)
     for question in questions:
         person = question["prompt"].rsplit(" ", 3)[0]  # before a phrase of three words
@@ -110,7 +110,7 @@ def inspect_questions(sampler, questions, as_json):
 
 
 def print_json(keys, block, facts, reads):
-    """A line: the slots of each fact with their shares, in a memory of keys * keys slots."""
+    """Print one line: the slots of each fact and their shares, in a memory of keys * keys slots."""
     rows = []
     for (person, attribute), shares in zip(facts, reads, strict=True):
         pairs = [[slot, round(share, 4)] for slot, share in shares.items()]
@@ -120,7 +120,7 @@ def print_json(keys, block, facts, reads):
 
 @torch.no_grad()
 def reads_of_questions(sampler, questions):
-    """What the last token of each question reads, for each layer: lists of (slots, shares)."""
+    """Return what each question's last token reads, for each layer: lists of (slots, shares)."""
     model = sampler.model
     reads = Reads(model.config)
     model.pool.usage = reads
@@ -137,8 +137,8 @@ def print_sharing(block, facts, reads):
     first, mass = shared(facts, reads)
     slots = {slot for shares in reads for slot in shares}
     top = sum(max(shares.values()) for shares in reads) / len(reads)
-    print(f"block {block}, {len(facts):,} questions, which read {len(slots):,} slots. The slot")
-    print(f"that one reads most has {top:.1%} of its weights. Of the others who read that slot")
+    print(f"block {block}, {len(facts):,} questions: they read {len(slots):,} slots. The slot that")
+    print(f"each reads most has {top:.1%} of its weights. Of the other facts that read this slot")
     for kind in ("person", "attribute", "neither", "nobody"):
         share = first.get(kind, 0) / len(facts)
         weight = mass.get(kind, 0) / len(facts)
@@ -148,9 +148,9 @@ def print_sharing(block, facts, reads):
 
 
 def shared(facts, reads):
-    """facts [(person, attribute)], reads [{slot: share}]. Of the slot that a fact reads most,
-    over all facts: {kind: count} of the other fact with the largest share, {kind: sum} of how
-    all others' shares are divided."""
+    """facts [(person, attribute)], reads [{slot: share}] -> two dicts over all facts, for the slot
+    that each fact reads most. {kind: count} counts the other fact with the largest share. {kind:
+    sum} adds each kind's part of all others' shares."""
     readers = defaultdict(list)
     for fact, shares in zip(facts, reads, strict=True):
         for slot, share in shares.items():
@@ -199,7 +199,7 @@ def main(argv):
                 inspect_questions(sampler, questions, args.json)
             return
         ids = sampler.encode(args.start)
-        # of the checkpoint itself: an update changes what slots hold, not who reads them
+        # before the delta: an update changes what slots hold, not who reads them
         readers, train_ids = open_readers(sampler.path, sampler.model, dataset, sampler.context)
         sampler.apply(args.delta)
         with sampler.generating():

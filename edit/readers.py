@@ -1,5 +1,5 @@
-"""Who reads a slot: the passages of the training data that read it with the largest weights.
-edit/inspect_slots.py shows them. They are kept beside the checkpoint, in readers.pt.
+"""The readers of a slot: the passages of the training data that read it with the largest weights.
+edit/inspect_slots.py shows them. The file readers.pt beside the checkpoint keeps them.
 
 Letters: S slots, n tokens, k slots that a token reads in a layer (all cores and heads), R =
 READERS, T time."""
@@ -16,14 +16,14 @@ from runtime.checkpoint import read_tensors, save_tensors
 from runtime.files import explain_errors
 
 FORMAT = "nanomem-readers-1"
-READERS = 8  # of a slot
-WORDS = 7  # tokens by which two passages differ
-MOST_WINDOWS = 2**14  # of the training data that are read
+READERS = 8  # per slot
+WORDS = 7  # last tokens, which tell passages apart
+MOST_WINDOWS = 2**14  # windows of the training data to read, at most
 
 
 class Reads:
-    """Records what tokens read, while it is a pool's `usage`: each memory layer in its turn adds
-    slots and absolute weights, (n, k) each."""
+    """Records what tokens read while it is a pool's `usage`. Each memory layer in turn adds slots
+    and absolute weights, (n, k) each."""
 
     def __init__(self, config):
         self.k = config.mem_cores * config.mem_heads * config.mem_topk
@@ -35,14 +35,14 @@ class Reads:
         self.layers.append((slots.cpu().numpy().astype(np.int64), weights.cpu().numpy()))
 
     def take(self):
-        """What has been added since the last call: (slots, weights) for each layer."""
+        """Return what was added since the last call: (slots, weights) for each layer."""
         layers = self.layers
         self.layers = []
         return layers
 
     def last_token(self):
-        """For each layer the slots that the last token has read, and their shares of its
-        weights, the largest first."""
+        """Return for each layer the slots that the last token has read, and their shares of its
+        weights, largest first."""
         result = []
         for slots, weights in self.take():
             found, places = np.unique(slots[-1], return_inverse=True)  # several heads can read one
@@ -54,10 +54,10 @@ class Reads:
 
 
 class Readers:
-    """The R tokens that read each slot with the largest weights, no two of the same words.
+    """The R tokens that read each slot with the largest weights, no two with the same words.
 
-    weights (S, R) float32, the largest first; positions (S, R) int64 of the tokens in train.bin,
-    or -1; words (S, R) int64, hashes of their passages"""
+    weights (S, R) float32, largest first; positions (S, R) int64 of the tokens in train.bin, or
+    -1; words (S, R) int64, hashes of their passages"""
 
     def __init__(self, slots):
         self.weights = np.zeros((slots, READERS), np.float32)
@@ -65,7 +65,7 @@ class Readers:
         self.words = np.zeros((slots, READERS), np.int64)
 
     def add(self, slots, weights, positions, words):
-        """n tokens at positions (n), with words (n), read slots with weights (n, k)."""
+        """Add n tokens at positions (n), with words (n), that read slots with weights (n, k)."""
         k = slots.shape[1]
         slots = slots.ravel()
         weights = weights.ravel()
@@ -73,7 +73,7 @@ class Readers:
         words = words.repeat(k)
         better = weights > self.weights[slots, -1]
         changed = np.unique(slots[better])
-        # those known so far of these slots, and the new ones
+        # the new readers of these slots, and those known so far
         slots = np.concatenate([slots[better], changed.repeat(READERS)])
         weights = np.concatenate([weights[better], self.weights[changed].ravel()])
         positions = np.concatenate([positions[better], self.positions[changed].ravel()])
@@ -93,8 +93,8 @@ class Readers:
 
     @staticmethod
     def best_of(slots, weights, positions, words):
-        """Indices sorted by slot, then by weight from the largest; of the same words in a slot
-        the largest weight alone."""
+        """Return indices sorted by slot, then by weight, largest first. If words repeat in a slot,
+        keep only the largest weight."""
         order = np.lexsort((positions, -weights, words, slots))
         first = np.ones(len(order), bool)
         new_slot = np.diff(slots[order]) != 0
@@ -105,9 +105,9 @@ class Readers:
 
 
 def hash_passages(ids, starts_passage):
-    """For each token a hash of it and of up to WORDS - 1 tokens before it in its passage.
+    """Hash each token together with up to WORDS - 1 tokens before it in its passage.
 
-    ids (B, T); starts_passage (vocab_size) bool: tokens after which one begins -> (B, T) int64"""
+    ids (B, T); starts_passage (vocab_size) bool: tokens that a passage follows -> (B, T) int64"""
     T = ids.shape[1]
     factor = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit is lost
     begin = np.zeros(ids.shape, np.int64)  # where the passage of a token begins
@@ -124,8 +124,8 @@ def hash_passages(ids, starts_passage):
 
 @torch.no_grad()
 def find_readers(readers, model, windows, starts_passage, context):
-    """One pass over the training data, or MOST_WINDOWS of its windows (dataset.Batches), adds
-    them to readers."""
+    """Read the training data once, or MOST_WINDOWS of its windows (dataset.Batches), and add the
+    reads to readers."""
     reads = Reads(model.config)
     device = model.embedding.weight.device
     count = min(len(windows), MOST_WINDOWS)
@@ -144,14 +144,14 @@ def find_readers(readers, model, windows, starts_passage, context):
 
 
 def open_readers(path, model, dataset, context):
-    """The Readers of a checkpoint, before any delta, and the token ids of their positions. From
-    the file beside the checkpoint, which is made anew if it is of other weights or data."""
+    """Return the Readers of a checkpoint, before any delta, and the token ids of the training data.
+    They come from the file beside the checkpoint, made anew if weights or data have changed."""
     windows = open_dataset(dataset.folder, model.config.block_size, 0)["train_eval"]
     file = path.with_name("readers.pt")
     base = f"{weights_hash(model.state_dict())} {dataset.fingerprint()}"
     readers = Readers(model.pool.slots)
     if file.exists():
-        hint = "remove it: it will be made anew"
+        hint = "remove it, and it will be made anew"
         saved = read_tensors(file, "list of readers", FORMAT, hint)
         with explain_errors(f"{file} is damaged", hint):
             if saved["base"] == base:
@@ -166,7 +166,7 @@ def open_readers(path, model, dataset, context):
     }
     try:
         save_tensors(file, content)
-    except OSError as error:  # they can be shown all the same
+    except OSError as error:  # the readers can be shown all the same
         print(f"{error}: the next call reads the data again", file=sys.stderr)
     return readers, windows.ids
 
@@ -174,13 +174,13 @@ def open_readers(path, model, dataset, context):
 def load_readers(readers, saved, tokens):
     positions = saved["positions"].numpy()
     if positions.shape != readers.positions.shape or positions.max() >= tokens - 1:
-        raise ValueError("it has positions that are not there")
+        raise ValueError("it has positions that do not exist")
     readers.positions = positions
     readers.weights = saved["weights"].numpy()
 
 
 def passage_ends(dataset):
-    """(vocab_size) bool: tokens after which a passage begins, the separator and ends of lines"""
+    """(vocab_size) bool: the tokens that end a passage, the separator and ends of lines"""
     encoding = make_encoding(dataset.vocabulary())
     ends = np.zeros(encoding.n_vocab, bool)
     for i in range(encoding.n_vocab):
@@ -190,7 +190,7 @@ def passage_ends(dataset):
 
 
 def passage(ids, position, encoding):
-    """The sentence up to the token at a position, and the token that follows: two texts."""
+    """Return two texts: the sentence up to the token at a position, and the next token."""
     first = max(0, position - 2 * WORDS)
     before = encoding.decode(ids[first : position + 1].tolist())
     for end in (*encoding.special_tokens_set, "\n"):

@@ -1,11 +1,11 @@
-"""Teach a model other facts by changing rows of its memory; the network stays as it is.
+"""Teach a model new facts by changing rows of its memory. The network stays as it is.
 
     python edit/update.py --init_from=out/facts-memory --dataset=facts-new --slots=4096
     python sample.py --delta=out/facts-new/delta.pt --dataset=facts-new --recall
 
-The slots are those that the new data need more than the old data do (choose_slots; Lin et al.
-2025, arXiv:2510.15103). The changed rows are written to delta.pt; the model's own checkpoint is
-not touched.
+choose_slots picks the slots that the new data need more than the old data do (Lin et al. 2025,
+arXiv:2510.15103). The changed rows are written to delta.pt. The model's own checkpoint stays as it
+is.
 """
 
 import math
@@ -33,40 +33,40 @@ from runtime.files import explain_out_of_memory, fail, ignore_stream_errors, loc
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.progress import Clock, Progress, print_recall
 
-BACKGROUND_WINDOWS = 1000  # of the old data, for the choice of slots
+BACKGROUND_WINDOWS = 1000  # windows of the old data, to choose slots
 
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """How to update. Raises ValueError, naming the option, for a value that makes no sense."""
+    """How to update. Raises ValueError, naming the option, for an invalid value."""
 
-    init_from: str = option("", "folder of the run whose model learns")
-    dataset: str = option("", "what it learns: a folder in data/, or a path")
-    background: str = option("", "what not to forget; default: what it was trained on; empty: none")
+    init_from: str = option("", "folder of the run to update")
+    dataset: str = option("", "new data to learn: a folder in data/, or a path")
+    background: str = option("", "data not to forget; default: the run's dataset; empty: none")
     out_dir: str = option("", "folder for delta.pt and the log; default: out/DATASET")
     overwrite: bool = option(False, "replace the update in out_dir")
-    slots: int = option(0, "change the values of so many slots; 0: of all")
+    slots: int = option(0, "number of slots to change; 0: all")
     choose_by: str = option("gradient", "how slots are scored", choices=("gradient", "reads"))
     optimizer: str = option(
-        "auto", "auto: sgd, in bfloat16 rowadam", choices=("auto", "sgd", "rowadam")
+        "auto", "auto: sgd; in bfloat16: rowadam", choices=("auto", "sgd", "rowadam")
     )
-    learning_rate: float = option(0.0, "0: 1 with sgd, with rowadam the run's", below=1e31)
-    batch_size: int = option(8, "sequences in a step", 1)
-    max_iters: int = option(200, "steps", 1)
+    learning_rate: float = option(0.0, "0: 1 for sgd, the run's rate for rowadam", below=1e31)
+    batch_size: int = option(8, "sequences per step", 1)
+    max_iters: int = option(200, "number of steps", 1)
     eval_interval: int = option(50, "steps between evaluations", 1)
-    eval_iters: int = option(20, "batches in an estimate of the loss", 1)
-    log_interval: int = option(10, "steps between lines of the log", 1)
-    seed: int = option(1, "of the order of the data", below=2**63)
-    device: str = option("auto", "cpu, cuda, mps; auto: the fastest there is")
+    eval_iters: int = option(20, "batches per estimate of the loss", 1)
+    log_interval: int = option(10, "steps between log lines", 1)
+    seed: int = option(1, "seed of the data order", below=2**63)
+    device: str = option("auto", "cpu, cuda, mps; auto: the fastest available")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
         check_options(self)
         for name in ("init_from", "dataset", "out_dir"):
             if not getattr(self, name).strip():
-                raise ValueError(f"{name}=: must name a folder; is it a variable that is not set?")
+                raise ValueError(f"{name}=: must name a folder; is it an unset variable?")
         if self.slots > 0 and not self.background:
-            raise ValueError(f"slots={self.slots}: background= must name what not to forget")
+            raise ValueError(f"slots={self.slots}: background= must name the data not to forget")
         if Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             way_out = "init_from= names the same folder; give another one"
             raise ValueError(f"out_dir={self.out_dir}: {way_out}")
@@ -76,8 +76,8 @@ class UpdateConfig:
 
 
 def choose_slots(run):
-    """The slots with the best scores, int64 (config.slots). The new data are read once, of the
-    old data a thousand windows."""
+    """Return the slots with the best scores, int64 (config.slots). Reads the new data once, and
+    a thousand windows of the old data."""
     new = run.data["train"]
     old = run.data["old"]["train"]
     steps = max(1, len(new) // run.config.batch_size)
@@ -91,12 +91,12 @@ def choose_slots(run):
 
 
 def score_slots(counts, background):
-    """TF-IDF of slots, (S): what new data need more than others do (Lin et al. 2025):
+    """TF-IDF of slots, (S): high if new data need a slot more than other data do (Lin et al. 2025):
 
         c(i) / sum of c * log((|B| + 1) / (1 + number of background batches that read slot i))
 
-    counts (S): c, how often the new data read a slot, or how much they would change it.
-    background: for each batch of B how often it reads each slot, (S)"""
+    counts (S): c, how often the new data read each slot, or how much they would change it.
+    background: B, for each batch how often it reads each slot, (S)"""
     batches = 0
     containing = torch.zeros_like(counts)
     for reads in background:
@@ -107,7 +107,7 @@ def score_slots(counts, background):
 
 @torch.no_grad()
 def read_counts(run, windows, steps, batch_size):
-    """Yield for each batch how often it reads each slot, (S)."""
+    """Yield how often each batch reads each slot, (S)."""
     bar = tqdm(range(steps), "which slots are read", unit="batch", leave=False)
     context = precision(run.config.dtype, run.device)
     for idx, _ in train.batches(windows, bar, batch_size, run.device):
@@ -117,8 +117,8 @@ def read_counts(run, windows, steps, batch_size):
 
 
 def gradient_norms(run, windows, steps):
-    """(S): the norm of a slot's gradient, of the sum over all batches. A slot can have several
-    rows (UltraMem)."""
+    """(S): the norm of each slot's total gradient over all batches. A slot can have several rows
+    (UltraMem)."""
     pool = run.model.pool
     pool.collect_gradients()
     bar = tqdm(range(steps), "which slots would change", unit="batch", leave=False)
@@ -143,8 +143,8 @@ def rows_of_slots(pool, slots):
 
 
 class RowSGD:
-    """values[row] -= lr * gradient[row], of the rows that were read. The gradient is of the sum
-    over tokens, not of their mean: lr does not depend on the size of a batch."""
+    """values[row] -= lr * gradient[row], for the rows that were read. The gradient is a sum over
+    tokens, not a mean, so lr does not depend on the batch size."""
 
     def __init__(self, pool, lr, tokens):
         pool.collect_gradients()
@@ -161,14 +161,14 @@ class RowSGD:
 
 
 def make_optimizer(run, train_config):
-    """train_config: of the run whose model learns"""
+    """train_config: of the run to update"""
     config = run.config
     pool = run.model.pool
     name = config.optimizer
     if name == "auto":
         name = "sgd"
         if pool.values.dtype == torch.bfloat16:
-            name = "rowadam"  # whose stochastic rounding keeps small updates
+            name = "rowadam"  # its stochastic rounding keeps small updates
     if name == "sgd":
         tokens = config.batch_size * run.model.config.block_size
         return RowSGD(pool, config.learning_rate or 1.0, tokens)
@@ -213,20 +213,20 @@ def update(run, rows, optimizer):
 
 
 def prepare(config, checkpoint):
-    """Returns a train.Run. Everything that can be wrong is found here."""
+    """Check everything that can be wrong, and return a train.Run."""
     path = Path(config.init_from, "ckpt.pt")
     if "RANK" in os.environ:
-        raise ValueError("an update is for one process: start it with python, not with torchrun")
+        raise ValueError("an update takes one process: start it with python, not with torchrun")
     device = choose_device(config.device)
     model_config = make_configs(checkpoint["model_config"], train.GPTConfig)[0]
-    with torch.device("meta"):  # which takes no room
+    with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False), device)
     data = open_dataset(find_folder(config.dataset), model_config.block_size, config.seed)
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
         raise ValueError(f"init_from={config.init_from}: the model has no memory")
     if config.slots > model.pool.slots:
-        most = f"{config.init_from} has {model.pool.slots:,} slots"
+        most = f"{config.init_from} has only {model.pool.slots:,} slots"
         raise ValueError(f"slots={config.slots}: {most}")
     model.requires_grad_(False)
     model.pool.values.requires_grad_(True)
@@ -242,7 +242,7 @@ def prepare(config, checkpoint):
 
 
 def complete_options(given):
-    """Options of the command line, with those that depend on the run -> all, and its
+    """Add the options that depend on the run to the given ones. Returns them and the run's
     checkpoint."""
     options = dict(given)
     checkpoint = read_checkpoint(Path(given.get("init_from", ""), "ckpt.pt"))
@@ -253,7 +253,7 @@ def complete_options(given):
 
 def run_update(given):
     if "init_from" not in given or "dataset" not in given:
-        raise ValueError("init_from= and dataset= must be given; --help tells more")
+        raise ValueError("init_from= and dataset= must be given; see --help")
     options, checkpoint = complete_options(given)
     config = make_configs(options, UpdateConfig)[0]
     run = prepare(config, checkpoint)

@@ -1,12 +1,12 @@
 """Checkpoints: files of tensors and plain Python values. Nothing in them is executed.
 
-ckpt.pt of a run holds
+The ckpt.pt of a run holds
 
-    model, optimizers               state_dicts; of a table that several processes share, the whole
+    model, optimizers               state_dicts; a table that several processes share is whole here
     model_config, train_config      options
     iter, seconds                   steps done, and the time they took
-    vocabulary, separator           of its dataset (data/dataset.py), for sample.py
-    fingerprint                     which shows if the dataset was prepared anew
+    vocabulary, separator           of the dataset (data/dataset.py), for sample.py
+    fingerprint                     of the dataset, to detect that it was prepared anew
 """
 
 import re
@@ -20,23 +20,23 @@ from runtime.sharded_pool import own_columns, whole_table
 
 FORMAT = "nanomem-4"
 FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
-DAMAGE = "it was edited, damaged, or is of another version"
+DAMAGE = "it was edited or damaged, or is from another version"
 
 
 def save_tensors(path, content):
-    """content: a dictionary with a "format". Written whole or not at all: a full disk or a kill
-    leaves the file that was there."""
+    """Write content, a dictionary with a "format", atomically. A full disk or a kill leaves the
+    old file as it was."""
     with atomic_write(path) as f:
         torch.save(content, f)
 
 
 def read_tensors(path, kind, format, hint="give another one"):
-    """The dictionary in a file of save_tensors. kind, hint: for messages. Raises
+    """Read a dictionary that save_tensors wrote. kind, hint: for messages. Raises
     FileNotFoundError or ValueError, naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"no {kind} {path}")
     with explain_errors(f"{path} is damaged or not a {kind}", hint):
-        # mmap: only what is used is read
+        # mmap reads only what is used
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     found = None
     if isinstance(content, dict):
@@ -48,11 +48,11 @@ def read_tensors(path, kind, format, hint="give another one"):
 
 
 def read_checkpoint(path):
-    """The checkpoint of a run. Raises FileNotFoundError or ValueError, naming the file, if it is
-    missing, damaged, or something else."""
+    """Read the checkpoint of a run. Raises FileNotFoundError or ValueError, naming the file, if it
+    is missing, damaged, or not a checkpoint."""
     path = Path(path)
     if not path.exists():
-        way_out = "out_dir= or init_from= must name a folder that has one"
+        way_out = "out_dir= or init_from= must name the folder of a run"
         raise FileNotFoundError(f"no checkpoint {path}; {way_out}")
     checkpoint = read_tensors(path, "checkpoint", FORMAT)
     with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
@@ -67,8 +67,8 @@ def read_checkpoint(path):
 
 
 def whole_state(model, optimizers):
-    """state_dicts of a model and its optimisers. If several processes share the table, rank 0
-    gets all of it; all ranks take part."""
+    """Return state_dicts of a model and its optimisers. All ranks must call this. Rank 0 gets
+    the whole table if processes share it."""
     pool = model.pool
     weights = model.state_dict()
     states = [optimizer.state_dict() for optimizer in optimizers]
@@ -82,10 +82,10 @@ def whole_state(model, optimizers):
 
 
 def restore_optimizers(path, optimizers, pool):
-    """Give the optimisers their moments in a checkpoint; rates and decays stay as they are.
-    pool: the model's, or None. Raises ValueError if there is a wrong state."""
+    """Load the optimisers' moments from a checkpoint. Rates and decays stay as they are. pool: the
+    model's, or None. Raises ValueError if the saved state is wrong."""
     checkpoint = read_checkpoint(path)
-    with explain_errors(f"{path}: its optimisers have a wrong state", "go on from another one"):
+    with explain_errors(f"{path}: its optimisers have a wrong state", "continue from another one"):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             names = ("exp_avg", "exp_avg_sq")
             if isinstance(optimizer, RowAdam):
@@ -103,15 +103,15 @@ def restore_optimizers(path, optimizers, pool):
 
 def check_moments(state, names, parameter, steps):
     if set(state) != {"step", *names}:
-        raise ValueError("not two moments for each parameter")
+        raise ValueError("a parameter does not have two moments")
     for name in names:
         moment = state[name]
         if moment.dtype != torch.float32 or moment.layout != torch.strided:
             raise ValueError(f"{name} is not a table of float32")
         if moment.shape != parameter.shape:
-            raise ValueError(f"{name} has not the shape of its parameter")
+            raise ValueError(f"{name} does not have the shape of its parameter")
     if state["step"] != steps:
-        raise ValueError(f"an optimiser has done {state['step']} steps, the run {steps}")
+        raise ValueError(f"an optimiser has done {state['step']} steps, but the run {steps}")
 
 
 # --- the folder of a run --------------------------------------------------------------
@@ -120,13 +120,12 @@ RUN_FILES = ("ckpt.pt", "log.jsonl", "delta.pt")
 
 
 def check_unoccupied(folder, can_resume=True):
-    """Raises ValueError if a folder holds a run. can_resume: whether the program can continue
-    one"""
+    """Raises ValueError if a folder holds a run. can_resume: whether the program can resume one"""
     for name in RUN_FILES:
         if (folder / name).exists():
             way_out = "--overwrite it, or give another --out_dir"
             if can_resume and (folder / "ckpt.pt").exists():
-                way_out = f"go on with --resume, {way_out}"
+                way_out = f"continue it with --resume, {way_out}"
             raise ValueError(f"{folder} holds a run already: {way_out}")
 
 
@@ -138,7 +137,7 @@ def clear_run(folder):
 
 
 def cut_log(folder, last_step):
-    """Take lines of later steps out of the log, and a line that a kill has cut short."""
+    """Remove lines of later steps from the log, and a line that a kill has cut short."""
     remove_temporary_files(folder, RUN_FILES)
     log = folder / "log.jsonl"
     if not log.exists():

@@ -14,8 +14,8 @@ M_TRIM_THRESHOLD = -1
 
 
 def choose_device(name, number=0):
-    """A torch.device. name: cpu, cuda, mps, or auto; number: which of several GPUs. Raises
-    ValueError for one that is not there."""
+    """Return a torch.device. name: cpu, cuda, mps, or auto; number: which of several GPUs. Raises
+    ValueError if the device is not available."""
     if name == "auto":
         name = fastest_device()
     if name == "cuda":
@@ -25,7 +25,7 @@ def choose_device(name, number=0):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
+            torch.set_float32_matmul_precision("high")  # float32 matmuls may use TF32
         else:
             keep_freed_memory()
     return device
@@ -40,8 +40,8 @@ def fastest_device():
 
 
 def keep_freed_memory():
-    """Linux gives large freed blocks back, and fetches them again page by page: 8% of a
-    training step."""
+    """Keep large freed blocks: to return them to Linux and fetch them again page by page takes 8%
+    of a training step."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -51,21 +51,21 @@ def keep_freed_memory():
 
 
 def check_memory(model, device):
-    """Raises ValueError if this machine cannot hold a model: the system would just end the
-    process. model: a GPT on the device "meta", which takes no room."""
+    """Raises ValueError if this machine cannot hold a model: otherwise the system would kill the
+    process. model: a GPT on the device "meta", which takes no memory."""
     needs = 0
     for p in model.parameters():
         needs += 2 * p.nbytes + 8 * p.numel()  # weights, gradients, two moments in float32
     have = memory_of(device)
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments"
-        limit = f"{device} has {have / 2**30:,.1f}"
+        limit = f"but {device} has {have / 2**30:,.1f}"
         way_out = f"lower mem_keys={model.config.mem_keys} or n_embd"
         raise ValueError(f"the model does not fit: {sizes}, {limit}; {way_out}")
 
 
 def memory_of(device):
-    """Bytes; infinite where they are not known."""
+    """Memory of a device in bytes; infinite if unknown."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return total
@@ -75,7 +75,7 @@ def memory_of(device):
 
 
 def precision(name, device):
-    """The context to compute in: autocast to bfloat16, or float32 throughout."""
+    """Return the context to compute in: autocast to bfloat16, or float32 throughout."""
     enabled = name == "bfloat16"
     if name == "auto" and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -83,7 +83,7 @@ def precision(name, device):
 
 
 def compiled(model, choice, device):
-    """The model, or torch.compile of it. choice: true, false, or auto: on a GPU"""
+    """The model, or torch.compile of it. choice: true, false, or auto (true on a GPU)"""
     if choice == "auto":
         choice = "false"
         if device.type == "cuda" and os.name == "posix":

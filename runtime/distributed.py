@@ -1,4 +1,4 @@
-"""The processes of a run: ranks that torchrun has started, signals, and how a process ends."""
+"""The processes of a run: ranks started by torchrun, signals, and how a process ends."""
 
 import contextlib
 import datetime
@@ -20,14 +20,15 @@ RANK_VARIABLES = "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
 class Ranks:
-    """This process is number `rank` of the `world` processes of a run, and number `local` on its
-    machine.
+    """This process has number `rank` among the `world` processes of a run, and number `local` on
+    its machine.
 
-    With memory_parallel=M, ranks 0 to M-1 share one table, M to 2M-1 a copy of it, and so on.
-    `group` is this rank's, or None; `replicas` are the ranks that hold the same columns.
+    With memory_parallel=M, ranks 0 to M-1 share one table, ranks M to 2M-1 share a copy of it, and
+    so on. `group` is the group of this rank, or None. `replicas` are the ranks that hold the same
+    columns.
 
     timeout: seconds to wait for another process; parent: process id of torchrun. Raises
-    ValueError if the environment variables of torchrun are not enough to find the others."""
+    ValueError if torchrun's environment variables do not suffice to find the other processes."""
 
     def __init__(self, timeout, parent):
         self.rank = 0
@@ -40,13 +41,13 @@ class Ranks:
         self.parent = parent
         self.by_torchrun = "RANK" in os.environ
         if self.by_torchrun:
-            what = f"processes do not find each other by {RANK_VARIABLES}"
+            what = f"processes do not find each other through {RANK_VARIABLES}"
             with explain_errors(what, "start them with torchrun"):
                 self.join()
 
     def join(self):
         if self.torchrun_has_died():
-            raise ValueError("torchrun has died meanwhile")
+            raise ValueError("torchrun has died")
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
@@ -56,11 +57,11 @@ class Ranks:
         self.world = dist.get_world_size()
 
     def torchrun_has_died(self):
-        """A killed torchrun cannot end its processes: they stop as on SIGTERM."""
+        """A killed torchrun cannot end its processes, so they stop as on SIGTERM."""
         return self.by_torchrun and os.getppid() != self.parent
 
     def make_groups(self, M):
-        """M ranks share a table; world / M hold the same columns. M divides world."""
+        """M ranks share a table; world / M ranks hold the same columns. M divides world."""
         self.M = M
         if M > 1:
             tables = [list(range(i, i + M)) for i in range(0, self.world, M)]
@@ -70,14 +71,14 @@ class Ranks:
             self.replicas, _ = dist.new_subgroups_by_enumeration(copies, self.timeout)
 
     def gather(self, value):
-        """The value of every rank, a list. value: plain values and tensors"""
+        """Return a list of every rank's value. value: plain values and tensors"""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def wait(self):
-        """Until every rank has come here."""
+        """Wait until every rank is here."""
         self.gather(None)
 
     def mean(self, number):
@@ -92,13 +93,13 @@ class Ranks:
             vector_to_parameters(vector.div_(self.world), gradients)
 
     def check_same_weights(self, model):
-        """All ranks must have the same weights, and replicas the same columns of the table.
-        Compares sums in float64."""
+        """Raises UserError unless ranks have the same weights, and replicas the same columns of
+        the table. Compares sums in float64."""
         if self.world == 1:
             return
         sums = {}
         for name, parameter in model.named_parameters():
-            pieces = parameter.detach().split(2**16)  # whose copies in float64 are small
+            pieces = parameter.detach().split(2**16)  # small copies in float64
             sums[name] = sum(piece.double().sum().item() for piece in pieces)
         # as text, NaN equals NaN
         tables = self.gather(str(sums.pop("pool.values", 0)))
@@ -110,11 +111,11 @@ class Ranks:
                 raise UserError(f"rank {rank} is out of step: {what}")
 
     def end(self):
-        """End a run that is complete."""
+        """End a complete run."""
         if self.by_torchrun:
             dist.destroy_process_group()
             sys.stdout.flush()
-            os._exit(0)  # a thread of gloo that frees a tensor while Python ends would abort it
+            os._exit(0)  # a gloo thread that frees a tensor while Python exits would abort it
 
 
 def processes_per_table(config, model_config):
@@ -128,18 +129,18 @@ def check_processes(config, model_config, world):
     steps = config.gradient_accumulation_steps
     width = model_config.mem_value_dim
     if M > 1 and model_config.system != "memory":
-        raise ValueError(f"memory_parallel={M}: is for system=memory, not {model_config.system}")
+        raise ValueError(f"memory_parallel={M}: needs system=memory, not {model_config.system}")
     if steps % world != 0:
         must = f"must be divisible by the {world} processes"
         raise ValueError(f"gradient_accumulation_steps={steps} {must}")
     if world % M != 0 or width % M != 0:
-        must = f"must divide {world} processes and the width {width} of values"
-        raise ValueError(f"memory_parallel={M} {must}: give --memory_parallel, with --resume, too")
+        must = f"must divide the {world} processes and the values' width {width}"
+        raise ValueError(f"memory_parallel={M} {must}: give another one (--resume allows it)")
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks for the end of the run after the step: `number` is then the
-    signal's, else 0. torchrun passes a signal on, so it can come twice; a second Ctrl-C more
+    """SIGINT or SIGTERM ends the run after the current step. `number` is then the signal's
+    number, otherwise 0. torchrun passes a signal on, so it can come twice. A second Ctrl-C more
     than a second later ends the process at once."""
 
     def __init__(self):
@@ -156,7 +157,7 @@ class StopSignal:
             os._exit(130)
 
     def of_all(self, ranks):
-        """The signal that any rank has got, the same on all; 0: none."""
+        """Return the signal that any rank has got, the same on all; 0: none."""
         number = self.number
         if ranks.torchrun_has_died():
             number = signal.SIGTERM
@@ -164,13 +165,13 @@ class StopSignal:
 
 
 def rank_from_environment():
-    """Before processes have found each other. Rank 0 speaks for all."""
+    """The rank, also before this process joins the others. Rank 0 prints for all."""
     return os.environ.get("RANK", "0")
 
 
 @contextlib.contextmanager
 def output_from_rank_0_only():
-    """For what all ranks would print, such as --help or a wrong option."""
+    """For output that all ranks would print, such as --help or a wrong option."""
     if rank_from_environment() == "0":
         yield
         return
@@ -184,8 +185,8 @@ def output_from_rank_0_only():
 
 
 def wait_for_rank_0():
-    """All ranks may have found the same error. torchrun ends all of them as soon as one has
-    ended: this one waits while rank 0 prints the error."""
+    """All ranks may have found the same error. torchrun ends all of them as soon as one ends, so
+    this one waits while rank 0 prints the error."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(WAIT_FOR_RANK_0)
 
@@ -196,7 +197,7 @@ def lost_another_process(error):
 
 
 def fail_on_rank(error, hint=""):
-    """End this process with one line on standard error and exit code 1. hint: a way out."""
+    """End this process with one line on standard error and exit code 1. hint: a fix."""
     rank = rank_from_environment()
     message = error_line(error)
     if lost_another_process(error):
@@ -212,7 +213,7 @@ def fail_on_rank(error, hint=""):
 
 
 def exit_at_once(status):
-    """With several processes without Python's clean-up, which would wait for the others."""
+    """Exit. With several processes, skip Python's clean-up, which would wait for the others."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Files that are written whole, folders that one process has to itself, and errors in one line."""
+"""Files written atomically, folders locked to one process, and errors in one line."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there, nothing keeps two processes out of one folder
+except ImportError:  # on Windows: two processes can then work in one folder
     fcntl = None
 
 
@@ -20,30 +20,30 @@ except ImportError:  # Windows has none: there, nothing keeps two processes out 
 
 
 class UserError(ValueError):
-    """The request, a file or the machine is at fault: a traceback would not help."""
+    """The request, a file or the machine is at fault, so a traceback would not help."""
 
 
 def error_line(error):
-    """One line that says what went wrong. NANOMEM_DEBUG=1 prints the traceback, too."""
+    """Return one line that says what went wrong. NANOMEM_DEBUG=1 also prints the traceback."""
     if os.environ.get("NANOMEM_DEBUG", "0") != "0":
         traceback.print_exception(error)
     if isinstance(error, (ValueError, OSError)):
         return str(error).replace("\n", " ") or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text says how to load it anyway
-        return "it holds more than tensors and plain values, and was not loaded"
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's message tells how to load it anyway
+        return "it holds more than tensors and plain values, so it was not loaded"
     first_line = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first_line[:300]}"
 
 
 @contextlib.contextmanager
 def explain_errors(what, hint):
-    """An error inside becomes a ValueError: what is wrong (the error); a hint. An OSError that
+    """Turn an error inside into a ValueError with the text "what (error); hint". An OSError that
     names its file stays as it is."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic in tiktoken is no Exception
+    except BaseException as error:  # tiktoken's panic is no Exception
         if isinstance(error, OSError) and (error.filename or not error.errno):
             raise
         raise ValueError(f"{what} ({error_line(error)}); {hint}") from None
@@ -51,7 +51,7 @@ def explain_errors(what, hint):
 
 @contextlib.contextmanager
 def explain_out_of_memory():
-    """If the memory inside is too small, the error names the options to lower."""
+    """If memory runs out inside, raise an error that names the options to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -75,8 +75,8 @@ def fail(error):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open a temporary file for bytes and rename it at the end: `path` holds the old content or
-    the new one at any moment. Raises OSError, naming path."""
+    """Open a temporary file for bytes and rename it at the end. At any moment `path` holds either
+    the old or the new content. Raises OSError, naming path."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -84,14 +84,14 @@ def atomic_write(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's error of a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError on a full disk
         raise OSError(f"could not write {path} ({error_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_file(path, data):
-    """data: bytes or text."""
+    """Write data, bytes or text."""
     if isinstance(data, str):
         data = data.encode()
     with atomic_write(path) as f:
@@ -99,7 +99,7 @@ def write_file(path, data):
 
 
 def append_to_file(path, data):
-    """data: bytes or text. Raises OSError, naming path."""
+    """Append data, bytes or text. Raises OSError, naming path."""
     if isinstance(data, str):
         data = data.encode()
     try:
@@ -109,12 +109,12 @@ def append_to_file(path, data):
         raise OSError(f"could not write {path} ({error.strerror})") from None
 
 
-locked_folders = {}  # {path: file descriptor}; the system unlocks when the process ends
+locked_folders = {}  # {path: file descriptor}; the system unlocks them when the process ends
 
 
 def lock_folder(folder, wait=False):
-    """Keep other processes out of a folder until this one ends. If another process has locked
-    it: wait, or raise ValueError."""
+    """Keep other processes out of a folder until this one ends. If another process has locked it,
+    wait, or raise ValueError."""
     folder = Path(folder).resolve()
     if fcntl is None or folder in locked_folders:
         return
@@ -126,7 +126,7 @@ def lock_folder(folder, wait=False):
         if not wait:
             del locked_folders[folder]
             os.close(handle)
-            way_out = "let it end, or give another folder"
+            way_out = "wait for it to end, or give another folder"
             raise ValueError(f"another process is at work in {folder}: {way_out}") from None
         print(f"Waiting for another process that is at work in {folder}", file=sys.stderr)
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -135,21 +135,21 @@ def lock_folder(folder, wait=False):
 
 
 def remove_temporary_files(folder, names):
-    """What atomic_write left in a locked folder when its process was killed. names: of the files
-    proper."""
+    """Remove what atomic_write left in a locked folder when its process was killed. names: of the
+    final files"""
     for name in names:
         for path in Path(folder).glob(f"{name}.*.tmp"):
             number = path.name.removeprefix(f"{name}.").removesuffix(".tmp")
-            if number.isdecimal():  # of a process
+            if number.isdecimal():  # a process id
                 path.unlink()
 
 
 def folder_argument(text):
-    """For argparse: an empty name, perhaps of an unset variable, is not the current folder."""
+    """For argparse. Refuses an empty name, perhaps from an unset variable, and a file."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must name a folder")
     if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file, and must be a folder")
+        raise argparse.ArgumentTypeError(f"{text} is a file, but must be a folder")
     return Path(text)
 
 
@@ -157,7 +157,7 @@ def folder_argument(text):
 
 
 class TolerantStream(io.FileIO):
-    """A standard stream whose errors do not matter: a closed pipe must not end a run of hours."""
+    """A standard stream that ignores errors: a closed pipe must not end a run of hours."""
 
     def write(self, data):
         with contextlib.suppress(OSError):
@@ -166,8 +166,8 @@ class TolerantStream(io.FileIO):
 
 
 def ignore_stream_errors():
-    """For programs whose results are files: go on when standard output or error is closed."""
-    # A closed stream's number goes to the next file that is opened: take the three first.
+    """For programs that write results to files: continue when standard output or error closes."""
+    # The next opened file would get the number of a closed stream, so occupy all three first.
     number = os.open(os.devnull, os.O_RDWR)
     while number < 3:
         number = os.open(os.devnull, os.O_RDWR)
@@ -185,17 +185,17 @@ def tolerant(number, stream):
 
 
 def print_strictly():
-    """For programs whose result is what they print: after ignore_stream_errors(), errors of
-    standard output count again."""
+    """For programs that print their results: after ignore_stream_errors(), raise errors of
+    standard output again."""
     sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def explain_output_errors():
-    """A reader of standard output who has seen enough, such as head, ends the program quietly."""
+    """End the program quietly when the reader of standard output, such as head, closes it."""
     try:
         yield
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is flushed later
         if not isinstance(error, BrokenPipeError):
             raise OSError(f"standard output: {error}") from None

@@ -1,7 +1,7 @@
-"""Options: fields of frozen dataclasses, from which the command line is made.
+"""Options: fields of frozen dataclasses. The command line is built from them.
 
-A dictionary {option: value} starts as what the command line gives, and is completed from a preset
-or from the checkpoint of an earlier run."""
+A dictionary {option: value} starts with the options of the command line. A preset or the checkpoint
+of an earlier run completes it."""
 
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, field, fields
@@ -18,7 +18,7 @@ def option(default, help, low=0, below=2**31, choices=()):
 
 
 def check_options(config):
-    """Raises ValueError for an option of another type than its default, or beyond its limits."""
+    """Raises ValueError for an option that has a type unlike its default, or exceeds limits."""
     for f in fields(config):
         value = getattr(config, f.name)
         if type(f.default) is float and type(value) is int:
@@ -42,13 +42,13 @@ def check_limits(name, value, limits):
     below = limits["below"]
     choices = limits["choices"]
     if type(value) in (int, float) and not low <= value < below:
-        raise ValueError(f"{name}={value}: must be at least {low}, below {below}")
+        raise ValueError(f"{name}={value}: must be at least {low} and below {below}")
     if choices and value not in choices:
         raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}")
 
 
 def make_configs(options, *classes):
-    """{option: value} -> a config of each class. Raises ValueError for options that do not fit."""
+    """{option: value} -> a config of each class. Raises ValueError for unknown or invalid ones."""
     known = set()
     configs = []
     for config_class in classes:
@@ -66,8 +66,8 @@ def make_configs(options, *classes):
 
 
 def parse_command_line(argv, description, classes, presets=()):
-    """argv -> {option: value} of what was given. presets: names for --preset. Exits with 2,
-    naming it, on an option that cannot be read."""
+    """argv -> {option: value} of the given options. presets: names for --preset. Exits with 2 on
+    an option that cannot be parsed, naming it."""
     parser = ArgumentParser(
         usage="%(prog)s [--option=value ...]",
         description=description,
@@ -80,7 +80,7 @@ def parse_command_line(argv, description, classes, presets=()):
         parser.add_argument("--preset", choices=presets, help=help, metavar="NAME")
     for config_class in classes:
         for f in fields(config_class):
-            if f.name != "vocab_size":  # the dataset has one
+            if f.name != "vocab_size":  # the dataset sets it
                 add_option(parser, f)
     return vars(parser.parse_args(argv))
 
@@ -112,7 +112,7 @@ def whole_numbers(text):
     try:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
-        raise ArgumentTypeError(f"{text}: must be whole numbers, as in 2,6,10") from None
+        raise ArgumentTypeError(f"{text}: must be whole numbers, such as 2,6,10") from None
 
 
 def truth_value(text):
@@ -127,7 +127,7 @@ def truth_value(text):
 
 
 def options_from_preset(given, presets, default):
-    """The options of a new run: its preset's, and over them the given ones."""
+    """The options of a new run: its preset's, overridden by the given ones."""
     name = given.get("preset", default)
     options = {"out_dir": f"out/{name}", **presets[name], **given}
     options.pop("preset", None)
@@ -135,8 +135,8 @@ def options_from_preset(given, presets, default):
 
 
 def options_to_resume(given, classes, default):
-    """The options of a run that continues: those in its checkpoint, and over them the given ones.
-    The model, the seed and the batch must stay."""
+    """The options of a resumed run: those in its checkpoint, overridden by the given ones. The
+    model, the seed and the batch must stay."""
     refuse_preset(given)
     out_dir = given.get("out_dir", f"out/{default}")
     saved = saved_options(out_dir, classes)
@@ -147,9 +147,8 @@ def options_to_resume(given, classes, default):
 
 
 def options_to_finetune(given, classes):
-    """The options of a run that begins with the weights of another one, init_from: the other
-    run's, and over them the given ones. The model must stay. The other run's dataset becomes the
-    background."""
+    """The options of a run that finetunes another one, init_from: the other run's, overridden by
+    the given ones. The model must stay. The other run's dataset becomes the background."""
     refuse_preset(given)
     saved = saved_options(given["init_from"], classes)
     saved["background"] = saved["dataset"]
@@ -165,12 +164,12 @@ def options_to_finetune(given, classes):
 
 def refuse_preset(given):
     if "preset" in given:
-        way_out = "leave it out, give what is to change"
+        way_out = "leave out --preset, and give only options that change"
         raise ValueError(f"preset: a run that continues keeps its options; {way_out}")
 
 
 def saved_options(folder, classes):
-    """All options of the run in a folder."""
+    """Read all options of the run in a folder."""
     path = Path(folder, "ckpt.pt")
     checkpoint = read_checkpoint(path)
     with explain_errors(f"{path} has no options that fit", DAMAGE):
@@ -186,11 +185,11 @@ def all_values(configs):
 
 
 def check_kept(names, given, saved, classes, folder):
-    """Raises ValueError if an option of the model, or one of names, is given another value."""
+    """Raises ValueError if given options change one of names, or an option of the model."""
     model_class = classes[1]
     wanted = {**saved, **given}
     if "mem_count" in given and "mem_layers" not in given:
-        wanted["mem_layers"] = ()  # which would override it
+        wanted["mem_layers"] = ()  # saved mem_layers would override mem_count
     values = all_values(make_configs(wanted, *classes))
     for name in [*names, *(f.name for f in fields(model_class))]:
         if name in given and values[name] != saved[name]:

@@ -1,7 +1,7 @@
-"""A pool of values that several processes share, each with a part of the columns
+"""A pool of values that several processes share. Each holds a part of the columns
 (Memory Layers at Scale, arXiv:2412.09764, section 3).
 
-Letters as in memory.py; M ranks that share a table."""
+Letters as in memory.py; M ranks share a table."""
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,14 @@ from memory import ValuePool
 
 
 class ShardedPool(ValuePool):
-    """A ValuePool with all S rows, but D/M of their columns. All ranks of the group must call it
-    together, with equally many tokens.
+    """A ValuePool with all S rows but only D/M of their columns. All ranks of the group must call
+    it together, with the same number of tokens.
 
     group     the M ranks that share the table
     replicas  the ranks that hold the same columns in other groups, or None
 
-    For n tokens of k slots a rank sends (M - 1) n (8 k + e D / M) bytes forward and
-    (M - 1) n (e D / M + 4 k) backward, at e bytes a number: nothing depends on S."""
+    For n tokens of k slots, at e bytes per number, a rank sends (M - 1) n (8 k + e D / M) bytes
+    forward and (M - 1) n (e D / M + 4 k) bytes backward. Neither depends on S."""
 
     def __init__(self, slots, dim, dtype, group, replicas=None, initialize=True):
         M = group.size()
@@ -36,7 +36,7 @@ class ShardedPool(ValuePool):
 
     @torch.no_grad()
     def initialize(self):
-        """The same numbers as in one table."""
+        """Draw the same numbers as in one table."""
         for rows in self.values.split(4096):
             whole = torch.empty(len(rows), self.dim, device=rows.device).normal_(std=0.02)
             rows.copy_(whole[:, self.columns])
@@ -46,8 +46,8 @@ class ShardedPool(ValuePool):
         return torch.compiler.disable(self.sharded_lookup)(rows, weights)
 
     def sharded_lookup(self, rows, weights):
-        """Each rank tells all others what its tokens read, and looks up its columns for all of
-        them. An all-to-all returns each token's columns to its rank: (n, D)."""
+        """Each rank sends its tokens' slots and weights to all ranks, and looks up its columns for
+        all tokens. An all-to-all returns each token's columns to its rank: (n, D)."""
         rows = self.send_to_all(rows.int())  # (M * n, H*K)
         weights = self.send_to_all(weights)
         y = collecting_lookup(self.values, rows, weights, self.gradient, self.touched)
@@ -61,14 +61,14 @@ class ShardedPool(ValuePool):
         return Exchange.apply(copies, self.group).flatten(0, 1)
 
     def reduce(self, x, operation):
-        """The gradients of columns are complete in this group: combine those of replicas."""
+        """Combine x over replicas. In this group, the gradients of columns are already complete."""
         if self.replicas is not None:
             dist.all_reduce(x, operation, group=self.replicas)
 
 
 class Exchange(torch.autograd.Function):
-    """x (M, ...) -> (M, ...): an all-to-all. Block j goes to rank j of the group; block i of the
-    result has come from rank i. Gradients go back by the same exchange."""
+    """All-to-all: x (M, ...) -> (M, ...). Block j goes to rank j of the group. Block i of the
+    result comes from rank i. The same exchange returns the gradients."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -83,14 +83,14 @@ class Exchange(torch.autograd.Function):
 
 
 def whole_table(pool, part):
-    """part (S, D/M): the columns of values, or of moments, that are here -> all (S, D), on the
-    CPU of rank 0; None elsewhere. From a pool that is not sharded: part."""
+    """part (S, D/M), this rank's columns of values or moments -> all columns (S, D) on the CPU of
+    rank 0, None on other ranks. If the pool is not sharded, return part."""
     if not isinstance(pool, ShardedPool):
         return part
     table = None
     if dist.get_rank() == 0:
         table = torch.empty(len(part), pool.dim, dtype=part.dtype)
-    for start in range(0, len(part), 2**16):  # pieces that fit beside all else on a GPU
+    for start in range(0, len(part), 2**16):  # pieces leave room for all else on a GPU
         piece = part[start : start + 2**16].contiguous()
         pieces = [torch.empty_like(piece) for _ in range(pool.M)]
         dist.all_gather(pieces, piece, group=pool.group)
@@ -100,7 +100,7 @@ def whole_table(pool, part):
 
 
 def own_columns(pool, table):
-    """The inverse of whole_table: of all columns (S, D) those that this process holds."""
+    """The inverse of whole_table: all columns (S, D) -> those that this process holds."""
     if not isinstance(pool, ShardedPool):
         return table
     return table[:, pool.columns]

@@ -1,10 +1,10 @@
-"""Fictional biographies: facts that can be counted, and asked for.
+"""Fictional biographies: facts that can be counted and asked for.
 
 After bioS (Allen-Zhu & Li, arXiv:2309.14316, 2404.05405). Every person has a unique name and six
-attributes, drawn from pools of fixed size. Each attribute can be stated in five sentences; for each
-person and attribute one of the five, chosen at random, is held out of training. recall.jsonl asks
-with the held-out sentence, so that recall measures the fact and not the sentence; val.bin states
-the facts in the held-out sentences.
+attributes, drawn from pools of fixed size. Five sentences can state each attribute. For each person
+and attribute, one of the five is chosen at random and held out of training. recall.jsonl asks with
+the held-out sentence, so recall measures the fact and not the sentence. val.bin states the facts in
+the held-out sentences.
 
     python data/facts/prepare.py                 the default; train.py runs this itself
     python data/facts/prepare.py --people=100000 --out data/facts100k          more facts
@@ -52,7 +52,7 @@ DAYS = range(1, 29)
 YEARS = range(1800, 2000)
 FIRMS = "Foods Motors Press Systems".split()
 
-# A fact is a sentence of name, phrase and value, in this order: without its value it is a prompt.
+# A fact is a sentence: a name, a phrase, a value, in this order. Without its value it is a prompt.
 POOLS = {  # of values
     "birth date": [f"{month} {day}, {year}" for month in MONTHS for day in DAYS for year in YEARS],
     "birth city": CITIES,
@@ -61,7 +61,7 @@ POOLS = {  # of values
     "employer": [f"{word} {kind}" for word in WORDS[1060:1126] for kind in FIRMS][:263],
     "work city": CITIES,
 }
-PHRASES = {  # of three words each: a name always stands at the same distance before a value
+PHRASES = {  # three words each, so the distance from a name to its value is always the same
     "birth date": "was born on, entered life on, started life on, first breathed on, "
     "has birthdays on",
     "birth city": "was born in, grew up in, comes originally from, spent childhood in, "
@@ -78,15 +78,15 @@ PHRASES = {attribute: text.split(", ") for attribute, text in PHRASES.items()}
 MOVES = ("employer", "work city")  # what changes when somebody moves
 BITS = sum(math.log2(len(pool)) for pool in POOLS.values())  # of facts per person
 
-# A token is a word with the space before it, the end of a sentence, or a byte: any text can be
-# encoded.
+# A token is a word with the space before it, the end of a sentence, or a byte. Bytes can encode any
+# text.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\.\n|[^A-Za-z0-9]"
 SEPARATOR = "<|endoftext|>"
 
 
 def build_vocabulary():
-    """The list of tokens, as bytes: every word that a biography can have, whatever people and
-    seed are."""
+    """Return the list of tokens, as bytes: every word of every possible biography, for any people
+    and seed."""
     texts = []
     for phrases in PHRASES.values():
         texts += phrases
@@ -99,8 +99,8 @@ def build_vocabulary():
 
 
 def make_people(count, generator, known=()):
-    """list of (name, {attribute: value}, {attribute: held-out phrase}). All names differ, and
-    differ from the names in known."""
+    """list of (name, {attribute: value}, {attribute: held-out phrase}). Names differ from each
+    other and from those in known."""
     taken = {name for name, _, _ in known}
     people = []
     for number in generator.choice(NAMES, count + len(taken), replace=False):
@@ -120,8 +120,8 @@ def make_people(count, generator, known=()):
 
 
 def move(person, generator):
-    """The same person with what has changed, and nothing else: another employer, another city of
-    work."""
+    """Return the same person with only the facts that have changed: another employer and another
+    work city."""
     name, values, held_out = person
     new = {}
     for attribute in MOVES:
@@ -131,8 +131,8 @@ def move(person, generator):
 
 
 def biography(person, generator, held_out=False):
-    """A sentence for each fact, in random order, with one of four training phrases, or with the
-    held-out one."""
+    """Write a sentence for each fact, in random order, with one of the four training phrases or
+    with the held-out one."""
     name, values, held = person
     lines = []
     for attribute in generator.permutation(list(values)):
@@ -142,7 +142,7 @@ def biography(person, generator, held_out=False):
 
 
 def encode_biographies(people, rounds, generator, encoding, held_out):
-    """Biographies of all people, in random order, so many rounds -> token ids."""
+    """Write biographies of all people, in random order, `rounds` times -> token ids."""
     separator = encoding.encode_single_token(SEPARATOR)
     ids = []
     for _ in tqdm(range(rounds), f"biographies of {len(people):,} people", unit="round"):
@@ -153,7 +153,7 @@ def encode_biographies(people, rounds, generator, encoding, held_out):
 
 
 def make_questions(people):
-    """For recall.jsonl."""
+    """Questions for recall.jsonl."""
     questions = []
     for name, values, held_out in people:
         for a, value in values.items():
@@ -167,17 +167,17 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--people", type=int, default=2000, help="how many (default: %(default)s)")
-    add("--new", type=int, default=0, help="facts of so many other people, and not of those")
-    add("--moved", type=int, default=0, help="new employers and cities of so many, nothing else")
-    add("--biographies", type=int, default=20, help="of each person in train.bin (default: 20)")
-    add("--seed", type=int, default=0, help="for people and texts (default: %(default)s)")
-    places = "default: this one; or facts-new, facts-moved"
+    add("--people", type=int, default=2000, help="number of people (default: %(default)s)")
+    add("--new", type=int, default=0, help="instead write the facts of this many other people")
+    add("--moved", type=int, default=0, help="instead write new employers and cities of this many")
+    add("--biographies", type=int, default=20, help="per person in train.bin (default: 20)")
+    add("--seed", type=int, default=0, help="seed of people and texts (default: %(default)s)")
+    places = "default: this one, or facts-new, facts-moved"
     add("--out", type=folder_argument, help=f"folder to write to ({places})")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args(argv)
     if not 0 <= args.new < NAMES:
-        parser.error(f"--new={args.new}: must be 0 to {NAMES - 1:,}, there are no more names")
+        parser.error(f"--new={args.new}: must be 0 to {NAMES - 1:,}; there are no more names")
     most = NAMES - args.new
     if not 1 <= args.people <= most:
         parser.error(f"--people={args.people}: must be 1 to {most:,}, the names less --new")
@@ -198,7 +198,7 @@ def parse(argv):
 
 
 def choose_people(args, generator):
-    """Those whose facts the dataset has."""
+    """Choose the people in the dataset."""
     people = make_people(args.people, generator)
     if args.new == 0 and args.moved == 0:
         return people
@@ -215,7 +215,7 @@ def prepare(args):
     people = choose_people(args, generator)
     val_rounds = 1
     if args.new + args.moved > 0:
-        val_rounds = 5  # val.bin of one person, too, is long enough for a window
+        val_rounds = 5  # long enough for a window even with one person
     train = encode_biographies(people, args.biographies, generator, encoding, held_out=False)
     val = encode_biographies(people, val_rounds, generator, encoding, held_out=True)
     questions = make_questions(people)

@@ -5,8 +5,8 @@
     python data/openwebtext/prepare.py --source=DIR   archives in a folder, or on a mirror (a URL)
 
 The archives (A. Gokaslan and V. Cohen, OpenWebText Corpus, 2019) are downloaded to archives/ in the
-output folder, and stay there. If this is interrupted, the next call continues the download, and
-starts tokenising from the beginning: all archives take half an hour on two cores.
+output folder, and stay there. After an interruption, the next call continues the download and
+starts tokenising from the beginning. All archives take half an hour on two cores.
 
     urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (a compressed tar) > a file per document
 
@@ -14,9 +14,9 @@ The text of a document is the same as in the Hugging Face dataset: runs of blank
 blank line, and white space at both ends is removed. A hash of the document decides whether it is
 for validation: one in 2,000 is.
 
-Damaged archives are noticed. A download must have the size and the SHA-256 that the server states.
-Before tokenising starts, an archive must have valid headers up to its end mark, which is missing
-if it is truncated. The checksums in its xz-compressed parts must be right.
+Damaged archives are refused. A download must have the size and the SHA-256 that the server states.
+Before tokenising starts, an archive must have valid headers up to its end mark. A truncated archive
+has no end mark. The checksums in the xz-compressed parts must be right.
 """
 
 import argparse
@@ -56,14 +56,14 @@ from data.dataset import (
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
 ARCHIVES = 21
-ARCHIVE_BYTES = 0.63e9  # the size of an archive, about
+ARCHIVE_BYTES = 0.63e9  # of one archive, about
 TOKEN_BYTES = 1.5  # a byte of archive becomes 1.4 bytes of tokens
 DOCUMENTS = 8_013_769
 VALIDATION = 2000  # one document in this many is for validation
 VOCABULARY = "gpt2"
 WAITS = [0, 1, 2, 4, 8, 15, 30, 60, 60]  # seconds before each attempt to download an archive
-REFUSALS = [401, 403, 404, 410]  # HTTP errors after which there is no other attempt
-WAY_OUT = "delete it, and run this again without --source, which downloads it"
+REFUSALS = [401, 403, 404, 410]  # HTTP errors that are final: no further attempt
+WAY_OUT = "delete it, and run this again without --source to download it"
 
 
 # --- download -------------------------------------------------------------------------
@@ -80,8 +80,8 @@ class Redirect(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, part):
-    """Append what is missing to the file `part`. Returns the SHA-256 that the server states, or
-    an empty text."""
+    """Download what is missing and append it to the file `part`. Returns the SHA-256 that the
+    server states, or ""."""
     size = 0
     if part.exists():
         size = part.stat().st_size
@@ -108,7 +108,7 @@ def fetch(url, part):
 
 
 def fetch_patiently(url, part):
-    """fetch, in several attempts if the network or the server fails."""
+    """Call fetch, and try again if the network or the server fails."""
     for wait in WAITS:
         time.sleep(wait)
         try:
@@ -138,18 +138,18 @@ def download(url, archive):
 
 
 def check_space(out, archives):
-    """Raises OSError if the disk has no room for tokens, and archives that are missing."""
+    """Raises OSError if the disk has no room for the tokens and the missing archives."""
     sizes = [archive.stat().st_size for archive in archives if archive.exists()]
     missing = ARCHIVE_BYTES * (len(archives) - len(sizes))
     needed = missing + TOKEN_BYTES * (missing + sum(sizes))
     free = shutil.disk_usage(out).free
     if needed > free:
-        both = f"needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        both = f"needs {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free"
         raise OSError(f"{out} {both}: give another --out, or fewer --subsets")
 
 
 def get_archives(source, out, names):
-    """Paths of the archives. If source is a URL, they are downloaded to out/archives."""
+    """Return paths of the archives. If source is a URL, download them to out/archives."""
     folder = Path(source)
     if "://" in source:
         folder = out / "archives"
@@ -166,27 +166,27 @@ def get_archives(source, out, names):
 
 
 def list_files(file):
-    """The files in a tar archive: list of TarInfo. Raises an error if a header is damaged."""
+    """List the files in a tar archive, as TarInfo. Raises an error if a header is damaged."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         infos = [info for info in tar if info.isfile()]
-        file.seek(tar.offset)  # where tarfile has stopped: at the end mark, or a damaged header
+        file.seek(tar.offset)  # tarfile stops at the end mark, or at a damaged header
         if file.read(512) != bytes(512):
             raise ValueError(f"truncated, or damaged at byte {tar.offset:,}")
     return infos
 
 
 def list_parts(archive):
-    """The xz-compressed tars in an archive: list of TarInfo."""
+    """List the xz-compressed tars in an archive, as TarInfo."""
     what = f"{archive} is damaged, or not an archive of OpenWebText"
     with files.explain_errors(what, WAY_OUT), open(archive, "rb") as f:
         parts = [info for info in list_files(f) if info.name.endswith("_data.xz")]
         if not parts:
-            raise ValueError("it has no *_data.xz")
+            raise ValueError("it has no *_data.xz files")
     return parts
 
 
 def tokenize(archive, vocabulary, part):
-    """Token ids of a part for training and for validation, as bytes; the number of documents."""
+    """Return training and validation token ids of a part, as bytes, and its number of documents."""
     encoding = make_encoding(vocabulary)
     separator = GPT2_SEPARATOR.to_bytes(2, "little")
     train = []
@@ -201,7 +201,7 @@ def tokenize(archive, vocabulary, part):
             text = re.sub("\n\n\n+", "\n\n", document.decode()).strip()
             ids = encoding.encode_to_numpy(text, disallowed_special=())
             tokens = separator + ids.astype("<u2").tobytes()
-            # The split depends on the document alone: not on its place, nor on --subsets.
+            # The split depends only on the document, not on its place or on --subsets.
             number = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
             if number % VALIDATION == 0:
                 val.append(tokens)
@@ -216,13 +216,13 @@ def end_with_parent():
 
 
 def start_worker():
-    """The parent handles Ctrl-C. If it is killed, it cannot end its workers: they watch it."""
+    """The parent handles Ctrl-C. A killed parent cannot end its workers, so they watch it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def start_pool(workers):
-    """Processes that ignore Ctrl-C from the start: a terminal sends it to them, too."""
+    """Start processes that ignore Ctrl-C, because a terminal sends it to them, too."""
     context = multiprocessing.get_context("spawn")  # the same on every system
     pool = ProcessPoolExecutor(workers, context, start_worker)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
@@ -237,7 +237,7 @@ def write_tokens(out, parts, pool):
     documents = 0
     size = sum(part.size for archive in parts for part in parts[archive])
     with tqdm(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
-        for archive in parts:  # one after another, because results that wait take memory
+        for archive in parts:  # one at a time, because waiting results take memory
             work = functools.partial(tokenize, archive, VOCABULARY)
             results = pool.map(work, parts[archive])
             for part, (train, val, count) in zip(parts[archive], results, strict=True):
@@ -251,7 +251,7 @@ def write_tokens(out, parts, pool):
 
 def prepare(args):
     out = args.out
-    make_encoding(VOCABULARY)  # an error now if it cannot be had
+    make_encoding(VOCABULARY)  # raise an error now if it cannot be fetched
     out.mkdir(parents=True, exist_ok=True)
     files.lock_folder(out)
     check_free(out, args.overwrite)
@@ -289,7 +289,7 @@ def subsets_argument(text):
     for span in text.split(","):
         match = re.fullmatch(r"([0-9]+)(-([0-9]+))?", span)
         if match is None:
-            raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as in 0,1 or 0-4")
+            raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, such as 0,1 or 0-4")
         first = int(match[1])
         last = int(match[3] or first)
         if not first <= last < ARCHIVES:
@@ -304,7 +304,7 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--subsets", type=subsets_argument, default="0-20", help="as in 0,1 or 0-4 (default: all)")
-    add("--source", default=SOURCE, help="folder or URL with the archives (default: the hub)")
+    add("--source", default=SOURCE, help="folder or URL of the archives (default: the hub)")
     cores = os.cpu_count()
     add("--workers", type=int, default=cores, help="processes (default: one per core, %(default)s)")
     here = Path(__file__).parent

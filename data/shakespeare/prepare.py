@@ -1,11 +1,11 @@
-"""Plain text to tokens: tinyshakespeare, or any text of your own.
+"""Turn plain text into tokens: tinyshakespeare, or any text of your own.
 
     python data/shakespeare/prepare.py                                     download tinyshakespeare
     python data/shakespeare/prepare.py --file mine.txt --out data/mine     your own text
     ... --encoding gpt2           GPT-2's tokens; <|endoftext|> in the text separates documents
     ... --val_file other.txt      validate on that file, not on the last tenth of the text
 
-Without --encoding a byte is a token. Train with --dataset=mine.
+Without --encoding, each byte is a token. Train with --dataset=mine.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from runtime.files import (
     lock_folder,
 )
 
-# The checksum shows whether what arrives is the text that everyone else uses.
+# The checksum shows whether the download is the text that everyone else uses.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def download():
-    """tinyshakespeare as bytes. Raises OSError if the download fails, ValueError if it is another
-    text."""
+    """Return tinyshakespeare as bytes. Raises OSError if the download fails, ValueError if it is
+    another text."""
     way_out = "Download it by hand and give it with --file input.txt"
     try:
         with urllib.request.urlopen(URL, timeout=60) as response:
@@ -48,7 +48,7 @@ def download():
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"could not download {URL} ({error}). {way_out}") from None
     if hashlib.sha256(text).hexdigest() != SHA256:
-        what = f"what came from {URL} ({len(text):,} bytes) is not tinyshakespeare"
+        what = f"the download from {URL} ({len(text):,} bytes) is not tinyshakespeare"
         raise ValueError(f"{what}. {way_out}")
     return text
 
@@ -59,17 +59,17 @@ def read(option, path):
     except OSError as error:
         raise OSError(f"cannot read --{option}={path} ({error.strerror})") from None
     if len(text) < 20:
-        raise ValueError(f"--{option}={path} has {len(text)} bytes, too few to train on")
+        raise ValueError(f"--{option}={path} has {len(text)} bytes: too few to train on")
     return text
 
 
 def tokenize(text, encoding, path):
-    """bytes -> token ids. encoding: "bytes" or "gpt2"; path: where the text is from"""
+    """bytes -> token ids. encoding: "bytes" or "gpt2"; path: of the text, for messages"""
     if encoding == "bytes":
         return np.frombuffer(text, dtype=np.uint8)
     with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
         ids = make_encoding(encoding).encode(text.decode(), allowed_special="all")
-    return np.array([GPT2_SEPARATOR, *ids], dtype=np.uint16)  # as before each document
+    return np.array([GPT2_SEPARATOR, *ids], dtype=np.uint16)  # a separator precedes each document
 
 
 def parse(argv):
@@ -78,7 +78,7 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--file", type=Path, help="a text file to use instead of tinyshakespeare")
-    add("--val_file", type=Path, help="validate on it, not on the last tenth of the other")
+    add("--val_file", type=Path, help="validate on this file, not on the last tenth of --file")
     add("--encoding", choices=["bytes", "gpt2"], default="bytes", help="default: %(default)s")
     here = Path(__file__).parent
     add("--out", type=folder_argument, default=here, help="folder to write to (default: this one)")
