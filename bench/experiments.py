@@ -133,6 +133,7 @@ def update(kind, slots, **given):
     return update_with("edit/update.py", {**options, **given})
 
 
+COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
 RATED = {
     "Memory+": ("memory", {}),
     "dense": ("dense", {}),
@@ -180,8 +181,8 @@ PARTS = {
         "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
     }),
     "capacity": Part("more", "more people, each fact 98 times", range(1, 4), {
-        f"{system}, {count:,} people": more_people(system, count)
-        for count in (1000, 2000, 4000, 8000) for system in ("memory", "moe", "dense")
+        f"{name}, {count:,} people": more_people(system, count)
+        for count in (1000, 2000, 4000, 8000) for name, system in COMPARED.items()
     }, compared=False, bits=True),
     "capacity rates": Part("more", "4,000 people, dense, other learning rates", range(1, 2), {
         f"dense, {rate:g}": more_people("dense", 4000, learning_rate=rate)
@@ -202,12 +203,13 @@ PARTS = {
         "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
         "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
         "values' rate on a cosine": facts("memory", mem_decay=1.0),
-        "the same, falling from four times": facts("memory", mem_learning_rate=5e-3, mem_decay=4.0),
+        "values' rate falling faster (UltraMem)": facts(
+            "memory", mem_learning_rate=5e-3, mem_decay=4.0),
     }),
     "constant rates": Part("more", "a constant rate for the network, too", range(1, 3), {
-        f"{system}, {name}": facts(system, **given)
-        for system in ("memory", "moe", "dense", "dense2x")
-        for name, given in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
+        f"{name}, {schedule}": facts(system, **given)
+        for name, system in {**COMPARED, "dense, twice the FLOPs": "dense2x"}.items()
+        for schedule, given in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
     }, compared=False),
     "layers": Part("more", "a network of four blocks", range(1, 6), {
         **{f"{n} layers": facts("memory", n_layer=4, mem_count=n) for n in (1, 2, 3)},
