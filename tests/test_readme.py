@@ -317,7 +317,7 @@ def sentences():
     memory_speed = statistics.median(line["tokens_per_s"] for line in memory_lines)
     dense_speed = statistics.median(line["tokens_per_s"] for line in dense_lines)
     facts = PRESETS["facts-memory"]
-    rates = "2.5e-3 (cosine) and 2e-2 (values, constant)"
+    rates = "2.5e-3 (network, cosine) and 2e-2 (values, constant)"
     assert (facts["learning_rate"], facts["mem_learning_rate"], facts["mem_count"]) == (
         2.5e-3,
         2e-2,
@@ -347,17 +347,17 @@ def sentences():
     return [
         f"recalls {mean_recall(memory_lines):.0f}% of 12,000 made-up facts",
         f"a dense GPT recalls {mean_recall(dense_lines):.0f}%",
-        f"it trains at {round(memory_speed, -2):,.0f} tokens a second",
-        f"dense at {round(dense_speed, -2):,.0f}",
+        f"on one thread, {round(memory_speed, -2):,.0f} tokens a second",
+        f"dense {round(dense_speed, -2):,.0f}",
         f"In about the same time, dense recalls {slow_dense:.0f}% and a mixture of experts {experts:.0f}%",
-        f"{facts['mem_keys']}² slots, 4 heads of {facts['mem_topk']}, one layer, and learning rates of {rates}",
+        f"{facts['mem_keys']}² slots, `heads=4, topk={facts['mem_topk']}`, one layer, and rates of {rates}",
         *table_of_systems(first),
         "Two blocks of width 64, 3,500 steps of 1,024 tokens",
         f"{sum(seconds) / 2 / 3600:.1f} hours",
         f"dense recalls {long['dense']:.0f}%, experts {long['mixture of experts']:.0f}%, Memory+ {long['Memory+']:.0f}% (one seed)",
         f"{reproduce.with_error(lost, '.0f')} points (three seeds)",
         f"{reproduce.with_error(nats, '.3f')} nats a byte (five seeds)",
-        f"In {seconds_of_update:.0f} s, the update teaches {new:.0f}% of 600 new facts and costs {old:.1f} points",
+        f"In {seconds_of_update:.0f} s on a CPU, the update teaches {new:.0f}% of 600 new facts and costs {old:.1f} points",
         f"(five seeds; {update[0]['bytes'] / 1e6:.1f} MB)",
         "100 new people by changing 16,384 slots",
     ]
@@ -365,8 +365,7 @@ def sentences():
 
 NOT_MEASURED = {  # numbers of README.md that are of papers, definitions or versions
     "2.9": "PyTorch",
-    "4 heads of 32": "the paper's",
-    "4, 12 and 20 of 24": "the paper's",
+    "4, 12, 20 of 24": "the paper's",
     "119 sums": "tests/test_memory.py counts them",
     "the demo's 16": "presets.py",
     "every 10 steps": "log_interval",
