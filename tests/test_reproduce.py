@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bench import experiments, reproduce
+from bench import draw, experiments, reproduce
 from bench.experiments import PARTS, Part, training
 from tests.helpers import SMALL, prepare, start, wait_until
 
@@ -186,3 +186,15 @@ def test_updates_of_a_seed_are_of_the_model_of_that_seed():
     for command in commands:
         assert f"--init_from={experiments.base_folder(3)} " in command
         assert command.endswith(" --seed=3") and "mem_keys" not in command
+
+
+def test_numbers_written_into_the_pictures_are_those_of_the_results():
+    for slots, (_, parameters) in draw.SLOTS.items():
+        size, _ = PARTS["slots"].rows[f"{slots:,} slots"].size()
+        assert parameters == f"{size:.2f}M"
+    curves = draw.update_curves()
+    falls = {options: words.partition(": falls to ")[2] for options, _, words, *_ in draw.UPDATES}
+    falls = {options: percent for options, percent in falls.items() if percent}
+    assert len(falls) == 2
+    for options, percent in falls.items():
+        assert f"{curves[options][-1][1]:.0%}" == percent
