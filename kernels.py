@@ -79,7 +79,7 @@ def torch_backward(values, indices, weights, grad):
     order, rows, starts = group_by_row(indices)
     dy = widen(grad)
     tokens = order // indices.size(1)  # (P,)
-    w = weights.flatten()[order].to(dy.dtype)
+    w = weights.flatten().index_select(0, order).to(dy.dtype)
     # dV = W^T dY: row r sums the dY of the tokens that read it, in a fixed order
     grad_rows = F.embedding_bag(tokens, dy, starts[:-1], per_sample_weights=w, mode="sum")
     return rows, grad_rows.to(values.dtype), torch_products(values, indices, grad)
@@ -105,21 +105,10 @@ def group_by_row(indices):
     """Sort the P pairs by the row they read. indices (n, k) -> order (P,), rows (R,),
     starts (R + 1,), int64. Pairs order[starts[r] : starts[r + 1]] read rows[r], in the
     order of the tokens, so that sums are the same every time."""
-    slots, order = sort_slots(indices.flatten())
+    slots, order = indices.flatten().int().sort(stable=True)  # int32 sorts faster
     rows, counts = torch.unique_consecutive(slots, return_counts=True)
     starts = F.pad(counts.cumsum(0), (1, 0))
     return order, rows.long(), starts
-
-
-def sort_slots(slots):
-    """slots (P,) -> sorted slots (P,), their former places (P,) int64. Stable."""
-    if slots.device.type != "cpu":
-        return slots.int().sort(stable=True)  # int32: half the passes of a radix sort
-    # numpy sorts plain numbers far faster than PyTorch sorts pairs. So put the place
-    # into the low bits of each number.
-    packed = (slots.long() << 32) + torch.arange(len(slots))
-    packed.numpy().sort()
-    return packed >> 32, packed & (2**32 - 1)
 
 
 # --- Triton -------------------------------------------------------------------------
@@ -619,10 +608,10 @@ def topk_by_sorting(scores, K):
     """Same as topk_indices, for finite scores (..., N) in float32.
     numpy sorts numbers, not pairs of number and place. So put the place into the number. A
     float32 widened to float64 ends in 29 zero bits, too small to change the order."""
-    packed = scores.double().numpy()
-    packed.view(np.int64)[...] |= np.arange(scores.size(-1))
-    packed.sort(axis=-1)
-    best = packed.view(np.int64)[..., : -K - 1 : -1]  # the last K, backwards
+    packed = scores.double()
+    packed.view(torch.int64).bitwise_or_(torch.arange(scores.size(-1)))
+    packed.numpy().sort(axis=-1)
+    best = packed.numpy().view(np.int64)[..., : -K - 1 : -1]  # the last K, backwards
     return torch.from_numpy(best & (2**29 - 1))
 
 
@@ -662,7 +651,7 @@ def best_of_row(
 def select_kernel(
     scores,
     candidates,
-    slots,
+    pairs,
     n,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -673,7 +662,7 @@ def select_kernel(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """scores (2, H, n, N), candidates (2, COUNT) -> slots (H, n, K)"""
+    """scores (2, H, n, N), candidates (2, COUNT) -> pairs = i and j (2, H, n, K)"""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     score1, column1 = best_of_row(scores + (h * n + t) * N, N, BLOCK_N, BLOCK_K, GROUP)
@@ -687,9 +676,10 @@ def select_kernel(
     rank = tl.arange(0, BLOCK_K)
     rank1 = tl.load(candidates + winner, mask=rank < K, other=0).to(tl.int32)
     rank2 = tl.load(candidates + COUNT + winner, mask=rank < K, other=0).to(tl.int32)
-    i = tl.gather(column1, rank1, 0).to(tl.int64)
+    i = tl.gather(column1, rank1, 0)
     j = tl.gather(column2, rank2, 0)
-    tl.store(slots + (h * n + t) * K + rank, i * N + j, mask=rank < K)
+    tl.store(pairs + (h * n + t) * K + rank, i, mask=rank < K)
+    tl.store(pairs + ((H + h) * n + t) * K + rank, j, mask=rank < K)
 
 
 def select_tile(N, K):
@@ -704,17 +694,17 @@ def select_tile(N, K):
 
 def triton_select(scores, candidates, K):
     """Same as memory.product_topk. scores (2, H, n, N), float32 or narrower; candidates:
-    memory.candidate_ranks(K) -> slots (H, n, K) int64"""
+    memory.candidate_ranks(K) -> i and j (2, H, n, K) int64"""
     _, H, n, N = scores.shape
     count = candidates.size(1)
-    slots = torch.empty(H, n, K, dtype=torch.int64, device=scores.device)
+    pairs = torch.empty(2, H, n, K, dtype=torch.int64, device=scores.device)
     block_n, block_k, group, warps = select_tile(N, K)
     block_c = max(block_k, triton.next_power_of_2(count))
     with torch.cuda.device_of(scores):
         select_kernel[(n, H)](
             scores.contiguous(),
             candidates,
-            slots,
+            pairs,
             n,
             H=H,
             N=N,
@@ -726,7 +716,7 @@ def triton_select(scores, candidates, K):
             GROUP=group,
             num_warps=warps,
         )
-    return slots
+    return pairs
 
 
 # --- RowAdam: the optimiser ---------------------------------------------------------

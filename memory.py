@@ -65,37 +65,35 @@ def candidate_ranks(K):
     return torch.tensor(ranks).T.contiguous()
 
 
-def product_topk(s1, s2, K, candidates):
-    """Return the slots i * N + j of the K best sums s1[i] + s2[j], best first: (..., K) int64.
+def product_topk(scores, K, candidates):
+    """Find the K best sums s1[i] + s2[j], best first. Returns i and j: (2, H, n, K) int64.
 
-    s1, s2 (..., N); candidates: candidate_ranks(K). This is the exact top-k of all N * N sums, for
-    two top-k over N scores and one over about K log K sums (1907.05242, section 3.2)."""
-    i = topk_indices(s1, K)  # (..., K), best first
-    j = topk_indices(s2, K)
-    best1 = s1.gather(-1, i)
-    best2 = s2.gather(-1, j)
-    rank1, rank2 = candidates  # (119,) each, for K = 32
-    sums = best1.index_select(-1, rank1) + best2.index_select(-1, rank2)  # (..., 119)
-    winners = topk_indices(sums, K)  # (..., K)
-    i = i.gather(-1, rank1[winners])
-    j = j.gather(-1, rank2[winners])
-    return i * s1.size(-1) + j
+    scores = s1 and s2 (2, H, n, N); candidates: candidate_ranks(K). This is the exact top-k of all
+    N * N sums, for two top-k over N scores and one over about K log K sums (1907.05242,
+    section 3.2)."""
+    _, H, n, _ = scores.shape
+    places = topk_indices(scores, K)  # (2, H, n, K), best first
+    best = scores.gather(-1, places)
+    ranks = candidates[:, None, None].expand(2, H, n, -1)  # (2, H, n, 119) for K = 32
+    sums = best.gather(-1, ranks).sum(0)  # (H, n, 119)
+    winners = topk_indices(sums, K)  # (H, n, K)
+    ranks = ranks.gather(-1, winners.expand(2, H, n, K))
+    return places.gather(-1, ranks)
 
 
 @torch.library.custom_op("nanomem::select", mutates_args=())  # opaque to torch.compile
 def select(scores: torch.Tensor, candidates: torch.Tensor, K: int) -> torch.Tensor:
     """Select each head's K best slots. scores (2, H, n, N), candidates: candidate_ranks(K)
-    -> (H, n, K)"""
+    -> their sub-keys i and j (2, H, n, K)"""
     if uses_triton(scores) and scores.size(2) > 0:
         return triton_select(scores, candidates, K)
-    s1, s2 = widen(scores)
-    return product_topk(s1, s2, K, candidates)
+    return product_topk(widen(scores), K, candidates)
 
 
 @select.register_fake
 def _(scores, candidates, K):
     _, H, n, _ = scores.shape
-    return scores.new_empty(H, n, K, dtype=torch.int64)
+    return scores.new_empty(2, H, n, K, dtype=torch.int64)
 
 
 # --- the layer ----------------------------------------------------------------------
@@ -204,13 +202,13 @@ class MemoryLayer(nn.Module):
         """x (n, C) -> slots (n, H*K) int64, weights (n, H*K): each head's K best slots, and
         the softmax of their scores."""
         s = self.scores(x)  # (2, H, n, N)
-        slots = select(s.detach(), self.candidates, self.K)  # (H, n, K)
-        i = slots // self.N
-        j = slots - i * self.N
+        pairs = select(s.detach(), self.candidates, self.K)  # (2, H, n, K)
         # A sub-key can be in several slots, and the backward pass of gather sums its gradients.
         # On a GPU the order of this sum varies, so its last bits can differ.
-        halves = s.gather(-1, torch.stack((i, j)))  # (2, H, n, K)
+        halves = s.gather(-1, pairs)  # (2, H, n, K)
         p = widen(halves).sum(0).softmax(-1)  # (H, n, K)
+        i, j = pairs
+        slots = i * self.N + j  # (H, n, K)
         slots = slots.transpose(0, 1).flatten(1)  # (n, H*K)
         weights = p.transpose(0, 1).flatten(1)
         return slots, weights

@@ -111,10 +111,10 @@ class Attention(nn.Module):
         block_size, C/heads) holds keys and values of earlier positions, and gets those of x.
         T must be 1 if start > 0."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads) each
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qk, v = qkv.split((2, 1))
+        q, k = rotate(qk, cos, sin)  # (B, heads, T, C/heads) each
+        v = v.squeeze(0)
         if cache is not None:
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
@@ -129,10 +129,19 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn (x[c], x[c + half]) at position t by t 10000^(-c / half).
-    x (..., T, 2 half)"""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    """Rotary positions: turn (a, b) = (x[c], x[c + half]) at position t by t 10000^(-c / half),
+    to (a cos - b sin, b cos + a sin). x (..., T, 2 half); cos, sin from rotary_angles()"""
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (b, a)
+    return (x * cos + swapped * sin).type_as(x)
+
+
+def rotary_angles(block_size, width):
+    """For rotate(): (cos, cos) and (-sin, sin), (block_size, width) each."""
+    half = width // 2
+    angle = torch.arange(block_size).outer(10000.0 ** (-torch.arange(half) / half))
+    cos = torch.cat((angle.cos(), angle.cos()), dim=1)
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=1)
+    return cos, sin
 
 
 class SwiGLU(nn.Module):
@@ -211,18 +220,20 @@ class GPT(nn.Module):
     def __init__(self, config, initialize=True, group=None, replicas=None):
         super().__init__()
         self.config = config
-        # Also the output matrix, transposed. Padding to a multiple of 32 makes it fast on GPUs.
-        padded = math.ceil(config.vocab_size / 32) * 32
+        # Also the output matrix, transposed. Padding to a multiple of 16 makes it fast on GPUs.
+        padded = math.ceil(config.vocab_size / 16) * 16
         self.embedding = nn.Embedding(padded, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.pool = None
         if config.mem_layers and SYSTEMS[config.system].uses_pool:
             self.pool = make_pool(config, group, replicas)
-        half = config.n_embd // config.n_head // 2
-        angle = torch.arange(config.block_size).outer(10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (block_size, half)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        if not config.mem_shared:
+            for number, i in enumerate(config.mem_layers):
+                self.blocks[i].ffn.first_row = number * self.pool.slots
+        cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         if initialize:
             self.initialize()
 
@@ -424,6 +435,8 @@ class GPT(nn.Module):
         blocks = ", ".join(map(str, c.mem_layers))
         if self.pool is not None:
             slots = self.pool.slots
+            if not c.mem_shared:
+                slots *= c.mem_count
             width = counts["pool"] // slots
             text += f" + {counts['pool']:,} in the memory"
             text += f" ({slots:,} slots of width {width}, read in block {blocks})"

@@ -246,6 +246,7 @@ def train(run):
     stop = StopSignal()
     bar = Progress(run, hidden=run.ranks.rank > 0)
     clock = Clock(run)
+    first_step = run.step
     while run.step < config.max_iters:
         # forward and backward; fetch the next batch while a GPU still works on this one
         loss = torch.zeros((), device=run.device)
@@ -268,7 +269,12 @@ def train(run):
         stopped_by = stop.of_all(run.ranks)
         if run.step % config.log_interval == 0 or evaluating or stopped_by:
             line = {"iter": run.step, "loss": run.ranks.mean(loss.item()), "lr": lr}
-            line["tokens_per_s"] = clock.stop() * tokens_in_step(run)
+            steps_per_second = clock.stop()
+            line["tokens_per_s"] = steps_per_second * tokens_in_step(run)
+            if run.step == first_step + 2 * run.config.log_interval:  # the first steps are slow
+                bar.estimate(steps_per_second)
+            if evaluating:
+                bar.note("evaluating")
             report(run, line, evaluating)
             bar.show(line)
             if evaluating or stopped_by:
@@ -480,11 +486,18 @@ def main(argv):
 
 
 def announce(run):
-    if run.ranks.rank == 0:
-        processes = ""
-        if run.ranks.by_torchrun:
-            processes = f", {run.ranks.world} processes, {run.ranks.M} to a table"
-        print(f"{run.model.describe()}; on {run.device}{processes}", flush=True)
+    """Say what this run will do."""
+    if run.ranks.rank != 0:
+        return
+    c = run.config
+    where = str(run.device)
+    if run.ranks.by_torchrun:
+        where += f" in {run.ranks.world} processes, {run.ranks.M} to a table"
+    steps = f"{c.max_iters:,} steps of {tokens_in_step(run):,} tokens"
+    if run.step > 0:
+        steps += f", from step {run.step:,} on"
+    print(f"Training on {c.dataset}: {steps}, an evaluation every {c.eval_interval:,}, on {where}")
+    print(run.model.describe(), flush=True)
 
 
 def way_on(run):

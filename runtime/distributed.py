@@ -130,6 +130,8 @@ def check_processes(config, model_config, world):
     width = model_config.mem_value_dim
     if M > 1 and model_config.system != "memory":
         raise ValueError(f"memory_parallel={M}: needs system=memory, not {model_config.system}")
+    if M > 1 and not model_config.mem_shared:
+        raise ValueError(f"memory_parallel={M}: needs mem_shared=true")
     if steps % world != 0:
         must = f"must be divisible by the {world} processes"
         raise ValueError(f"gradient_accumulation_steps={steps} {must}")

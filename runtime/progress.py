@@ -1,5 +1,6 @@
 """The progress bar of a run, the clock of its training time, and its summary."""
 
+import math
 import shlex
 import time
 from pathlib import Path
@@ -35,6 +36,16 @@ class Progress:
         """Count one step."""
         self.bar.update()
 
+    def estimate(self, steps_per_second):
+        """Print how long the rest takes, above the bar."""
+        seconds = (self.bar.total - self.bar.n) / steps_per_second
+        if seconds > 60 and not self.bar.disable:
+            self.bar.write(f"This should take {about(seconds)}, and a bit for evaluations")
+
+    def note(self, text):
+        """Show what takes long now."""
+        self.bar.set_postfix_str(text)
+
     def show(self, line):
         """line: of the log"""
         for name, form in SHOWN.items():
@@ -44,6 +55,13 @@ class Progress:
 
     def close(self):
         self.bar.close()
+
+
+def about(seconds):
+    """6000 -> "about 1.7 hours" """
+    if seconds < 90 * 60:
+        return f"about {math.ceil(seconds / 60)} minutes"
+    return f"about {seconds / 3600:.1f} hours"
 
 
 class Clock:

@@ -19,7 +19,7 @@ presets.py has presets of each system, in each family of runs."""
 
 from dataclasses import dataclass, fields
 
-from systems.memory_plus import MemoryPlus
+from systems.memory_plus import MemoryOptions, MemoryPlus
 from systems.moe import MoE, MoEOptions
 from systems.peer import PEER
 from systems.ultramem import UltraMem, UltraMemOptions
@@ -33,7 +33,7 @@ SYSTEMS = {
 
 
 @dataclass(frozen=True)
-class SystemOptions(UltraMemOptions, MoEOptions):
+class SystemOptions(UltraMemOptions, MoEOptions, MemoryOptions):
     """The options that only one system has."""
 
 

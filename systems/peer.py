@@ -15,6 +15,8 @@ from systems.memory_plus import MemoryPlus
 
 
 class PEER(MemoryPlus):
+    Options = None
+
     @staticmethod
     def make_pool(config):
         return NeuronPool(

@@ -89,10 +89,8 @@ class UltraMem(MemoryPlus):
     def retrieve(self, x):
         """x (n, C) -> addressed slots (n, H*K), weights (n, h, H*K)"""
         s = self.scores(x).unflatten(1, (-1, self.r))  # (2, H, r, n, N)
-        slots = self.select_slots(s.detach())  # (H, n, K)
-        i = slots // self.N
-        j = slots - i * self.N
-        places = torch.stack((i, j)).unsqueeze(2).expand(-1, -1, self.r, -1, -1)
+        pairs = self.select_slots(s.detach())  # (2, H, n, K)
+        places = pairs.unsqueeze(2).expand(-1, -1, self.r, -1, -1)
         row, col = widen(s.gather(-1, places))  # (H, r, n, K) each
         if self.core is None:
             p = row + col  # (H, 1, n, K)
@@ -100,12 +98,14 @@ class UltraMem(MemoryPlus):
             p = self.bilinear_scores(row, col)  # (H, h, n, K)
         if self.softmax:
             p = p.softmax(-1)
+        i, j = pairs
+        slots = i * self.N + j
         slots = slots.transpose(0, 1).flatten(1)
         weights = p.permute(2, 1, 0, 3).flatten(2)
         return slots, weights
 
     def select_slots(self, s):
-        """s (2, H, r, n, N) -> (H, n, K)"""
+        """s (2, H, r, n, N) -> i and j of the slots (2, H, n, K)"""
         if self.core is None:
             return select(s[:, :, 0], self.candidates, self.K)
         return tucker_select(s, self.K, self.core.sum(0).detach())
@@ -204,19 +204,19 @@ class UltraMemPool(ValuePool):
 
 @torch.library.custom_op("nanomem::tucker_select", mutates_args=())  # opaque to torch.compile
 def tucker_select(s: torch.Tensor, K: int, core: torch.Tensor) -> torch.Tensor:
-    """Each head's K best slots: s (2, H, r, n, N), core (r, r) -> (H, n, K)"""
+    """Each head's K best slots: s (2, H, r, n, N), core (r, r) -> i and j (2, H, n, K)"""
     return tucker_topk(widen(s), K, core)
 
 
 @tucker_select.register_fake
 def _(s, K, core):
     _, H, _, n, _ = s.shape
-    return s.new_empty(H, n, K, dtype=torch.int64)
+    return s.new_empty(2, H, n, K, dtype=torch.int64)
 
 
 def tucker_topk(s, K, core):
-    """Return the slots of the K best of S_grid = S_row^T core S_col, in two passes. s
-    (2, H, r, n, N) holds S_row and S_col -> (H, n, K) int64
+    """Find the K best (i, j) of S_grid = S_row^T core S_col, in two passes. s (2, H, r, n, N)
+    holds S_row and S_col -> i and j (2, H, n, K) int64
 
     First pass: the best rank-1 approximation, core = sigma u w^T, gives a grid of products
     a[i] b[j] with a = u^T S_row, b = w^T S_col. Its best products are in the K rows and columns
@@ -234,7 +234,7 @@ def tucker_topk(s, K, core):
     grid = best // K**2  # which of the two
     i = i.gather(-1, best // K)
     j = j.gather(-1, grid * K + best % K)
-    return i * s.size(-1) + j
+    return torch.stack((i, j))
 
 
 def grid_of(s, core, places):

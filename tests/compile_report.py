@@ -109,7 +109,7 @@ def compile_all(capability, D, e):
         blocks = dict(
             BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_C=triton.next_power_of_2(P), GROUP=group
         )
-        inputs = dict(scores=value, candidates="*i64", slots="*i64", n="i32")
+        inputs = dict(scores=value, candidates="*i64", pairs="*i64", n="i32")
         yield (
             f"select-{N}",
             compile_kernel(

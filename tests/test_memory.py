@@ -31,13 +31,15 @@ def scores(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("N, K", [(8, 8), (16, 4), (61, 32), (128, 16), (40, 1)])
 def test_product_topk_equals_brute_force(N, K, dtype):
-    s1, s2 = scores(20, N, seed=1, dtype=dtype), scores(20, N, seed=2, dtype=dtype)
-    slots = product_topk(s1, s2, K, candidate_ranks(K))
-    every = s1.double()[:, :, None] + s2.double()[:, None, :]  # (20, N, N): all S sums
-    best = every.flatten(1).topk(K).values
-    assert slots.shape == (20, K) and torch.equal(slots, every.flatten(1).topk(K).indices)
-    assert torch.equal(s1.double().gather(1, slots // N) + s2.double().gather(1, slots % N), best)
-    assert all(len(set(row)) == K for row in slots.tolist())  # never the same slot twice
+    s = scores(2, 3, 20, N, seed=1, dtype=dtype)
+    pairs = product_topk(s, K, candidate_ranks(K))
+    s1, s2 = s.double()
+    every = (s1[..., :, None] + s2[..., None, :]).flatten(2)  # (3, 20, N * N): all S sums
+    best = every.topk(K)
+    assert pairs.shape == (2, 3, 20, K) and torch.equal(pairs[0] * N + pairs[1], best.indices)
+    assert torch.equal(s.double().gather(-1, pairs).sum(0), best.values)
+    rows = (pairs[0] * N + pairs[1]).flatten(0, 1).tolist()
+    assert all(len(set(row)) == K for row in rows)  # never the same slot twice
 
 
 def test_candidate_list_is_pruned_and_complete():
@@ -78,12 +80,11 @@ def test_select_equals_brute_force(path, n, H, N, K, dtype, monkeypatch):
     s = (scores(2, H, n, N) * 3).to(DEVICE, dtype)
     s1, s2 = s.double()
     want, want_slots = (s1[..., :, None] + s2[..., None, :]).flatten(-2).topk(K)  # (H, n, K)
-    slots = select(s, candidate_ranks(K).to(DEVICE), K)
+    i, j = select(s, candidate_ranks(K).to(DEVICE), K)
+    slots = i * N + j
     if dtype == torch.float32:
         assert torch.equal(slots, want_slots)
-    torch.testing.assert_close(
-        s1.gather(-1, slots // N) + s2.gather(-1, slots % N), want, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(s1.gather(-1, i) + s2.gather(-1, j), want, rtol=1e-6, atol=1e-6)
     assert slots.shape == (H, n, K) and all(
         len(set(row)) == K for row in slots.flatten(0, 1).tolist()
     )
@@ -97,11 +98,11 @@ def test_triton_sorts_large_and_small_negative_and_equal_scores(monkeypatch):
     s[:, :, 0], s[:, :, 1], s[:, :, 2] = 0.0, -5.0, -s[:, :, 2].abs()
     for dtype in (torch.float32, torch.bfloat16):
         rounded = s.to(DEVICE, dtype)
-        slots = select(rounded, candidate_ranks(8).to(DEVICE), 8)
+        i, j = select(rounded, candidate_ranks(8).to(DEVICE), 8)[:, 0]
         s1, s2 = rounded[:, 0].float()
         want = (s1[:, :, None] + s2[:, None, :]).flatten(1).topk(8).values
-        assert torch.equal((s1.gather(-1, slots[0] // 33) + s2.gather(-1, slots[0] % 33)), want)
-        assert all(len(set(row)) == 8 for row in slots[0].tolist())
+        assert torch.equal(s1.gather(-1, i) + s2.gather(-1, j), want)
+        assert all(len(set(row)) == 8 for row in (i * 33 + j).tolist())
 
 
 def brute_force_layer(x, p, config):
@@ -208,6 +209,14 @@ def test_layers_share_one_pool_and_its_gradient_is_the_sum_over_them():
     apart = [copy.take_gradient().to_dense() for copy in copies]
     assert all(gradient.norm() > 0 for gradient in apart)
     torch.testing.assert_close(sum(apart), together)
+
+    # mem_shared=False: the rows of the second layer follow those of the first one in the table.
+    separate = GPT(replace(CONFIG, mem_layers=(0, 2), mem_shared=False))
+    weights = model.state_dict()
+    separate.load_state_dict(weights | {"pool.values": weights["pool.values"].repeat(2, 1)})
+    separate.pool.collect_gradients()
+    separate(idx, idx)[1].backward()
+    torch.testing.assert_close(separate.pool.take_gradient().to_dense(), torch.cat(apart))
 
 
 def test_more_slots_do_not_cost_more_gradient():

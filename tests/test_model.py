@@ -21,6 +21,7 @@ MEMORY = replace(
 PKM = replace(
     DENSE, mem_layers=(1,), mem_keys=9, mem_heads=3, mem_topk=4, mem_gate=False, mem_qk_norm=False
 )
+SEPARATE = replace(MEMORY, mem_shared=False)
 MOE = replace(DENSE, system="moe", mem_layers=(0, 1, 2), moe_experts=4, moe_topk=2)
 PEER = replace(MEMORY, system="peer", mem_gate=False, mem_value_dim=16)
 ULTRAMEM = replace(
@@ -30,6 +31,7 @@ ULTRAMEM = replace(
 SYSTEMS = {
     "dense": DENSE,
     "memory": MEMORY,
+    "separate": SEPARATE,
     "pkm": PKM,
     "moe": MOE,
     "peer": PEER,

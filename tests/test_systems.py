@@ -463,13 +463,19 @@ def grid(s, core):
     return torch.einsum("hrni,rs,hsnj->hnij", s[0], core, s[1]).flatten(-2)  # (H, n, N * N)
 
 
+def chosen(s, core):
+    """The slots that tucker_topk chooses, i * 24 + j: (H, n, 8)"""
+    i, j = tucker_topk(s, 8, core)
+    return i * 24 + j
+
+
 def test_the_pass_of_rank_1_misses_nothing_if_the_core_has_rank_1():
     generator = torch.Generator().manual_seed(0)
     s = torch.randn(2, 3, 2, 200, 24, generator=generator, dtype=torch.float64)
     for _ in range(4):
         core = torch.outer(*torch.randn(2, 2, generator=generator, dtype=torch.float64))
         every = grid(s, core)
-        slots = tucker_topk(s, 8, core)
+        slots = chosen(s, core)
         torch.testing.assert_close(
             every.gather(-1, slots), every.topk(8).values, rtol=0, atol=1e-12
         )
@@ -477,9 +483,8 @@ def test_the_pass_of_rank_1_misses_nothing_if_the_core_has_rank_1():
     full = torch.randn(
         2, 2, generator=generator, dtype=torch.float64
     )  # elsewhere it is an approximation
-    missed = grid(s, full).topk(8).values.sum(-1) - grid(s, full).gather(
-        -1, tucker_topk(s, 8, full)
-    ).sum(-1)
+    found = grid(s, full).gather(-1, chosen(s, full))
+    missed = grid(s, full).topk(8).values.sum(-1) - found.sum(-1)
     assert missed.min() > -1e-9 and missed.max() > 0
 
 
@@ -488,9 +493,8 @@ def test_a_core_of_1_is_product_key_retrieval_with_products_for_sums():
         torch.rand(2, 3, 1, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         + 0.1
     )
-    slots = tucker_topk(s, 8, torch.ones(1, 1, dtype=torch.float64))
-    s1, s2 = s[:, :, 0].log()
-    assert torch.equal(slots, product_topk(s1, s2, 8, candidate_ranks(8)))
+    pairs = tucker_topk(s, 8, torch.ones(1, 1, dtype=torch.float64))
+    assert torch.equal(pairs, product_topk(s[:, :, 0].log(), 8, candidate_ranks(8)))
 
 
 def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
@@ -498,7 +502,7 @@ def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
         2, 3, 2, 50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     core = torch.tensor([[1.0, 0.4], [-0.3, 0.6]], dtype=torch.float64)
-    svd, want = torch.linalg.svd, tucker_topk(s, 8, core)
+    svd, want = torch.linalg.svd, chosen(s, core)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             torch.linalg,
@@ -507,9 +511,8 @@ def test_slots_do_not_depend_on_the_sign_of_singular_vectors():
                 sign * part for sign, part in zip((-1, 1, -1), svd(matrix), strict=True)
             ),
         )
-        assert torch.equal(
-            grid(s, core).gather(-1, want), grid(s, core).gather(-1, tucker_topk(s, 8, core))
-        )
+        sums = grid(s, core)
+        assert torch.equal(sums.gather(-1, want), sums.gather(-1, chosen(s, core)))
 
 
 def test_the_permutation_is_a_bijection_and_is_kept(tmp_path):
@@ -576,7 +579,7 @@ def test_each_system_learns_the_facts_of_8_people(eight, tmp_path, system):
 SYSTEMS = ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
 VOCABULARIES = {"facts": 1712, "shakespeare": 256, "gpt2": 50257, "gpt2-small": 50257}
 FLOPS = {  # of a token, with each of SYSTEMS, beside the family's memory preset. A width that changes by 8 changes them.
-    "facts": (1, 0.987, 1.999, 0.996, 0.991, 0.994, 0.989),
+    "facts": (1, 0.987, 2.004, 0.996, 0.991, 0.994, 0.989),
     "shakespeare": (1, 1.030, 1.997, 1.018, 0.983, 0.982, 1.002),
     "gpt2": (1, 1.016, 2.001, 1.017, 1.001, 0.985, 1.000),
     "gpt2-small": (1, 1.018, 2.001, 1.018, 0.999, 0.976, 0.999),
