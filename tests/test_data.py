@@ -47,8 +47,7 @@ def texts(folder, split):
 def test_recall_questions_never_appear_verbatim_in_training(facts):
     documents = texts(facts, "train")
     training, questions = "".join(documents), Dataset(facts).questions()
-    # a tenth of the people is famous, and has 2.8 * 12 biographies, others have 0.8 * 12
-    assert len(documents) == 4 * 34 + 36 * 10 and len(questions) == 40 * 6
+    assert len(documents) == 40 * 12 and len(questions) == 40 * 6
     for question in questions:
         assert question["prompt"] not in training
     # ... nor among the tokens, whatever the text would be
@@ -66,7 +65,7 @@ def test_every_fact_asked_for_is_stated_once_in_each_biography(facts):
         name = " ".join(question["prompt"].split()[:3])
         phrases = PHRASES[question["attribute"]]
         stated = [f"{name} {phrase} {question['answer']}.\n" for phrase in phrases]
-        assert len(biographies[name]) in (34, 10)
+        assert len(biographies[name]) == 12
         for text in biographies[name]:
             assert sum(sentence in text for sentence in stated) == 1 and text.count("\n") == 6
         ways = sum(any(sentence in text for text in biographies[name]) for sentence in stated)

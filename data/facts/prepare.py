@@ -141,25 +141,14 @@ def biography(person, generator, held_out=False):
     return "".join(lines)
 
 
-def count_biographies(people, average):
-    """The number of biographies of each person: (people,). A tenth of the people is famous, and
-    has 3.5 times as many as the others. A model that has learned them has learned to look up
-    facts, and learns the others sooner (arXiv:2503.21676)."""
-    famous = people // 10
-    others = (people - 2.8 * famous) / (people - famous)  # 0.8
-    counts = np.full(people, round(others * average))
-    counts[:famous] = round(2.8 * average)
-    return np.maximum(counts, 1)
-
-
-def encode_biographies(people, counts, generator, encoding, held_out):
-    """Write counts[i] biographies of people[i], in random order -> token ids."""
+def encode_biographies(people, rounds, generator, encoding, held_out):
+    """Write biographies of all people, in random order, `rounds` times -> token ids."""
     separator = encoding.encode_single_token(SEPARATOR)
-    order = generator.permutation(np.repeat(np.arange(len(people)), counts))
     ids = []
-    for i in tqdm(order, f"biographies of {len(people):,} people"):
-        text = biography(people[i], generator, held_out)
-        ids.append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
+    for _ in tqdm(range(rounds), f"biographies of {len(people):,} people", unit="round"):
+        for i in generator.permutation(len(people)):
+            text = biography(people[i], generator, held_out)
+            ids.append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
     return np.concatenate(ids)
 
 
@@ -181,7 +170,7 @@ def parse(argv):
     add("--people", type=int, default=2000, help="number of people (default: %(default)s)")
     add("--new", type=int, default=0, help="instead write the facts of this many other people")
     add("--moved", type=int, default=0, help="instead write new employers and cities of this many")
-    add("--biographies", type=int, default=20, help="per person in train.bin, on average (default: 20)")
+    add("--biographies", type=int, default=20, help="per person in train.bin (default: 20)")
     add("--seed", type=int, default=0, help="seed of people and texts (default: %(default)s)")
     places = "default: this one, or facts-new, facts-moved"
     add("--out", type=folder_argument, help=f"folder to write to ({places})")
@@ -227,10 +216,8 @@ def prepare(args):
     val_rounds = 1
     if args.new + args.moved > 0:
         val_rounds = 5  # long enough for a window even with one person
-    counts = count_biographies(len(people), args.biographies)
-    train = encode_biographies(people, counts, generator, encoding, held_out=False)
-    val_counts = np.full(len(people), val_rounds)
-    val = encode_biographies(people, val_counts, generator, encoding, held_out=True)
+    train = encode_biographies(people, args.biographies, generator, encoding, held_out=False)
+    val = encode_biographies(people, val_rounds, generator, encoding, held_out=True)
     questions = make_questions(people)
     bits = sum(math.log2(len(POOLS[question["attribute"]])) for question in questions)
     write_dataset(
@@ -248,7 +235,7 @@ def prepare(args):
     )
     facts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
     print(f"{args.out}: {len(people):,} people, {facts}, vocabulary of {len(tokens) + 1:,}")
-    each = f"{counts.mean():.0f} biographies per person, with each fact once"
+    each = f"{args.biographies} biographies per person, with each fact once"
     print(f"  {len(train):,} training tokens ({each}), {len(val):,} validation tokens")
 
 
