@@ -832,13 +832,21 @@ def torch_adam(values, means, squares, rows, grads, bits, rate, beta1, beta2, ep
     g = grads.float()
     mean = means.index_select(0, rows).lerp_(g, 1 - beta1)
     square = squares.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    means.index_copy_(0, rows, mean)
-    squares.index_copy_(0, rows, square)
+    set_rows(means, rows, mean)
+    set_rows(squares, rows, square)
     value = values.index_select(0, rows).float()
     value.addcdiv_(mean, square.sqrt_().add_(eps), value=-rate)
     if values.dtype == torch.bfloat16:
         value = round_stochastically(value, bits)
-    values.index_copy_(0, rows, value)
+    set_rows(values, rows, value)
+
+
+def set_rows(table, rows, new):
+    """table[rows] = new. On a CPU, numpy takes a third of index_copy_'s time."""
+    if table.device.type == "cpu" and table.dtype == torch.float32:
+        table.detach().numpy()[rows.numpy()] = new.numpy()
+    else:
+        table.index_copy_(0, rows, new)
 
 
 def round_stochastically(value, bits):

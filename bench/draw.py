@@ -9,9 +9,13 @@ The other pictures in assets/ are drawn by hand."""
 
 import argparse
 import json
+import sys
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.reproduce import select_results
 
 BENCH = Path(__file__).resolve().parent
 ASSETS = BENCH.parent / "assets"
@@ -111,16 +115,18 @@ def read_results():
 
 
 def training_curves():
-    """{options: [[(step, recall), ...] of each seed]}, on the machine of the first line."""
-    results = read_results()
+    """{options: [[(step, recall), ...] of each seed]}, on the machine of the first line, of runs
+    with today's presets."""
+    lines = read_results()
+    same = {"machine": lines[0]["machine"]}
     curves = {}
-    for result in results:
-        if result["machine"] == results[0]["machine"]:
-            _, _, words = result["command"].partition("--preset=")
-            options, _, seed = words.rpartition(" --seed=")
+    for command, result in select_results(lines, same).items():
+        _, _, words = command.partition("--preset=")
+        options, _, _ = words.rpartition(" --seed=")
+        if "recall" in result:
             curve = [(step, recall) for step, recall, *_ in result["curve"]]
-            curves.setdefault(options, {})[seed] = curve  # the last, of a seed trained twice
-    return {options: list(seeds.values()) for options, seeds in curves.items()}
+            curves.setdefault(options, []).append(curve)
+    return curves
 
 
 def draw_results():
@@ -201,7 +207,7 @@ def draw_row(look, recalls, y):
 
 SLOTS = {  # options of the runs of each number of slots, and their parameters
     256: ("facts-memory --mem_keys=16 --n_ffn=248", "0.23M"),
-    1024: ("facts-memory --mem_keys=32 --n_ffn=240", "0.28M"),
+    1024: ("facts-memory --mem_keys=32 --n_ffn=240", "0.27M"),
     4096: ("facts-memory --mem_keys=64 --n_ffn=216", "0.47M"),
     16384: ("facts-memory", "1.26M"),
     65536: ("facts-memory --mem_keys=256 --n_ffn=88", "4.40M"),
