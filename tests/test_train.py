@@ -112,6 +112,24 @@ def test_resume_of_each_system_is_bitwise_identical(facts, tmp_path, system, mon
         assert checkpoint["optimizers"][1]["state"][0]["means"].dtype == torch.float32
 
 
+def test_the_demo_is_the_same_twice_and_after_a_resume(facts, tmp_path, monkeypatch):
+    kept = copies_of_checkpoints(monkeypatch, tmp_path / "kept")
+    demo = [
+        f"--dataset={facts}",
+        "--device=cpu",
+        "--max_iters=8",
+        "--eval_interval=4",
+        "--eval_iters=1",
+    ]
+    for name in ("one", "again", "halved"):
+        train_here(*demo, f"--out_dir={tmp_path / name}")
+    shutil.copy(kept / "4.pt", tmp_path / "halved" / "ckpt.pt")
+    resume(tmp_path / "halved")
+    assert load(tmp_path / "one" / "ckpt.pt")["model_config"]["mem_layers"] == (1, 3)
+    assert_same_checkpoint(tmp_path / "one", tmp_path / "again")
+    assert_same_checkpoint(tmp_path / "one", tmp_path / "halved")
+
+
 def copies_of_checkpoints(monkeypatch, folder):
     """Keep each checkpoint that train.py writes, as STEP.pt."""
     folder.mkdir()
