@@ -40,7 +40,7 @@ class Progress:
         """Print how long the rest takes, above the bar."""
         seconds = (self.bar.total - self.bar.n) / steps_per_second
         if seconds > 60 and not self.bar.disable:
-            self.bar.write(f"This should take {about(seconds)}, and a bit for evaluations")
+            self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
 
     def note(self, text):
         """Show what takes long now."""

@@ -90,6 +90,8 @@ def test_a_signal_stops_cleanly_and_resume_is_bitwise_identical(facts, tmp_path,
     said, errors = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
     assert number.name in said and f"--resume --out_dir={out}" in said
+    assert "steps of 64 tokens, an evaluation every 5" in said  # what it will do
+    assert re.search(r"Training should take about [\d.]+ (minutes|hours)\.", said)
     stopped = load(out / "ckpt.pt")["iter"]
     assert stopped >= 4 and log_of(out)[-1]["iter"] == stopped
     assert_goes_on_as_if_nothing_had_happened(facts, out, tmp_path)
