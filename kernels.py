@@ -789,7 +789,7 @@ class RowAdam(torch.optim.Optimizer):
             part = 2**17
         else:
             update_rows = torch_adam
-            part = 2**11  # small enough for a CPU's cache
+            part = 2**12  # small enough for a CPU's cache
         for start in range(0, len(rows), part):
             some_rows = rows[start : start + part]
             some_grads = grads[start : start + part].contiguous()
