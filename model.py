@@ -135,7 +135,9 @@ def attend(q, k, v):
     if q.device.type != "cpu" or T == 1 or T > 128:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     # The same in plain operations. For short sequences it takes half the time on two cores.
-    later = torch.full((T, T), -math.inf).triu(diagonal=1)  # -inf for later positions
+    later = torch.full((T, T), -math.inf, dtype=q.dtype).triu(
+        diagonal=1
+    )  # -inf for later positions
     scores = q @ k.transpose(2, 3) / math.sqrt(width) + later
     return scores.softmax(dim=-1) @ v
 

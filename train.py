@@ -246,7 +246,6 @@ def train(run):
     stop = StopSignal()
     bar = Progress(run, hidden=run.ranks.rank > 0)
     clock = Clock(run)
-    first_step = run.step
     while run.step < config.max_iters:
         # forward and backward; fetch the next batch while a GPU still works on this one
         loss = torch.zeros((), device=run.device)
@@ -271,8 +270,7 @@ def train(run):
             line = {"iter": run.step, "loss": run.ranks.mean(loss.item()), "lr": lr}
             steps_per_second = clock.stop()
             line["tokens_per_s"] = steps_per_second * tokens_in_step(run)
-            if run.step == first_step + 2 * run.config.log_interval:  # the first steps are slow
-                bar.estimate(steps_per_second)
+            bar.estimate(steps_per_second)
             if evaluating:
                 bar.note("evaluating")
             report(run, line, evaluating)

@@ -23,6 +23,7 @@ class Progress:
 
     def __init__(self, run, hidden=False):
         self.numbers = {}
+        self.estimates = 0
         self.bar = tqdm(
             desc=Path(run.config.out_dir).name,
             initial=run.step,
@@ -37,9 +38,10 @@ class Progress:
         self.bar.update()
 
     def estimate(self, steps_per_second):
-        """Print how long the rest takes, above the bar."""
+        """At the second call, print how long the rest takes. The first steps are slower."""
+        self.estimates += 1
         seconds = (self.bar.total - self.bar.n) / steps_per_second
-        if seconds > 60 and not self.bar.disable:
+        if self.estimates == 2 and seconds > 60 and not self.bar.disable:
             self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
 
     def note(self, text):

@@ -168,6 +168,8 @@ def test_attention_equals_its_formula_in_float64(T):
     seen = torch.ones(T, T, dtype=torch.bool).tril()
     want = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v.double()
     torch.testing.assert_close(attend(q, k, v).double(), want, rtol=0, atol=1e-5)
+    rounded = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert rounded.dtype == torch.bfloat16 and (rounded - want).abs().max() < 0.05
     torch.testing.assert_close(
         attend(q[:, :, -1:], k, v)[:, :, 0].double(), want[:, :, -1], rtol=0, atol=1e-5
     )
