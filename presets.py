@@ -11,8 +11,8 @@ PRESETS = {}
 PRESETS["facts-memory"] = dict(
     dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
     learning_rate=2.5e-3, mem_learning_rate=2e-2,
-    n_layer=4, n_head=8, n_embd=64, block_size=64,
-    mem_count=2, mem_keys=128, mem_topk=16,
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=160,
+    mem_layers=(1, 2, 3), mem_keys=128, mem_topk=16,
 )  # fmt: skip
 PRESETS["facts-dense"] = dict(
     dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
@@ -27,8 +27,8 @@ PRESETS["facts-dense2x"] = dict(
 PRESETS["facts-moe"] = dict(
     dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
     learning_rate=2.5e-3,
-    n_layer=4, n_head=8, n_embd=64, block_size=64,
-    system="moe", moe_experts=16, mem_count=2,
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=184,
+    system="moe", moe_experts=11, mem_layers=(1, 2, 3),
 )  # fmt: skip
 PRESETS["facts-pkm"] = dict(
     dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
@@ -40,8 +40,8 @@ PRESETS["facts-pkm"] = dict(
 PRESETS["facts-peer"] = dict(
     dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
     learning_rate=2.5e-3, mem_learning_rate=5e-3,
-    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=224,
-    system="peer", mem_count=2, mem_keys=91, mem_topk=16,
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=296,
+    system="peer", mem_layers=(1, 2, 3), mem_keys=91, mem_topk=16,
     mem_gate=False,
 )  # fmt: skip
 PRESETS["facts-ultramem"] = dict(

@@ -138,8 +138,8 @@ HEADLINE = {
     "Memory+": facts("memory"),
     "dense": facts("dense"),
     "dense, twice the FLOPs": facts("dense2x"),
-    "dense, same time (5,000 steps)": facts("dense", max_iters=5000),
-    "mixture of experts, same time (4,000 steps)": facts("moe", max_iters=4000),
+    "dense, same time (6,000 steps)": facts("dense", max_iters=6000),
+    "mixture of experts, same time (5,000 steps)": facts("moe", max_iters=5000),
 }
 PARTS = {
     "headline": Part(
@@ -153,15 +153,15 @@ PARTS = {
         "dense": facts("dense"),
     }),
     "layers": Part("cpu", "layers on one pool, and the parts of Memory+", range(1, 4), {
-        "two layers (Memory+)": facts("memory"),  # n_ffn keeps the FLOPs equal
-        "one layer": facts("memory", mem_count=1, n_ffn=184),
-        "three layers": facts("memory", mem_layers=(1, 2, 3), n_ffn=160),
-        "two layers, each with half of the slots": facts(
-            "memory", mem_shared=False, mem_keys=90, n_ffn=200),
-        "two layers, no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=216),
-        "two layers, no qk-norm": facts("memory", mem_qk_norm=False),
-        "two layers, neither": facts("pkm", mem_count=2, n_ffn=216),
-        "one layer, neither (product-key memory)": facts("pkm"),
+        "three layers (Memory+)": facts("memory"),  # n_ffn keeps the FLOPs equal
+        "two layers": facts("memory", mem_layers=(1, 3), n_ffn=176),
+        "one layer": facts("memory", mem_layers=(2,), n_ffn=184),
+        "three layers, each with a third of the slots": facts(
+            "memory", mem_shared=False, mem_keys=74, n_ffn=264),
+        "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=288),
+        "no qk-norm": facts("memory", mem_qk_norm=False),
+        "neither": facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288),
+        "product-key memory, one layer": facts("pkm"),
         "dense": facts("dense"),
     }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
@@ -176,10 +176,10 @@ PARTS = {
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 9), {
         "16,384 slots": facts("memory"),
-        "256 slots": facts("memory", mem_keys=16, n_ffn=248),  # n_ffn keeps the FLOPs equal
-        "1,024 slots": facts("memory", mem_keys=32, n_ffn=240),
-        "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
-        "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
+        "256 slots": facts("memory", mem_keys=16, n_ffn=384),  # n_ffn keeps the FLOPs equal
+        "1,024 slots": facts("memory", mem_keys=32, n_ffn=352),
+        "4,096 slots": facts("memory", mem_keys=64, n_ffn=288),
+        "36,864 slots": facts("memory", mem_keys=192, n_ffn=32),
     }),
     "capacity": Part("more", "more people, each fact 98 times", range(1, 4), {
         f"{name}, {count:,} people": more_people(system, count)
@@ -191,13 +191,12 @@ PARTS = {
     }, compared=False),
     "ablations": Part("more", "options of Memory+; n_ffn keeps the FLOPs equal", range(1, 6), {
         "Memory+": facts("memory"),
-        "in blocks 0 and 2": facts("memory", mem_layers=(0, 2)),
-        "in blocks 2 and 3": facts("memory", mem_layers=(2, 3)),
+        "in blocks 0, 1 and 2": facts("memory", mem_layers=(0, 1, 2)),
+        "in blocks 0, 2 and 3": facts("memory", mem_layers=(0, 2, 3)),
         "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
         "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
         "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
-        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=240),
-        "keys of width 64": facts("memory", mem_key_dim=64, n_ffn=48),
+        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=352),
         "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
         "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
         "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
@@ -227,14 +226,13 @@ PARTS = {
         **{f"{slots:,} slots": update("moved", slots=slots) for slots in (256, 1024, 4096, 16384)},
     }),
     "large": Part("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
-        "Memory+": large("memory", mem_keys=512),
-        "dense": large("dense", n_ffn=696),
-        "dense, twice the FLOPs": large("dense2x", n_ffn=1896),
+        "Memory+": large("memory", mem_keys=512, n_ffn=344),
+        "dense": large("dense", n_ffn=616),
+        "dense, twice the FLOPs": large("dense2x", n_ffn=1736),
     }),
     "large slots": Part("gpu", "and with more slots", range(1, 2), {
-        "262,144 slots": large("memory", mem_keys=512),
-        "16,384 slots": large("memory", mem_keys=128, n_ffn=944),
+        "262,144 slots": large("memory", mem_keys=512, n_ffn=344),
+        "16,384 slots": large("memory", mem_keys=128, n_ffn=1112),
         "65,536 slots": large("memory", mem_keys=256, n_ffn=856),
-        "1,048,576 slots": large("memory", mem_keys=1024, n_ffn=344),
     }),
 }  # fmt: skip
