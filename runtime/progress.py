@@ -1,6 +1,5 @@
 """The progress bar of a run, the clock of its training time, and its summary."""
 
-import math
 import shlex
 import time
 from pathlib import Path
@@ -41,7 +40,7 @@ class Progress:
         """At the second call, print how long the rest takes. The first steps are slower."""
         self.estimates += 1
         seconds = (self.bar.total - self.bar.n) / steps_per_second
-        if self.estimates == 2 and seconds > 60 and not self.bar.disable:
+        if self.estimates == 2 and seconds > 90 and not self.bar.disable:
             self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
 
     def note(self, text):
@@ -62,7 +61,7 @@ class Progress:
 def about(seconds):
     """6000 -> "about 1.7 hours" """
     if seconds < 90 * 60:
-        return f"about {math.ceil(seconds / 60)} minutes"
+        return f"about {round(seconds / 60)} minutes"
     return f"about {seconds / 3600:.1f} hours"
 
 
