@@ -104,9 +104,9 @@ def more_people(system, count, **given):
 
 
 def large(system, **given):
-    """For a GPU: 25 times the facts, 17 times the FLOPs."""
-    options = dict(dataset="out/facts50000", batch_size=80, max_iters=10000, eval_interval=2500)
-    return facts(system, **options, n_layer=4, n_head=8, n_embd=256, learning_rate=1.5e-3, **given)
+    """For a GPU: 25 times the facts, 11 times the FLOPs."""
+    options = dict(dataset="out/facts50000", batch_size=160, max_iters=10000, eval_interval=2500)
+    return facts(system, **options, n_embd=256, learning_rate=1.5e-3, **given)
 
 
 BASE = facts("memory", mem_keys=512)  # for updates: in the demo's table every slot is in use
@@ -134,20 +134,16 @@ def update(kind, slots, **given):
 
 
 COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
-RATED = {
-    "Memory+": ("memory", {}),
-    "dense": ("dense", {}),
-    "dense, twice the FLOPs": ("dense2x", {}),
-    "dense, same time (6,000 steps)": ("dense", dict(max_iters=6000)),
-}
 HEADLINE = {
-    **RATED,
-    "mixture of experts, same time (5,000 steps)": ("moe", dict(max_iters=5000)),
+    "Memory+": facts("memory"),
+    "dense": facts("dense"),
+    "dense, twice the FLOPs": facts("dense2x"),
+    "dense, same time (6,000 steps)": facts("dense", max_iters=6000),
+    "mixture of experts, same time (5,000 steps)": facts("moe", max_iters=5000),
 }
 PARTS = {
-    "headline": Part("cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), {
-        name: facts(system, **given) for name, (system, given) in HEADLINE.items()
-    }),
+    "headline": Part(
+        "cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), HEADLINE),
     "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 9), {
         "Memory+": facts("memory"),
         "product-key memory": facts("pkm"),
@@ -156,29 +152,34 @@ PARTS = {
         "mixture of experts": facts("moe"),
         "dense": facts("dense"),
     }),
+    "layers": Part("cpu", "layers on one pool, and the parts of Memory+", range(1, 4), {
+        "three layers (Memory+)": facts("memory"),  # n_ffn keeps the FLOPs equal
+        "two layers": facts("memory", mem_layers=(1, 3), n_ffn=176),
+        "one layer": facts("memory", mem_layers=(2,), n_ffn=184),
+        "three layers, each with a third of the slots": facts(
+            "memory", mem_shared=False, mem_keys=74, n_ffn=264),
+        "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=288),
+        "no qk-norm": facts("memory", mem_qk_norm=False),
+        "neither": facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288),
+        "product-key memory, one layer": facts("pkm"),
+        "dense": facts("dense"),
+    }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
         "dense": training("shakespeare-dense"),
         "mixture of experts": training("shakespeare-moe"),
     }),
-    "rates": Part("more", "the headline's models at a higher rate", range(1, 9), {
-        f"{name}, {rate:g}": facts(system, learning_rate=rate, **given)
-        for name, (system, given) in RATED.items() for rate in (2.5e-3, 4e-3)
-    }, compared=False),
-    "lower rates": Part("more", "and at a lower one", range(1, 3), {
-        f"{name}, {rate:g}": facts(system, learning_rate=rate, **given)
-        for name, (system, given) in RATED.items() for rate in (2.5e-3, 1.5e-3)
-    }, compared=False),
-    "more rates": Part("more", "the other systems at other learning rates", range(1, 3), {
+    "rates": Part("more", "learning rates of the network", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
-        for system in ("pkm", "peer", "ultramem", "moe") for rate in (4e-3, 2.5e-3, 1.5e-3)
+        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+        for rate in (2.5e-3, 1.5e-3, 4e-3)
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 9), {
         "16,384 slots": facts("memory"),
-        "256 slots": facts("memory", mem_keys=16, n_ffn=248),  # n_ffn keeps the FLOPs equal
-        "1,024 slots": facts("memory", mem_keys=32, n_ffn=240),
-        "4,096 slots": facts("memory", mem_keys=64, n_ffn=216),
-        "65,536 slots": facts("memory", mem_keys=256, n_ffn=88),
+        "256 slots": facts("memory", mem_keys=16, n_ffn=384),  # n_ffn keeps the FLOPs equal
+        "1,024 slots": facts("memory", mem_keys=32, n_ffn=352),
+        "4,096 slots": facts("memory", mem_keys=64, n_ffn=288),
+        "36,864 slots": facts("memory", mem_keys=192, n_ffn=32),
     }),
     "capacity": Part("more", "more people, each fact 98 times", range(1, 4), {
         f"{name}, {count:,} people": more_people(system, count)
@@ -188,17 +189,14 @@ PARTS = {
         f"dense, {rate:g}": more_people("dense", 4000, learning_rate=rate)
         for rate in (2.5e-3, 1.5e-3, 4e-3)
     }, compared=False),
-    "ablations": Part("more", "the parts of Memory+; n_ffn keeps the FLOPs equal", range(1, 6), {
+    "ablations": Part("more", "options of Memory+; n_ffn keeps the FLOPs equal", range(1, 6), {
         "Memory+": facts("memory"),
-        "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=216),
-        "no qk-norm": facts("memory", mem_qk_norm=False),
-        "in block 0 instead of 1": facts("memory", mem_layers=(0,)),
-        "in both blocks": facts("memory", mem_layers=(0, 1)),
+        "in blocks 0, 1 and 2": facts("memory", mem_layers=(0, 1, 2)),
+        "in blocks 0, 2 and 3": facts("memory", mem_layers=(0, 2, 3)),
         "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
         "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
         "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
-        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=240),
-        "keys of width 64": facts("memory", mem_key_dim=64, n_ffn=48),
+        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=352),
         "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
         "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
         "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
@@ -211,10 +209,6 @@ PARTS = {
         for name, system in {**COMPARED, "dense, twice the FLOPs": "dense2x"}.items()
         for schedule, given in (("cosine", {}), ("constant", dict(min_lr=2.5e-3)))
     }, compared=False),
-    "layers": Part("more", "a network of four blocks", range(1, 6), {
-        **{f"{n} layers": facts("memory", n_layer=4, mem_count=n) for n in (1, 2, 3)},
-        "dense": facts("memory", n_layer=4, mem_count=0),
-    }),
     "new people": Part("more", "learning 100 people, and forgetting 2,000", range(1, 6), {
         "all weights, AdamW 2.5e-3, RowAdam 2e-2 (as in training)": finetune("new"),
         "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("new", learning_rate=3e-4),
@@ -232,14 +226,13 @@ PARTS = {
         **{f"{slots:,} slots": update("moved", slots=slots) for slots in (256, 1024, 4096, 16384)},
     }),
     "large": Part("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
-        "Memory+": large("memory", mem_keys=512),
-        "dense": large("dense"),
-        "dense, twice the FLOPs": large("dense2x", n_ffn=1912),
+        "Memory+": large("memory", mem_keys=512, n_ffn=344),
+        "dense": large("dense", n_ffn=616),
+        "dense, twice the FLOPs": large("dense2x", n_ffn=1736),
     }),
     "large slots": Part("gpu", "and with more slots", range(1, 2), {
-        "262,144 slots": large("memory", mem_keys=512),
-        "16,384 slots": large("memory", mem_keys=128, n_ffn=776),
-        "65,536 slots": large("memory", mem_keys=256, n_ffn=744),
-        "1,048,576 slots": large("memory", mem_keys=1024, n_ffn=576),
+        "262,144 slots": large("memory", mem_keys=512, n_ffn=344),
+        "16,384 slots": large("memory", mem_keys=128, n_ffn=1112),
+        "65,536 slots": large("memory", mem_keys=256, n_ffn=856),
     }),
 }  # fmt: skip
