@@ -388,7 +388,7 @@ class GPT(nn.Module):
             if device.type == "cuda":
                 batch_size = 2048  # so that a GPU waits less for the CPU
         new = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), lengths[i]))
         while order:  # prompts of one length at a time, without padding
             length = len(prompts[order[0]])
             batch = [i for i in order[:batch_size] if len(prompts[i]) == length]

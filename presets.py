@@ -9,44 +9,44 @@ PRESETS = {}
 
 # made-up facts to remember; three minutes on two CPU cores
 PRESETS["facts-memory"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3, mem_learning_rate=2e-2,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3, mem_learning_rate=2e-2,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=160,
     mem_layers=(1, 2, 3), mem_keys=128, mem_topk=16,
 )  # fmt: skip
 PRESETS["facts-dense"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=184,
 )  # fmt: skip
 PRESETS["facts-dense2x"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=616,
 )  # fmt: skip
 PRESETS["facts-moe"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=184,
     system="moe", moe_experts=11, mem_layers=(1, 2, 3),
 )  # fmt: skip
 PRESETS["facts-pkm"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3, mem_learning_rate=2e-2,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3, mem_learning_rate=2e-2,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=192,
     mem_count=1, mem_keys=128, mem_topk=16,
     mem_gate=False, mem_qk_norm=False,
 )  # fmt: skip
 PRESETS["facts-peer"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3, mem_learning_rate=5e-3,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3, mem_learning_rate=5e-3,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=296,
     system="peer", mem_layers=(1, 2, 3), mem_keys=91, mem_topk=16,
     mem_gate=False,
 )  # fmt: skip
 PRESETS["facts-ultramem"] = dict(
-    dataset="facts", batch_size=16, max_iters=3500, eval_interval=500,
-    learning_rate=2.5e-3, mem_learning_rate=2e-3, mem_decay=4.0,
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3, mem_learning_rate=2e-3, mem_decay=4.0,
     n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=120,
     system="ultramem", mem_layers=(1,), mem_keys=180, mem_heads=2, mem_topk=32, mem_value_dim=32,
     mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
