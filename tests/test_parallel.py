@@ -376,6 +376,7 @@ WRONG = [
     (["--memory_parallel=3"], ["memory_parallel=3", "2 processes"]),
     (["--memory_parallel=2", "--mem_value_dim=33"], ["memory_parallel=2", "33"]),
     (["--memory_parallel=2", "--system=peer"], ["memory_parallel=2", "system=memory", "peer"]),
+    (["--memory_parallel=2", "--mem_shared=false"], ["memory_parallel=2", "mem_shared=true"]),
     (["--gradient_accumulation_steps=3"], ["gradient_accumulation_steps=3", "2"]),
     (["--memory_paralel=2"], ["--memory_paralel=2"]),
     (["--dataset=nowhere"], ["nowhere", "train.bin"]),
