@@ -99,9 +99,9 @@ def arrowheads():
 
 LOOKS = [  # options of the runs, color, name, note; the curve's name, and where it stands
     ("facts-memory", ORANGE, "Memory+", "", "Memory+", (3.6, 0.88, "start")),
-    ("facts-moe --max_iters=5000", GREEN, "mixture of experts", "same time",
+    ("facts-moe --max_iters=4300", GREEN, "mixture of experts", "same time",
      "mixture of experts", (6.1, 0.79, "end")),
-    ("facts-dense --max_iters=6000", VIOLET, "dense", "same time",
+    ("facts-dense --max_iters=5000", VIOLET, "dense", "same time",
      "dense, same time", (6.1, 0.24, "end")),
     ("facts-dense2x", INK, "dense", "twice the FLOPs",
      "2x FLOPs", (1.9, 0.40, "end")),
@@ -206,11 +206,11 @@ def draw_row(look, recalls, y):
 # --- more_slots.svg: recall against the number of slots -------------------------------
 
 SLOTS = {  # options of the runs of each number of slots, and their parameters
-    256: ("facts-memory --mem_keys=16 --n_ffn=248", "0.23M"),
-    1024: ("facts-memory --mem_keys=32 --n_ffn=240", "0.27M"),
-    4096: ("facts-memory --mem_keys=64 --n_ffn=216", "0.47M"),
-    16384: ("facts-memory", "1.26M"),
-    65536: ("facts-memory --mem_keys=256 --n_ffn=88", "4.40M"),
+    256: ("facts-memory --mem_keys=16 --n_ffn=384", "0.32M"),
+    1024: ("facts-memory --mem_keys=32 --n_ffn=352", "0.37M"),
+    4096: ("facts-memory --mem_keys=64 --n_ffn=288", "0.57M"),
+    16384: ("facts-memory", "1.35M"),
+    36864: ("facts-memory --mem_keys=192 --n_ffn=32", "2.66M"),
 }
 LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE, "dense")]
 

@@ -162,7 +162,7 @@ PARTS = {
         "no qk-norm": facts("memory", mem_qk_norm=False),
         "neither": facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288),
         "product-key memory, one layer": facts("pkm"),
-        "dense": facts("dense"),
+        "no memory layer (dense)": facts("dense"),
     }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
@@ -210,7 +210,7 @@ PARTS = {
         for schedule, given in (("cosine", {}), ("constant", dict(min_lr=4e-3)))
     }, compared=False),
     "new people": Part("more", "learning 100 people, and forgetting 2,000", range(1, 6), {
-        "all weights, AdamW 2.5e-3, RowAdam 2e-2 (as in training)": finetune("new"),
+        "all weights, AdamW 4e-3, RowAdam 2e-2 (as in training)": finetune("new"),
         "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("new", learning_rate=3e-4),
         "all weights, AdamW 1e-4, RowAdam 5e-3": finetune(
             "new", learning_rate=1e-4, mem_learning_rate=5e-3),
