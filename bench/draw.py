@@ -98,14 +98,14 @@ def arrowheads():
 # --- results.svg: recall while training, and at the end -------------------------------
 
 LOOKS = [  # options of the runs, color, name, note; the curve's name, and where it stands
-    ("facts-memory", ORANGE, "Memory+", "", "Memory+", (3.6, 0.88, "start")),
+    ("facts-memory", ORANGE, "Memory+", "", "Memory+", (2.35, 0.84, "end")),
     ("facts-moe --max_iters=4300", GREEN, "mixture of experts", "same time",
-     "mixture of experts", (6.1, 0.79, "end")),
+     "mixture of experts", (5.0, 1.03, "end")),
     ("facts-dense --max_iters=5000", VIOLET, "dense", "same time",
-     "dense, same time", (6.1, 0.24, "end")),
+     "dense, same time", (5.05, 0.43, "end")),
     ("facts-dense2x", INK, "dense", "twice the FLOPs",
-     "2x FLOPs", (1.9, 0.40, "end")),
-    ("facts-dense", BLUE, "dense", "", "dense", (3.6, 0.09, "start")),
+     "2x FLOPs", (3.08, 0.325, "start")),
+    ("facts-dense", BLUE, "dense", "", "dense", (3.08, 0.235, "start")),
 ]  # fmt: skip
 
 

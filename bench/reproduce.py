@@ -2,7 +2,7 @@
 
     python bench/reproduce.py --list               the parts, their questions and times
     python bench/reproduce.py --only=headline      one part
-    python bench/reproduce.py                      headline, systems, text and slots: 4 hours
+    python bench/reproduce.py                      headline, systems, layers, slots, text: 2.5 hours
     python bench/reproduce.py --tier=more          the others: a night
     python bench/reproduce.py --tier=gpu           a larger one on one GPU
 

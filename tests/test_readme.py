@@ -256,13 +256,21 @@ def test_the_search_of_the_readme_finds_all_pairs_of_the_best_sub_keys():
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
+def all_lines():
+    return [json.loads(line) for line in reproduce.RESULTS.read_text().splitlines()]
+
+
 def results():
-    """{command: line} on the machine of the first line, and on the machine of the updates."""
-    lines = [json.loads(line) for line in reproduce.RESULTS.read_text().splitlines()]
-    known = reproduce.this_machine(False)
-    update = next(line for line in lines if "--init_from" in line["command"])
-    machines = ({name: line[name] for name in known} for line in (lines[0], update))
-    return [reproduce.select_results(lines, machine) for machine in machines]
+    """{command: line} on the machine of the first line."""
+    lines = all_lines()
+    machine = {name: lines[0][name] for name in reproduce.this_machine(False)}
+    return reproduce.select_results(lines, machine)
+
+
+def former_updates(slots):
+    """Lines of updates of the demo of two blocks."""
+    words = re.compile(rf"--init_from=out/base-fbd8a3fdb570-\d .*facts-new --slots={slots} --seed")
+    return [line for line in all_lines() if words.search(line["command"])]
 
 
 def lines_of(part, label, found):
@@ -272,13 +280,11 @@ def lines_of(part, label, found):
 
 
 def test_the_tables_are_those_of_the_results():
-    first, second = results()
-    parts = ["headline", "systems", "slots", "text", "capacity", "constant rates"]
-    rows = [row for part in parts for row in reproduce.table(part, first).splitlines()[4:]]
-    parts = ["ablations", "new people", "moved people"]
-    rows += [row for part in parts for row in reproduce.table(part, second).splitlines()[4:]]
+    found = results()
+    parts = ["headline", "systems", "layers", "slots", "text", "capacity", "rates"]
+    rows = [row for part in parts for row in reproduce.table(part, found).splitlines()[4:]]
     rows = {row for row in rows if "not measured" not in row}
-    assert len(rows) == 5 + 4 + 5 + 3 + 12 + 8 + 15 + 13 + 6
+    assert len(rows) == 5 + 4 + 9 + 5 + 3 + 3 + 21
     assert not [row for row in rows if BENCH.count(f"\n{row}\n") != 1]  # nothing twice
 
 
@@ -296,7 +302,7 @@ def table_of_systems(found):
     rows = []
     for row, label in SYSTEMS.items():
         lines = lines_of("systems", label, found)
-        assert len(lines) == 8
+        assert len(lines) == 3
         recall = reproduce.with_error([100 * line["recall"] for line in lines], ".1f")
         loss = reproduce.with_error([line["val_loss"] for line in lines], ".3f")
         size, _ = PARTS["systems"].rows[label].size()
@@ -305,60 +311,66 @@ def table_of_systems(found):
     return rows
 
 
+def points_lost(part, label, found):
+    """Recall of a part's first row minus that of another row, each seed, in percent."""
+    first = lines_of(part, next(iter(PARTS[part].rows)), found)
+    other = lines_of(part, label, found)
+    return [100 * (a["recall"] - b["recall"]) for a, b in zip(first, other, strict=True)]
+
+
 def mean_recall(lines):
     return 100 * statistics.mean(line["recall"] for line in lines)
 
 
 def sentences():
     """The parts of sentences in README.md that hold measured numbers."""
-    first, second = results()
-    memory_lines = lines_of("systems", "Memory+", first)
-    dense_lines = lines_of("systems", "dense", first)
+    runs = results()
+    memory_lines = lines_of("systems", "Memory+", runs)
+    dense_lines = lines_of("systems", "dense", runs)
     memory_speed = statistics.median(line["tokens_per_s"] for line in memory_lines)
     dense_speed = statistics.median(line["tokens_per_s"] for line in dense_lines)
     facts = PRESETS["facts-memory"]
-    rates = "2.5e-3 (network, cosine) and 2e-2 (values, constant)"
-    assert (facts["learning_rate"], facts["mem_learning_rate"], facts["mem_count"]) == (
-        2.5e-3,
-        2e-2,
-        1,
-    )
-    slow_dense = mean_recall(lines_of("headline", "dense, same time (6,000 steps)", first))
-    experts = mean_recall(
-        lines_of("headline", "mixture of experts, same time (5,000 steps)", first)
-    )
+    rates = "4e-3 (network, cosine) and 2e-2 (values, constant)"
+    assert (facts["learning_rate"], facts["mem_learning_rate"]) == (4e-3, 2e-2)
+    assert (facts["n_layer"], facts["mem_layers"]) == (4, (1, 2, 3))
+    slow_dense = mean_recall(lines_of("headline", "dense, same time (5,000 steps)", runs))
+    experts = mean_recall(lines_of("headline", "mixture of experts, same time (4,300 steps)", runs))
     seconds = [
-        line["seconds"] for label in SYSTEMS.values() for line in lines_of("systems", label, first)
+        line["seconds"] for label in SYSTEMS.values() for line in lines_of("systems", label, runs)
     ]
-    long = {name: mean_recall(lines_of("capacity", f"{name}, 2,000 people", first))
-            for name in ("dense", "mixture of experts", "Memory+")}  # fmt: skip
-    one = lines_of("ablations", "Memory+", second)
-    two = lines_of("ablations", "in both blocks", second)
-    lost = [100 * (a["recall"] - b["recall"]) for a, b in zip(one, two, strict=True)]
-    text = lines_of("text", "Memory+", first)
-    other = lines_of("text", "dense", first)
+    long = {}
+    for line in all_lines():  # of the demo of two blocks, one seed
+        match = re.search(r"facts-(\w+) --max_iters=10500 ", line["command"])
+        if match is not None:
+            long[match[1]] = 100 * line["recall"]
+    without = {}
+    for label in PARTS["layers"].rows:
+        without[label] = reproduce.with_error(points_lost("layers", label, runs), ".0f")
+    text = lines_of("text", "Memory+", runs)
+    other = lines_of("text", "dense", runs)
     nats = [b["val_loss"] - a["val_loss"] for a, b in zip(text, other, strict=True)]
-    update = lines_of("new people", "16,384 slots", second)
+    update = former_updates(16384)
     new = statistics.mean(100 * line["recall"] for line in update)
     old = statistics.mean(100 * (line["curve"][0][-2] - line["curve"][-1][-2]) for line in update)
     seconds_of_update = statistics.median(line["update_seconds"] for line in update)
-    assert (len(one), len(text), len(update)) == (3, 5, 5)
-    assert round(statistics.median(line["seconds"] for line in memory_lines) / 60) == 4
+    assert (len(text), len(update)) == (5, 5)
     return [
         f"recalls {mean_recall(memory_lines):.0f}% of 12,000 made-up facts",
         f"a dense GPT recalls {mean_recall(dense_lines):.0f}%",
         f"on one thread, Memory+ trains at {round(memory_speed, -2):,.0f} tokens a second",
         f"dense at {round(dense_speed, -2):,.0f}",
         f"In about the same time, dense recalls {slow_dense:.0f}% and a mixture of experts {experts:.0f}%",
-        f"{facts['mem_keys']}² slots, `heads=4, topk={facts['mem_topk']}`, one layer, and rates of {rates}",
-        *table_of_systems(first),
-        "Two blocks of width 64, 3,500 steps of 1,024 tokens",
+        f"{facts['mem_keys']}² slots, `heads=4, topk={facts['mem_topk']}`, blocks 1, 2, 3 of 4, and rates of {rates}",
+        *table_of_systems(runs),
+        "Four blocks of width 64, 3,000 steps of 1,024 tokens",
         f"{sum(seconds) / 2 / 3600:.1f} hours",
-        f"dense recalls {long['dense']:.0f}%, experts {long['mixture of experts']:.0f}%, Memory+ {long['Memory+']:.0f}% (one seed)",
-        f"{reproduce.with_error(lost, '.0f')} points less (three seeds)",
+        f"dense recalls {long['dense']:.0f}%, experts {long['moe']:.0f}%, Memory+ {long['memory']:.0f}% (one seed",
+        f"It recalls {without['one layer']} points less than three layers on one pool",
+        f"without qk-norm recall {without['no qk-norm']} points less",
+        f"with a third of the slots each, {without['three layers, each with a third of the slots']}.",
         f"{reproduce.with_error(nats, '.3f')} nats a byte (five seeds)",
         f"In {seconds_of_update:.0f} s on a CPU, the update ({update[0]['bytes'] / 1e6:.1f} MB) teaches {new:.0f}% of 600 new facts",
-        f"costs {old:.1f} points of old recall (five seeds)",
+        f"costs {old:.1f} points of old recall (five seeds",
         "100 new people by changing 16,384 slots",
     ]
 
@@ -404,47 +416,55 @@ def test_every_number_of_the_readme_is_measured():
 
 
 def test_the_output_that_is_shown_is_that_of_seed_1():
-    first, _ = results()
-    line = lines_of("systems", "Memory+", first)[0]
+    runs = results()
+    line = lines_of("systems", "Memory+", runs)[0]
     steps = PRESETS["facts-memory"]["max_iters"]
     shown = blocks("sh")[0]
-    assert f"# {steps:,} steps, {steps * 8 * 128:,} tokens in" in shown
+    assert f"# {steps:,} steps, {steps * 16 * 64:,} tokens in" in shown
     assert f"train, {line['val_loss']:.3f} validation" in shown
     assert f"recall       {line['recall']:.1%} of 12,000" in shown
     assert f"memory       {line['mem_used']:.1%} of slots read" in shown
     assert (
-        f"the mean of eight seeds is {mean_recall(lines_of('systems', 'Memory+', first)):.0f}%"
+        f"the mean of three seeds is {mean_recall(lines_of('systems', 'Memory+', runs)):.0f}%"
         in shown
     )
 
 
 def test_sentences_of_bench_readme_are_those_of_the_results():
-    first, _ = results()
-    memory_lines = lines_of("systems", "Memory+", first)
-    plain = lines_of("systems", "product-key memory", first)
-    dense = mean_recall(lines_of("systems", "dense", first))
-    wide = mean_recall(lines_of("headline", "dense, twice the FLOPs", first))
+    runs = results()
+    memory_lines = lines_of("systems", "Memory+", runs)
+    plain = lines_of("systems", "product-key memory", runs)
+    dense = mean_recall(lines_of("systems", "dense", runs))
+    wide = mean_recall(lines_of("headline", "dense, twice the FLOPs", runs))
     recall = mean_recall(memory_lines)
     pairs = list(zip(memory_lines, plain, strict=True))
     points = [100 * (a["recall"] - b["recall"]) for a, b in pairs]
-    nats = [a["val_loss"] - b["val_loss"] for a, b in pairs]
+    nats = [b["val_loss"] - a["val_loss"] for a, b in pairs]
+    lost = {}
+    for label in PARTS["layers"].rows:
+        lost[label] = reproduce.with_error(points_lost("layers", label, runs), ".1f")
     steps = []
-    numbers = ("256", "1,024", "4,096", "16,384", "65,536")
-    runs = [lines_of("slots", f"{number} slots", first) for number in numbers]
-    for fewer, more in itertools.pairwise(runs):
+    numbers = ("256", "1,024", "4,096", "16,384")
+    tables = [lines_of("slots", f"{number} slots", runs) for number in numbers]
+    for fewer, more in itertools.pairwise(tables):
         rise = [100 * (b["recall"] - a["recall"]) for a, b in zip(fewer, more, strict=True)]
         steps.append(reproduce.with_error(rise, ".1f"))
     seconds = {}
     for part in ("headline", "systems"):
         for label in PARTS[part].rows:
-            for line in lines_of(part, label, first):
+            for line in lines_of(part, label, runs):
                 seconds[line["command"]] = line["seconds"]
     text = joined(BENCH)
     for sentence in (
         f"Memory+ recalls {recall / dense:.1f} times as much as dense at equal FLOPs and tokens, "
         f"and {recall / wide:.1f} times as much as dense with twice the FLOPs",
         f"Memory+ has {reproduce.with_error(points, '.1f')} points more recall",
-        f"and {reproduce.with_error(nats, '.3f')} nats more validation loss",
+        f"and {reproduce.with_error(nats, '.3f')} nats less validation loss",
+        f"recall {lost['one layer']} points more than one layer",
+        f"Two layers are {lost['two layers']} points below three",
+        f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
+        f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
+        f"it loses {lost['no gate, no output matrix']}; without norms and gate, {lost['neither']}",
         f"recall rises by {', '.join(steps[:-1])} and {steps[-1]} points",
         f"{sum(seconds.values()) / 2 / 3600:.1f} hours on the EPYC",
     ):
