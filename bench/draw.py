@@ -210,7 +210,6 @@ SLOTS = {  # options of the runs of each number of slots, and their parameters
     1024: ("facts-memory --mem_keys=32 --n_ffn=352", "0.37M"),
     4096: ("facts-memory --mem_keys=64 --n_ffn=288", "0.57M"),
     16384: ("facts-memory", "1.35M"),
-    36864: ("facts-memory --mem_keys=192 --n_ffn=32", "2.66M"),
 }
 LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE, "dense")]
 
@@ -251,7 +250,7 @@ def draw_more_slots():
 
 
 def slots_point(column, recall):
-    return round(150 + 120 * column, 1), round(330 - 300 * recall, 1)
+    return round(150 + 160 * column, 1), round(330 - 300 * recall, 1)
 
 
 # --- slots.svg: what questions read in a table of N * N slots -------------------------
