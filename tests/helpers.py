@@ -16,7 +16,7 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
+    "--n_layer=2 --n_head=2 --n_embd=32 --n_ffn=0 --block_size=32 --mem_layers=1 --mem_keys=16 --mem_topk=4 --mem_heads=2 --batch_size=2 "
     "--eval_iters=1 --device=cpu --log_interval=1 --max_iters=4 --eval_interval=2"
 ).split()
 SYSTEMS = {  # options of a model of at least two blocks

@@ -74,7 +74,7 @@ def test_a_profile_finds_the_parts_of_a_step(preset, parts):
     if preset.startswith("gpt2"):
         options = {**options, **TINY, "mem_count": int("memory" in preset)}
     training = speed.Training(options, torch.device("cpu"))
-    assert training.tokens == options["block_size"] * (2 * 2 if preset.startswith("gpt2") else 8)
+    assert training.tokens == options["block_size"] * (2 * 2 if preset.startswith("gpt2") else 16)
     training.step()
     shares = training.shares(steps=1)
     assert {part for part, share in shares.items() if share > 0} == parts

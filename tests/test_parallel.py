@@ -132,7 +132,7 @@ def test_several_ranks_equal_one(options, alone, tmp_path, ranks, M):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_the_demo(options, tmp_path):
-    steps = ["--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3"]
+    steps = ["--gradient_accumulation_steps=2", "--max_iters=3", "--eval_interval=3"]
     demo = ["--preset=facts-memory", options[-1], *steps, "--log_interval=1", "--device=cpu"]
     train_here(*demo, f"--out_dir={tmp_path / 'alone'}")
     train_with(2, *demo, f"--out_dir={tmp_path / 'together'}")
