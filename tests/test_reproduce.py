@@ -25,7 +25,7 @@ def read_lines(path):
 @pytest.mark.slow
 def test_runs_that_are_done_on_this_machine_are_not_repeated(facts, tmp_path, monkeypatch, capsys):
     def set_parts():
-        rows = {"thin": training("facts-dense", n_ffn=8, **small_options(facts))}
+        rows = {"thin": training("facts-dense", **{**small_options(facts), "n_ffn": 8})}
         part = Part("cpu", "does it work?", (1, 2), rows)
         monkeypatch.setattr(reproduce, "PARTS", {"tiny": part})
 
