@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -88,8 +89,8 @@ def wait_for_step(out, step, processes):
         time.sleep(0.01)
 
 
-def assert_equal_runs(one, other, tolerance=1e-5):
-    """Losses of all steps to 1e-5, final weights and the state of both optimisers to tolerance times the largest number in each tensor.
+def assert_equal_runs(one, other):
+    """Losses of all steps to 1e-5, final weights and the state of both optimisers to 1e-5 of the largest number in each tensor.
 
     The state counts: Adam takes the same step if a gradient is a multiple of what it should be, but its moments tell."""
     for a, b in zip(log_of(one), log_of(other), strict=True):
@@ -101,7 +102,7 @@ def assert_equal_runs(one, other, tolerance=1e-5):
     assert sum("means" in name or "exp_avg" in name for name in one) > 10
     for name, a in one.items():
         b = other[name]
-        assert a.shape == b.shape and (a - b).abs().max() <= tolerance * a.abs().max(), name
+        assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * a.abs().max(), name
 
 
 def tensors_of(out):
@@ -132,12 +133,21 @@ def test_several_ranks_equal_one(options, alone, tmp_path, ranks, M):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_the_demo(options, tmp_path):
-    steps = ["--gradient_accumulation_steps=2", "--max_iters=3", "--eval_interval=3"]
-    demo = ["--preset=facts-memory", options[-1], *steps, "--log_interval=1", "--device=cpu"]
-    train_here(*demo, f"--out_dir={tmp_path / 'alone'}")
-    train_with(2, *demo, f"--out_dir={tmp_path / 'together'}")
-    # a million values, trained at 2e-2 from the first step on
-    assert_equal_runs(tmp_path / "alone", tmp_path / "together", tolerance=1e-4)
+    """The first and the sixth step, each from the same weights. Over several steps the runs part: sums in another order differ in their last bits, and where
+    two slots score the same to these bits (in some of 25,000 selections a step), the other slot is read."""
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    demo = ["--preset=facts-memory", options[-1], "--gradient_accumulation_steps=2", "--log_interval=1", "--device=cpu"]
+    train_here(*demo, "--max_iters=1", f"--out_dir={one}")
+    train_with(2, *demo, "--max_iters=1", f"--out_dir={two}")
+    assert_equal_runs(one, two)
+
+    train_here("--resume", "--max_iters=5", f"--out_dir={one}")
+    shutil.rmtree(two)
+    shutil.copytree(one, two)
+    train_here("--resume", "--max_iters=6", f"--out_dir={one}")
+    train_with(2, "--resume", "--max_iters=6", f"--out_dir={two}")
+    assert_equal_runs(one, two)
 
 
 @pytest.mark.slow
