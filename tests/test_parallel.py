@@ -137,7 +137,13 @@ def test_two_ranks_equal_one_in_the_demo(options, tmp_path):
     two slots score the same to these bits (in some of 25,000 selections a step), the other slot is read."""
     one = tmp_path / "one"
     two = tmp_path / "two"
-    demo = ["--preset=facts-memory", options[-1], "--gradient_accumulation_steps=2", "--log_interval=1", "--device=cpu"]
+    demo = [
+        "--preset=facts-memory",
+        options[-1],
+        "--gradient_accumulation_steps=2",
+        "--log_interval=1",
+        "--device=cpu",
+    ]
     train_here(*demo, "--max_iters=1", f"--out_dir={one}")
     train_with(2, *demo, "--max_iters=1", f"--out_dir={two}")
     assert_equal_runs(one, two)
