@@ -20,6 +20,7 @@ has no end mark. The checksums in the xz-compressed parts must be right.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -221,14 +222,32 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+@contextlib.contextmanager
+def delay_ctrl_c():
+    """Ctrl-C within takes effect at the end: an interrupted pool can keep a lock, and would then
+    wait for itself. Processes that start within do not get it, although a terminal sends it to
+    them, too."""
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new process inherits it
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def start_pool(workers):
-    """Start processes that ignore Ctrl-C, because a terminal sends it to them, too."""
     context = multiprocessing.get_context("spawn")  # the same on every system
+    # This starts a helper process, which unblocks Ctrl-C. So it comes before delay_ctrl_c().
     pool = ProcessPoolExecutor(workers, context, start_worker)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
-    for _ in range(workers):
-        pool.submit(int)  # starts a process
-    signal.signal(signal.SIGINT, handler)
+    with delay_ctrl_c():
+        for _ in range(workers):
+            pool.submit(int)  # starts a process
     return pool
 
 
@@ -239,7 +258,8 @@ def write_tokens(out, parts, pool):
     with tqdm(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
         for archive in parts:  # one at a time, because waiting results take memory
             work = functools.partial(tokenize, archive, VOCABULARY)
-            results = pool.map(work, parts[archive])
+            with delay_ctrl_c():
+                results = pool.map(work, parts[archive])
             for part, (train, val, count) in zip(parts[archive], results, strict=True):
                 files.append_to_file(out / "train.bin", train)
                 files.append_to_file(out / "val.bin", val)
