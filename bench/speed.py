@@ -98,9 +98,10 @@ def layer_step(layer, inputs, optimizers, device):
     return step
 
 
-def layer_times(options, device, repeats):
-    """Print the time of a training step of a layer."""
-    config, shape = make_configs(options, train.TrainConfig, GPTConfig)
+def layer_times(models, device, repeats):
+    """Print the time of a training step of a memory layer, and of the SwiGLU of the dense model."""
+    config, shape = make_configs(models["memory"], train.TrainConfig, GPTConfig)
+    _, dense_shape = make_configs(models["dense"], train.TrainConfig, GPTConfig)
     tokens = config.batch_size * shape.block_size
     C = shape.n_embd
     slots = shape.mem_keys**2
@@ -111,7 +112,7 @@ def layer_times(options, device, repeats):
         plain_pool = PlainPool(slots, C, dtype)
         memory = MemoryLayer(C, slots, shape.mem_heads, shape.mem_topk)
         plain = PlainLayer(C, slots, shape.mem_heads, shape.mem_topk)
-        swiglu = SwiGLU(C, shape.n_ffn)
+        swiglu = SwiGLU(C, dense_shape.n_ffn)
     adam = torch.optim.Adam([plain_pool.values], lr=1e-3)
     runs = {
         "Memory+": layer_step(memory, [x, pool], [RowAdam(pool)], device),
@@ -237,6 +238,16 @@ def preset_speed(name, device, compiled, micro_steps, repeats):
         print_row(part, f"{share:.1%}")
 
 
+def models_to_compare(device, systems):
+    """{name: options of a model}, one of them "dense". systems: all of the facts presets"""
+    if systems:
+        names = [name for name in PRESETS if name.startswith("facts-")]
+        return {name.removeprefix("facts-"): PRESETS[name] for name in names}
+    if device.type == "cuda":
+        return {"memory": GPU_MODEL, "dense": {**GPU_MODEL, "mem_count": 0}}
+    return {"memory": PRESETS["facts-memory"], "dense": PRESETS["facts-dense"]}
+
+
 def compare(trainings, repeats):
     """Print speeds of training and generation, and what takes more than 3% of a step. trainings:
     {name: Training}, one of them "dense" """
@@ -268,15 +279,9 @@ def main():
         preset_speed(name, device, args.compile, args.micro_steps, args.repeats)
     if args.preset:
         return
-    memory = PRESETS["facts-memory"]
-    if device.type == "cuda":
-        memory = GPU_MODEL
-    models = {"memory": memory, "dense": {**memory, "mem_count": 0}}
-    if args.systems:
-        names = [name for name in PRESETS if name.startswith("facts-")]
-        models = {name.removeprefix("facts-"): PRESETS[name] for name in names}
-    else:
-        layer_times(memory, device, args.repeats)
+    models = models_to_compare(device, args.systems)
+    if not args.systems:
+        layer_times(models, device, args.repeats)
     compare({name: Training(x, device, args.compile) for name, x in models.items()}, args.repeats)
 
 

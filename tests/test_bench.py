@@ -81,6 +81,16 @@ def test_a_profile_finds_the_parts_of_a_step(preset, parts):
     assert sum(shares.values()) < 1
 
 
+@pytest.mark.parametrize("systems", [False, True])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_only_the_dense_models_have_no_memory(kind, systems):
+    models = speed.models_to_compare(torch.device(kind), systems)
+    for name, options in models.items():
+        with torch.device("meta"):
+            training = speed.Training(options, torch.device("meta"))
+        assert (training.model.pool is None) == (name in ("dense", "dense2x", "moe")), name
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_or_hangs_keeps_its_output_and_is_run_again(tmp_path, capsys):
     program = tmp_path / "program.py"
