@@ -180,6 +180,7 @@ PARTS = {
         "1,024 slots": facts("memory", mem_keys=32, n_ffn=352),
         "4,096 slots": facts("memory", mem_keys=64, n_ffn=288),
         "36,864 slots": facts("memory", mem_keys=192, n_ffn=32),
+        "36,864 slots, 7% more FLOPs": facts("memory", mem_keys=192),
     }),
     "capacity": Part("more", "more people, each fact 84 times", range(1, 4), {
         f"{name}, {count:,} people": more_people(system, count)
