@@ -1,6 +1,6 @@
 """Time the layer, training and generation, and show where the time goes.
 
-    python bench/speed.py              a layer, and a model with one, against dense ones
+    python bench/speed.py              a memory layer, and the demo, against dense ones
     python bench/speed.py --systems    all systems of the facts presets
     python bench/speed.py --preset=gpt2-dense --preset=gpt2-memory --compile
 
