@@ -205,12 +205,14 @@ def draw_row(look, recalls, y):
 
 # --- more_slots.svg: recall against the number of slots -------------------------------
 
-SLOTS = {  # options of the runs of each number of slots, and their parameters
+SLOTS = {  # options of the runs of each number of slots at equal FLOPs, and their parameters
     256: ("facts-memory --mem_keys=16 --n_ffn=384", "0.32M"),
     1024: ("facts-memory --mem_keys=32 --n_ffn=352", "0.37M"),
     4096: ("facts-memory --mem_keys=64 --n_ffn=288", "0.57M"),
     16384: ("facts-memory", "1.35M"),
+    36864: ("facts-memory --mem_keys=192 --n_ffn=32", "2.66M"),
 }
+MORE_FLOPS = ("facts-memory --mem_keys=192", "7% more FLOPs")  # 36,864 slots, SwiGLU as with 16,384
 LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE, "dense")]
 
 
@@ -233,24 +235,34 @@ def draw_more_slots():
     means = []
     for column, (slots, (options, parameters)) in enumerate(SLOTS.items()):
         recalls = [curve[-1][1] for curve in curves[options]]
-        average = mean(recalls)
-        error = stdev(recalls) / len(recalls) ** 0.5
-        means.append(slots_point(column, average))
-        bottom = slots_point(column, average - error)
-        top = slots_point(column, average + error)
-        x, _ = bottom
-        parts.append(line([bottom, top], ORANGE, 3.2))
-        parts += rings([slots_point(column, recall) for recall in recalls], 4.5, ORANGE)
+        means.append(slots_point(column, mean(recalls)))
+        parts += recalls_in_column(column, recalls)
+        x, _ = means[-1]
         parts.append(text(x, 360, f"{slots:,}", 14))
         parts.append(text(x, 380, parameters, 14, SOFT))
     parts.append(line(means, ORANGE, 3.2))
     x, y = means[3]
     parts.append(label(x - 16, y - 8, "Memory+", ORANGE, "end", font_weight="bold"))
+    options, words = MORE_FLOPS
+    recalls = [curve[-1][1] for curve in curves[options]]
+    end = slots_point(4, mean(recalls))
+    parts.append(line([means[3], end], ORANGE, 2, stroke_dasharray="2 4"))
+    parts += recalls_in_column(4, recalls)
+    parts.append(label(end[0] - 4, end[1] + 24, words, ORANGE, "middle"))
     save("more_slots.svg", 722, 400, parts)
 
 
+def recalls_in_column(column, recalls):
+    """A ring for each seed, and a bar for mean ± standard error."""
+    average = mean(recalls)
+    error = stdev(recalls) / len(recalls) ** 0.5
+    ends = [slots_point(column, average - error), slots_point(column, average + error)]
+    points = [slots_point(column, recall) for recall in recalls]
+    return [line(ends, ORANGE, 3.2), *rings(points, 4.5, ORANGE)]
+
+
 def slots_point(column, recall):
-    return round(150 + 160 * column, 1), round(330 - 300 * recall, 1)
+    return round(150 + 122 * column, 1), round(330 - 300 * recall, 1)
 
 
 # --- slots.svg: what questions read in a table of N * N slots -------------------------
