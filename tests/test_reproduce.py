@@ -138,7 +138,7 @@ def test_rows_of_a_part_can_be_built_and_have_equal_flops(part):
     if part in ("new people", "moved people"):
         assert all(row.is_update() for row in rows.values())
         return
-    sizes = {label: row.size() for label, row in rows.items()}
+    sizes = {label: row.size() for label, row in rows.items() if "more FLOPs" not in label}
     flops = {
         label: size[1] * (0.5 if "twice" in label or "2x" in label else 1)
         for label, size in sizes.items()
@@ -189,9 +189,19 @@ def test_updates_of_a_seed_are_of_the_model_of_that_seed():
 
 
 def test_numbers_written_into_the_pictures_are_those_of_the_results():
-    for slots, (_, parameters) in draw.SLOTS.items():
-        size, _ = PARTS["slots"].rows[f"{slots:,} slots"].size()
-        assert parameters == f"{size:.2f}M"
+    rows = PARTS["slots"].rows
+    _, demo = rows["16,384 slots"].size()
+    for slots, (options, parameters) in draw.SLOTS.items():
+        size, flops = rows[f"{slots:,} slots"].size()
+        assert parameters == f"{size:.2f}M" and flops == pytest.approx(demo, rel=0.01)
+        assert f"--preset={options} " in rows[f"{slots:,} slots"].command
+    options, words = draw.MORE_FLOPS
+    _, flops = rows[f"36,864 slots, {words}"].size()
+    assert words == f"{flops / demo - 1:.0%} more FLOPs"
+    assert (
+        rows[f"36,864 slots, {words}"].command
+        == f"python train.py --preset={options} --seed={{seed}}"
+    )
     curves = draw.update_curves()
     falls = {options: words.partition(": falls to ")[2] for options, _, words, *_ in draw.UPDATES}
     falls = {options: percent for options, percent in falls.items() if percent}
