@@ -126,7 +126,7 @@ def training_curves():
     for command, result in select_results(lines, same).items():
         _, _, words = command.partition("--preset=")
         options, _, seed = words.rpartition(" --seed=")
-        if "recall" in result and int(seed) <= SEEDS:
+        if words and "recall" in result and int(seed) <= SEEDS:
             curve = [(step, recall) for step, recall, *_ in result["curve"]]
             curves.setdefault(options, []).append(curve)
     return curves
