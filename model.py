@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory import default_key_dim, initialize_linear
-from runtime.checkpoint import DAMAGE, read_checkpoint
+from runtime.checkpoint import DAMAGE, checkpoint_file, read_checkpoint
 from runtime.files import explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
@@ -57,14 +57,14 @@ class GPTConfig(SystemOptions):
 
     def check_heads(self):
         if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+            raise ValueError(f"--n_embd={self.n_embd} must be divisible by --n_head={self.n_head}")
         width = self.n_embd // self.n_head
         if width % 2 != 0:
             reason = "rotary positions turn pairs of numbers, so it must be even"
-            raise ValueError(f"n_embd / n_head = {width}: {reason}")
+            raise ValueError(f"--n_embd / --n_head = {width}: {reason}")
         if self.mem_count > self.n_layer:
-            blocks = f"the model has only n_layer={self.n_layer} blocks"
-            raise ValueError(f"mem_count={self.mem_count}: {blocks}")
+            blocks = f"the model has only --n_layer={self.n_layer} blocks"
+            raise ValueError(f"--mem_count={self.mem_count}: {blocks}")
 
     def fill_in(self):
         """Fill in what 0 and () mean."""
@@ -86,8 +86,8 @@ class GPTConfig(SystemOptions):
     def check_layers(self):
         for i in self.mem_layers:
             if not 0 <= i < self.n_layer:
-                blocks = f"n_layer={self.n_layer} has blocks 0 to {self.n_layer - 1}"
-                raise ValueError(f"mem_layers: there is no block {i}; {blocks}")
+                blocks = f"--n_layer={self.n_layer} has blocks 0 to {self.n_layer - 1}"
+                raise ValueError(f"--mem_layers: there is no block {i}; {blocks}")
 
 
 def spread_evenly(count, n_layer):
@@ -253,9 +253,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu", group=None, replicas=None):
-        """Load the model from a checkpoint of train.py onto a device. group, replicas: as above,
-        for any number of processes that wrote the file. Raises FileNotFoundError or ValueError,
-        naming the file, if it is missing, damaged, or not a checkpoint."""
+        """Load the model from a checkpoint of train.py onto a device, in eval mode. path: the
+        folder of a run, or its ckpt.pt; group, replicas: as above, for any number of processes
+        that wrote the file. Raises FileNotFoundError or ValueError, naming the file, if it is
+        missing, damaged, or not a checkpoint."""
+        path = checkpoint_file(path)
         checkpoint = read_checkpoint(path)
         with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
             weights = checkpoint["model"]
@@ -265,7 +267,7 @@ class GPT(nn.Module):
             if model.pool is not None:
                 weights["pool.values"] = own_columns(model.pool, weights["pool.values"])
             model.load_state_dict(weights)
-        return model
+        return model.eval()
 
     @torch.no_grad()
     def initialize(self):

@@ -131,7 +131,7 @@ class Sampler:
         what = f"{self.path} cannot be sampled from"
         with (
             explain_errors(what, "give another --out_dir"),
-            explain_out_of_memory(),
+            explain_out_of_memory("try --device=cpu"),
             explain_output_errors(),
             self.context,
         ):

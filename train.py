@@ -5,7 +5,7 @@
     python train.py --mem_keys=64 --out_dir=out/small            any option overrides a preset
     python train.py --resume --out_dir=out/small                 continue that run
     python train.py --init_from=out/small --dataset=facts-new    finetune that model
-    torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2
+    torchrun --standalone --nproc_per_node=2 train.py --gradient_accumulation_steps=2 --batch_size=8
 
 Options are the fields of TrainConfig and of GPTConfig (model.py). A preset (presets.py) replaces
 some of their defaults.
@@ -14,7 +14,6 @@ some of their defaults.
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -35,15 +34,17 @@ from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, rea
 from runtime.checkpoint import restore_optimizers, save_tensors, whole_state
 from runtime.device import check_memory, choose_device, compiled, precision
 from runtime.distributed import Ranks, StopSignal, check_processes, exit_at_once, fail_on_rank
-from runtime.distributed import lost_another_process, output_from_rank_0_only
-from runtime.distributed import processes_per_table
+from runtime.distributed import command_to_resume, lost_another_process
+from runtime.distributed import output_from_rank_0_only, processes_per_table
 from runtime.files import UserError, append_to_file, explain_out_of_memory
 from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.options import options_from_preset, options_to_finetune, options_to_resume
-from runtime.progress import Clock, Progress, summarize
+from runtime.progress import Clock, Progress, announce, evaluation_bar, summarize
 
 DEFAULT_PRESET = "facts-memory"
+BATCH = "--batch_size (and raise --gradient_accumulation_steps)"
+LESS_MEMORY = f"lower {BATCH}, --block_size, or --mem_keys"
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,20 @@ class TrainConfig:
     def __post_init__(self):
         check_options(self)
         if not self.out_dir.strip():
-            raise ValueError("out_dir=: must name a folder; is it an unset variable?")
+            raise ValueError("--out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
-            raise ValueError("resume continues the run, overwrite removes it: give only one")
+            raise ValueError("--resume continues the run, --overwrite removes it: give only one")
         if self.background and not self.init_from:
-            raise ValueError("background= needs init_from=, the folder of a run to finetune")
+            raise ValueError("--background needs --init_from, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
-            way_out = "init_from= names the same folder; give another one"
-            raise ValueError(f"out_dir={self.out_dir}: {way_out}")
+            way_out = "--init_from names the same folder; give another one"
+            raise ValueError(f"--out_dir={self.out_dir}: {way_out}")
 
 
 @dataclass
 class Run:
     """What train() needs. data: from open_dataset; data["old"] is the background's, if any.
-    before: in finetuning, the evaluation before the first step."""
+    before: in finetuning, the evaluation before the first step. note: to print at the start."""
 
     config: TrainConfig
     model: GPT
@@ -113,6 +114,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     before: dict = field(default_factory=dict)
+    note: str = ""
 
 
 # --- optimisers and learning rates ----------------------------------------------------
@@ -140,6 +142,19 @@ def learning_rate(config, it, largest):
         return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (largest - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def note_on_schedule(old, config, step):
+    """Say how the rate changes if a run continues with another schedule. old: its TrainConfig"""
+    same = ("max_iters", "warmup_iters", "learning_rate", "min_lr")
+    if all(getattr(old, name) == getattr(config, name) for name in same):
+        return ""
+    last = learning_rate(old, step - 1, old.learning_rate)
+    now = learning_rate(config, step, config.learning_rate)
+    note = f"Learning rate: {last:.1e} in the last step, on the old schedule; {now:.1e} now"
+    if config.min_lr < config.learning_rate:
+        note += ". A constant rate: --learning_rate=R --min_lr=R"
+    return note
 
 
 def memory_rate(config, it):
@@ -196,7 +211,8 @@ def training_batches(run):
 def mean_loss(model, windows, config, device):
     """Mean loss over eval_iters batches, the same ones every time."""
     total = 0.0
-    for idx, targets in batches(windows, range(config.eval_iters), config.batch_size, device):
+    pairs = batches(windows, range(config.eval_iters), config.batch_size, device)
+    for idx, targets in evaluation_bar(pairs, config.eval_iters):
         _, loss = model(idx, targets)
         total += loss.item()
     return total / config.eval_iters
@@ -245,7 +261,7 @@ def train(run):
     inputs, targets = next(pairs)
     stop = StopSignal()
     bar = Progress(run, hidden=run.ranks.rank > 0)
-    clock = Clock(run)
+    clock = Clock(run, tokens_in_step(run))
     while run.step < config.max_iters:
         # forward and backward; fetch the next batch while a GPU still works on this one
         loss = torch.zeros((), device=run.device)
@@ -268,11 +284,9 @@ def train(run):
         stopped_by = stop.of_all(run.ranks)
         if run.step % config.log_interval == 0 or evaluating or stopped_by:
             line = {"iter": run.step, "loss": run.ranks.mean(loss.item()), "lr": lr}
-            steps_per_second = clock.stop()
-            line["tokens_per_s"] = steps_per_second * tokens_in_step(run)
-            bar.estimate(steps_per_second)
+            clock.stop(line)
             if evaluating:
-                bar.note("evaluating")
+                bar.note_evaluation()
             report(run, line, evaluating)
             bar.show(line)
             if evaluating or stopped_by:
@@ -308,8 +322,8 @@ def report(run, line, evaluating):
 def check_finite(number, what, run):
     if not math.isfinite(number):
         c = run.config
-        rates = f"learning_rate (now {c.learning_rate:g}) or mem_learning_rate"
-        way_out = f"Try a smaller {rates} (now {c.mem_learning_rate:g}), or a longer warmup_iters"
+        rates = f"--learning_rate (now {c.learning_rate:g}) or --mem_learning_rate"
+        way_out = f"Try a smaller {rates} (now {c.mem_learning_rate:g}), or a longer --warmup_iters"
         diverged = f"is {number} at step {run.step}: training has diverged"
         raise UserError(f"the {what} {diverged}. {way_out}")
 
@@ -339,13 +353,11 @@ def end_early(run, bar, number):
     """After a signal and a checkpoint: print how to continue, and exit."""
     bar.close()
     if run.ranks.rank == 0:
-        program = "python"
-        if run.ranks.by_torchrun:
-            program = "torchrun ..."
-        out_dir = shlex.quote(run.config.out_dir)
         name = signal.Signals(number).name
         print(f"Stopped by {name} after step {run.step}; ckpt.pt is saved.")
-        print(f"Continue with: {program} train.py --resume --out_dir={out_dir}")
+        print(f"Continue with: {command_to_resume(run.config)}")
+        if run.ranks.by_torchrun:
+            print("torchrun may print a traceback now. It is torchrun's, and nothing is lost.")
     exit_at_once(128 + number)
 
 
@@ -405,7 +417,7 @@ def make_model(config, model_config, device, ranks):
     if config.resume:
         folder = config.out_dir
     if folder:
-        return GPT.from_checkpoint(Path(folder, "ckpt.pt"), device, ranks.group, ranks.replicas)
+        return GPT.from_checkpoint(folder, device, ranks.group, ranks.replicas).train()
     with device:  # draw the weights there; on a CPU this takes seconds
         return GPT(model_config, group=ranks.group, replicas=ranks.replicas)
 
@@ -415,12 +427,13 @@ def continue_run(run, path, folder):
     name = f"the run in {run.config.out_dir}"
     if checkpoint["fingerprint"] != run.data["fingerprint"]:
         what = f"{folder} is not what {name} was trained on"
-        raise ValueError(f"dataset={run.config.dataset}: {what}")
+        raise ValueError(f"--dataset={run.config.dataset}: {what}")
     run.step = checkpoint["iter"]
     run.seconds = checkpoint["seconds"]
     if run.step >= run.config.max_iters:
-        way_out = "to go on, give a larger max_iters"
+        way_out = "to go on, give a larger --max_iters"
         raise ValueError(f"{name} is complete at step {run.step}; {way_out}")
+    run.note = note_on_schedule(TrainConfig(**checkpoint["train_config"]), run.config, run.step)
     restore_optimizers(path, run.optimizers, run.model.pool)
 
 
@@ -429,12 +442,12 @@ def add_background(run, check=True):
     run in init_from, which may be gone on a resume"""
     c = run.config
     if check:
-        check_vocabulary(run.data, f"dataset={c.dataset}", c)
+        check_vocabulary(run.data, f"--dataset={c.dataset}", c)
     if not c.background:
         return
     old = open_dataset(find_folder(c.background), run.model.config.block_size, c.seed)
     if check:
-        check_vocabulary(old, f"background={c.background}", c)
+        check_vocabulary(old, f"--background={c.background}", c)
     asked = {question["prompt"] for question in run.data["questions"]}
     # leave out questions that have new answers
     old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
@@ -446,8 +459,9 @@ def check_vocabulary(data, option, config):
     init_from."""
     checkpoint = read_checkpoint(Path(config.init_from, "ckpt.pt"))
     if data["vocabulary"] != checkpoint["vocabulary"]:
-        raise ValueError(f"{option}: its vocabulary differs from {config.init_from}'s")
-    trained_on = f"background={checkpoint['train_config']['dataset']}"
+        way_out = f"prepare a text with --vocabulary_of={config.init_from}"
+        raise ValueError(f"{option}: its vocabulary differs from {config.init_from}'s; {way_out}")
+    trained_on = f"--background={checkpoint['train_config']['dataset']}"
     if option == trained_on and data["fingerprint"] != checkpoint["fingerprint"]:
         raise ValueError(f"{option}: not what {config.init_from} was trained on")
 
@@ -457,14 +471,15 @@ def main(argv):
         given = parse_command_line(argv, __doc__, (TrainConfig, GPTConfig), PRESETS)
     run = None
     try:
-        with explain_out_of_memory():
+        with explain_out_of_memory(LESS_MEMORY):
             # check it before the processes use it to find each other
             timeout = TrainConfig(timeout=given.get("timeout", TrainConfig.timeout)).timeout
             ranks = Ranks(timeout, PARENT)
             run = prepare(given, ranks)
-            announce(run)
+            if ranks.rank == 0:
+                announce(run, tokens_in_step(run))
             if run.config.init_from and run.step == 0:
-                run.before["iter"] = 0
+                run.before.update(iter=0, tokens=0, seconds=0.0)
                 report(run, run.before, evaluating=True)
             result = train(run)
     except KeyboardInterrupt:
@@ -481,21 +496,6 @@ def main(argv):
         tokens = run.step * tokens_in_step(run)
         summarize(run, tokens, result)
     ranks.end()
-
-
-def announce(run):
-    """Say what this run will do."""
-    if run.ranks.rank != 0:
-        return
-    c = run.config
-    where = str(run.device)
-    if run.ranks.by_torchrun:
-        where += f" in {run.ranks.world} processes, {run.ranks.M} to a table"
-    steps = f"{c.max_iters:,} steps of {tokens_in_step(run):,} tokens"
-    if run.step > 0:
-        steps += f", from step {run.step:,} on"
-    print(f"Training on {c.dataset}: {steps}, an evaluation every {c.eval_interval:,}, on {where}")
-    print(run.model.describe(), flush=True)
 
 
 def way_on(run):

@@ -148,7 +148,7 @@ class Dataset:
         script = self.folder / "prepare.py"
         for name in ("train.bin", "val.bin"):
             if not (self.folder / name).exists():
-                way_out = "dataset= (or background=) must name a folder that has it"
+                way_out = "give a dataset folder that has it"
                 if script.exists():
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
@@ -333,7 +333,9 @@ class Batches:
         self.path = getattr(ids, "filename", "the data")
         if len(ids) < 2 * block_size + 1:
             what = f"{len(ids)} tokens are too few for block_size={block_size}"
-            raise ValueError(f"{self.path}: {what}: {2 * block_size + 1} are needed")
+            needs = f"{2 * block_size + 1} are needed"
+            way_out = "data/shakespeare/prepare.py --vocabulary_of=RUN repeats a short text"
+            raise ValueError(f"{self.path}: {what}: {needs}; {way_out}")
         self.ids = np.asarray(ids)
         self.block_size = block_size
         self.seed = seed

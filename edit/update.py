@@ -64,12 +64,12 @@ class UpdateConfig:
         check_options(self)
         for name in ("init_from", "dataset", "out_dir"):
             if not getattr(self, name).strip():
-                raise ValueError(f"{name}=: must name a folder; is it an unset variable?")
+                raise ValueError(f"--{name}=: must name a folder; is it an unset variable?")
         if self.slots > 0 and not self.background:
-            raise ValueError(f"slots={self.slots}: background= must name the data not to forget")
+            raise ValueError(f"--slots={self.slots}: --background must name the data not to forget")
         if Path(self.init_from).resolve() == Path(self.out_dir).resolve():
-            way_out = "init_from= names the same folder; give another one"
-            raise ValueError(f"out_dir={self.out_dir}: {way_out}")
+            way_out = "--init_from names the same folder; give another one"
+            raise ValueError(f"--out_dir={self.out_dir}: {way_out}")
 
 
 # --- which slots ----------------------------------------------------------------------
@@ -185,7 +185,7 @@ def update(run, rows, optimizer):
     may_change[rows] = 1
     context = precision(config.dtype, run.device)
     bar = Progress(run)
-    clock = Clock(run)
+    clock = Clock(run, config.batch_size * run.model.config.block_size)
     numbers = range(config.max_iters)
     for inputs, targets in train.batches(run.data["train"], numbers, config.batch_size, run.device):
         # forward, backward, step
@@ -201,7 +201,7 @@ def update(run, rows, optimizer):
         evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
         if run.step % config.log_interval == 0 or evaluating:
             line = {"iter": run.step, "loss": loss.item()}
-            line["tokens_per_s"] = clock.stop() * inputs.numel()
+            clock.stop(line)
             train.report(run, line, evaluating)
             bar.show(line)
             clock.start()
@@ -224,10 +224,10 @@ def prepare(config, checkpoint):
     data = open_dataset(find_folder(config.dataset), model_config.block_size, config.seed)
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
-        raise ValueError(f"init_from={config.init_from}: the model has no memory")
+        raise ValueError(f"--init_from={config.init_from}: the model has no memory")
     if config.slots > model.pool.slots:
         most = f"{config.init_from} has only {model.pool.slots:,} slots"
-        raise ValueError(f"slots={config.slots}: {most}")
+        raise ValueError(f"--slots={config.slots}: {most}")
     model.requires_grad_(False)
     model.pool.values.requires_grad_(True)
     run = train.Run(config, model, [], data, device, Ranks(timeout=600, parent=os.getppid()))
@@ -253,13 +253,13 @@ def complete_options(given):
 
 def run_update(given):
     if "init_from" not in given or "dataset" not in given:
-        raise ValueError("init_from= and dataset= must be given; see --help")
+        raise ValueError("--init_from and --dataset must be given; see --help")
     options, checkpoint = complete_options(given)
     config = make_configs(options, UpdateConfig)[0]
     run = prepare(config, checkpoint)
     base = weights_hash(run.model.state_dict())
     optimizer = make_optimizer(run, checkpoint["train_config"])
-    run.before["iter"] = 0
+    run.before.update(iter=0, tokens=0, seconds=0.0)
     train.report(run, run.before, evaluating=True)
     began = time.perf_counter()
     if config.slots > 0:
@@ -294,7 +294,7 @@ def summarize(run, result, rows):
 def main(argv):
     given = parse_command_line(argv, __doc__, (UpdateConfig,))
     try:
-        with explain_out_of_memory():
+        with explain_out_of_memory("lower --batch_size"):
             run_update(given)
     except (Exception, KeyboardInterrupt) as error:
         fail(error)

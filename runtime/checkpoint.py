@@ -47,13 +47,20 @@ def read_tensors(path, kind, format, hint="give another one"):
     return content
 
 
-def read_checkpoint(path):
-    """Read the checkpoint of a run. Raises FileNotFoundError or ValueError, naming the file, if it
-    is missing, damaged, or not a checkpoint."""
+def checkpoint_file(path):
+    """The folder of a run, or a checkpoint -> the checkpoint's path."""
     path = Path(path)
+    if path.is_dir():
+        return path / "ckpt.pt"
+    return path
+
+
+def read_checkpoint(path):
+    """Read the checkpoint of a run. path: the run's folder, or the file. Raises FileNotFoundError
+    or ValueError, naming the file, if it is missing, damaged, or not a checkpoint."""
+    path = checkpoint_file(path)
     if not path.exists():
-        way_out = "out_dir= or init_from= must name the folder of a run"
-        raise FileNotFoundError(f"no checkpoint {path}; {way_out}")
+        raise FileNotFoundError(f"no checkpoint {path}; give the folder of a run that has one")
     checkpoint = read_tensors(path, "checkpoint", FORMAT)
     with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
         for name, kind in FIELDS.items():

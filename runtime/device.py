@@ -20,7 +20,7 @@ def choose_device(name, number=0):
         name = fastest_device()
     if name == "cuda":
         name = f"cuda:{number}"
-    with explain_errors(f"device={name} cannot be used here", "try device=cpu"):
+    with explain_errors(f"--device={name} cannot be used here", "try --device=cpu"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
@@ -60,7 +60,7 @@ def check_memory(model, device):
     if needs > have:
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments"
         limit = f"but {device} has {have / 2**30:,.1f}"
-        way_out = f"lower mem_keys={model.config.mem_keys} or n_embd"
+        way_out = f"train one with less than --mem_keys={model.config.mem_keys} or --n_embd"
         raise ValueError(f"the model does not fit: {sizes}, {limit}; {way_out}")
 
 

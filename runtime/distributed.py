@@ -3,7 +3,9 @@
 import contextlib
 import datetime
 import io
+import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -129,15 +131,45 @@ def check_processes(config, model_config, world):
     steps = config.gradient_accumulation_steps
     width = model_config.mem_value_dim
     if M > 1 and model_config.system != "memory":
-        raise ValueError(f"memory_parallel={M}: needs system=memory, not {model_config.system}")
+        raise ValueError(f"--memory_parallel={M}: needs --system=memory, not {model_config.system}")
     if M > 1 and not model_config.mem_shared:
-        raise ValueError(f"memory_parallel={M}: needs mem_shared=true")
+        raise ValueError(f"--memory_parallel={M}: needs --mem_shared=true")
     if steps % world != 0:
         must = f"must be divisible by the {world} processes"
-        raise ValueError(f"gradient_accumulation_steps={steps} {must}")
+        raise ValueError(
+            f"--gradient_accumulation_steps={steps} {must}; {same_batch(config, world)}"
+        )
     if world % M != 0 or width % M != 0:
         must = f"must divide the {world} processes and the values' width {width}"
-        raise ValueError(f"memory_parallel={M} {must}: give another one (--resume allows it)")
+        raise ValueError(f"--memory_parallel={M} {must}: give another one (--resume allows it)")
+
+
+def same_batch(config, world):
+    """How to keep the number of sequences in a step with `world` processes."""
+    if config.resume:
+        return "start as many as before"
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(config.gradient_accumulation_steps / world) * world
+    way_out = f"give --gradient_accumulation_steps={steps}"
+    if sequences % steps == 0:
+        way_out += f" --batch_size={sequences // steps} for the same batch of {sequences} sequences"
+    return way_out
+
+
+def command_to_resume(config):
+    """The command line that continues a run. config: a TrainConfig"""
+    words = ["python"]
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if "RANK" in os.environ:
+        words = ["torchrun", "--standalone"]
+        if machines != "1":
+            host = f"--rdzv_endpoint={os.environ['MASTER_ADDR']}:29400"  # torchrun's default port
+            words = ["torchrun", f"--nnodes={machines}", "--rdzv_backend=c10d", host]
+        words.append(f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}")
+    words += [sys.argv[0], "--resume", f"--out_dir={config.out_dir}"]
+    if config.timeout != type(config).timeout:  # the default
+        words.append(f"--timeout={config.timeout}")
+    return shlex.join(words)
 
 
 class StopSignal:

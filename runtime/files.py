@@ -50,16 +50,15 @@ def explain_errors(what, hint):
 
 
 @contextlib.contextmanager
-def explain_out_of_memory():
-    """If memory runs out inside, raise an error that names the options to lower."""
+def explain_out_of_memory(way_out):
+    """If memory runs out inside, raise an error that ends in way_out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         words = "allocate memory|out of memory|not enough memory|ALLOC_"
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
-        options = "batch_size (and raise gradient_accumulation_steps), block_size, or mem_keys"
-        raise UserError(f"out of memory ({error_line(error)}): lower {options}") from None
+        raise UserError(f"out of memory ({error_line(error)}): {way_out}") from None
 
 
 def fail(error):

@@ -18,11 +18,12 @@ def option(default, help, low=0, below=2**31, choices=()):
 
 
 def check_options(config):
-    """Raises ValueError for an option that has a type unlike its default, or exceeds limits."""
+    """Raises ValueError for an option that has a type unlike its default, or exceeds limits. Whole
+    numbers may stand for others, and lists for tuples: JSON has no tuples."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if type(f.default) is float and type(value) is int:
-            value = float(value)
+        if (type(f.default), type(value)) in ((float, int), (tuple, list)):
+            value = type(f.default)(value)
             object.__setattr__(config, f.name, value)  # the way to change a frozen dataclass
         check_type(f.name, value, type(f.default))
         check_limits(f.name, value, f.metadata)
@@ -30,11 +31,11 @@ def check_options(config):
 
 def check_type(name, value, kind):
     if type(value) is not kind:
-        raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}")
+        raise ValueError(f"--{name}={value!r}: must be of type {kind.__name__}")
     if kind is tuple:
         for item in value:
             if type(item) is not int:
-                raise ValueError(f"{name}={value!r}: must hold whole numbers")
+                raise ValueError(f"--{name}={value!r}: must hold whole numbers")
 
 
 def check_limits(name, value, limits):
@@ -42,9 +43,9 @@ def check_limits(name, value, limits):
     below = limits["below"]
     choices = limits["choices"]
     if type(value) in (int, float) and not low <= value < below:
-        raise ValueError(f"{name}={value}: must be at least {low} and below {below}")
+        raise ValueError(f"--{name}={value}: must be at least {low} and below {below}")
     if choices and value not in choices:
-        raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}")
+        raise ValueError(f"--{name}={value}: must be one of {', '.join(choices)}")
 
 
 def make_configs(options, *classes):
@@ -58,11 +59,25 @@ def make_configs(options, *classes):
         known |= names
     for name in options:
         if name not in known:
-            raise ValueError(f"{name}: there is no such option")
+            raise ValueError(f"--{name}: there is no such option")
     return configs
 
 
 # --- command line ---------------------------------------------------------------------
+
+
+NANOGPT = {  # its options that train.py does not have, and what to do instead
+    "always_save_checkpoint": "each evaluation is followed by a checkpoint",
+    "backend": "leave it out; torchrun works without it",
+    "bias": "leave it out; the model has no biases",
+    "decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
+    "dropout": "leave it out; there is no dropout",
+    "eval_only": "log.jsonl has the losses; python sample.py --recall asks the questions",
+    "init_from=resume": "continue a run with --resume --out_dir=FOLDER",
+    "init_from=scratch": "leave it out",
+    "lr_decay_iters": "the rate decays over --max_iters",
+    "wandb_log": "leave it out; python bench/curves.py FOLDER draws the curves of log.jsonl",
+}
 
 
 def parse_command_line(argv, description, classes, presets=()):
@@ -82,7 +97,25 @@ def parse_command_line(argv, description, classes, presets=()):
         for f in fields(config_class):
             if f.name != "vocab_size":  # the dataset sets it
                 add_option(parser, f)
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if presets:
+        explain_nanogpt(parser, argv)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}; --help lists all")
+    return vars(given)
+
+
+def explain_nanogpt(parser, argv):
+    """Exit with 2 on nanoGPT's habits, and say what to do here."""
+    for word in argv:
+        if word.endswith(".py") and not word.startswith("-"):
+            parser.error(f"{word}: config files are not read; give --preset=NAME, --option=value")
+        text = word.removeprefix("--")
+        for option, way_out in NANOGPT.items():
+            if text == option or text.startswith(f"{option}="):
+                parser.error(f"{word}: {way_out}")
+        if text.startswith(("wandb_", "init_from=gpt2")):
+            parser.error(f"{word}: this is nanoGPT's; there is no such option here")
 
 
 def add_option(parser, f):
@@ -165,7 +198,7 @@ def options_to_finetune(given, classes):
 def refuse_preset(given):
     if "preset" in given:
         way_out = "leave out --preset, and give only options that change"
-        raise ValueError(f"preset: a run that continues keeps its options; {way_out}")
+        raise ValueError(f"--preset: a run that continues keeps its options; {way_out}")
 
 
 def saved_options(folder, classes):
@@ -193,5 +226,5 @@ def check_kept(names, given, saved, classes, folder):
     values = all_values(make_configs(wanted, *classes))
     for name in [*names, *(f.name for f in fields(model_class))]:
         if name in given and values[name] != saved[name]:
-            keeps = f"the run in {folder} keeps {name}={saved[name]}"
-            raise ValueError(f"{name}={given[name]}: {keeps}")
+            keeps = f"the run in {folder} keeps --{name}={saved[name]}"
+            raise ValueError(f"--{name}={given[name]}: {keeps}")

@@ -1,11 +1,15 @@
-"""The progress bar of a run, the clock of its training time, and its summary."""
+"""What a run prints: its plan, a progress bar, a summary; and the clock of its training time."""
 
 import shlex
+import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime.distributed import rank_from_environment
+
+LONG = 3600  # seconds; longer training on a CPU gets a hint
 SHOWN = {  # of a line of the log
     "loss": "{:.3f}",
     "tokens_per_s": "{:,.0f}",
@@ -21,8 +25,12 @@ class Progress:
     config.max_iters"""
 
     def __init__(self, run, hidden=False):
+        self.run = run
         self.numbers = {}
-        self.estimates = 0
+        self.first_step = run.step
+        self.began = time.perf_counter()  # or the end of the first step, which is slower
+        self.paused = 0.0
+        self.estimated = False
         self.bar = tqdm(
             desc=Path(run.config.out_dir).name,
             initial=run.step,
@@ -33,22 +41,36 @@ class Progress:
         )
 
     def update(self):
-        """Count one step."""
+        """Count one step. After ten of them, or a minute, print how long the rest takes."""
         self.bar.update()
+        steps = self.run.step - self.first_step
+        seconds = time.perf_counter() - self.began
+        if steps == 1 and seconds < 60:
+            self.began = time.perf_counter()
+        elif not self.estimated and (steps == 10 or seconds >= 60):
+            self.estimate(seconds / max(1, steps - 1))
 
-    def estimate(self, steps_per_second):
-        """At the second call, print how long the rest takes. The first steps are slower."""
-        self.estimates += 1
-        seconds = (self.bar.total - self.bar.n) / steps_per_second
-        if self.estimates == 2 and seconds > 90 and not self.bar.disable:
-            self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
+    def estimate(self, seconds_per_step):
+        self.estimated = True
+        seconds = (self.bar.total - self.bar.n) * seconds_per_step
+        if seconds < 90 or self.bar.disable:
+            return
+        self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
+        if seconds > LONG and self.run.device.type == "cpu":
+            batch = "--batch_size, --gradient_accumulation_steps, --block_size"
+            model = "--n_layer, --n_embd"
+            self.bar.write(f"Lower values make it shorter: --max_iters, {batch}, {model}")
 
-    def note(self, text):
-        """Show what takes long now."""
-        self.bar.set_postfix_str(text)
+    def note_evaluation(self):
+        """Say what takes long now."""
+        self.paused = time.perf_counter()
+        self.bar.set_postfix_str("evaluating")
 
     def show(self, line):
         """line: of the log"""
+        if self.paused > 0:  # an evaluation has ended
+            self.began += time.perf_counter() - self.paused
+            self.paused = 0.0
         for name, form in SHOWN.items():
             if name in line:
                 self.numbers[name] = form.format(line[name])
@@ -62,25 +84,70 @@ def about(seconds):
     """6000 -> "about 1.7 hours" """
     if seconds < 90 * 60:
         return f"about {round(seconds / 60)} minutes"
-    return f"about {seconds / 3600:.1f} hours"
+    if seconds < 48 * 3600:
+        return f"about {seconds / 3600:.1f} hours"
+    return f"about {round(seconds / 86400)} days"
+
+
+def evaluation_bar(items, total):
+    """Yield items. If this takes longer than two seconds, show a bar below the run's."""
+    return tqdm(
+        items,
+        "evaluating",
+        total,
+        leave=False,
+        delay=2,
+        dynamic_ncols=True,
+        disable=rank_from_environment() != "0",
+    )
 
 
 class Clock:
-    """Counts the training time of a run in run.seconds, without evaluations and checkpoints."""
+    """Counts the training time of a run in run.seconds, without evaluations and checkpoints.
+    tokens: read by a step"""
 
-    def __init__(self, run):
+    def __init__(self, run, tokens):
         self.run = run
+        self.tokens = tokens
         self.start()
 
     def start(self):
         self.began = time.perf_counter()
         self.first_step = self.run.step
 
-    def stop(self):
-        """Return the steps per second since the start."""
+    def stop(self, line):
+        """Add the counts to a line of the log."""
         seconds = time.perf_counter() - self.began
         self.run.seconds += seconds
-        return (self.run.step - self.first_step) / seconds
+        line["tokens"] = self.run.step * self.tokens
+        line["seconds"] = self.run.seconds
+        line["tokens_per_s"] = (self.run.step - self.first_step) * self.tokens / seconds
+
+
+def announce(run, tokens):
+    """Say what a run will do. tokens: read by a step"""
+    c = run.config
+    where = str(run.device)
+    if run.ranks.by_torchrun:
+        where += f" in {run.ranks.world} processes, {run.ranks.M} to a table"
+    steps = f"{c.max_iters:,} steps of {tokens:,} tokens"
+    if run.step > 0:
+        steps += f", from step {run.step:,} on"
+    print(f"Training on {c.dataset}: {steps}, an evaluation every {c.eval_interval:,}, on {where}")
+    print(run.model.describe())
+    print(f"Each evaluation is followed by a checkpoint of {size_of_checkpoint(run.model)}")
+    if run.note:
+        print(run.note)
+    sys.stdout.flush()
+
+
+def size_of_checkpoint(model):
+    """Weights, and two moments in float32: "16 MB" """
+    counts = model.parameter_counts()
+    size = 12 * counts["dense"]
+    if model.pool is not None:
+        size += (model.pool.values.itemsize + 8) * counts["pool"]
+    return f"{size / 1e6:,.0f} MB"
 
 
 def summarize(run, tokens, result):

@@ -46,6 +46,6 @@ def check_system(config):
         for f in fields(system.Options):
             value = getattr(config, f.name)
             if value != f.default:
-                raise ValueError(f"{f.name}={value}: only system={name} has it")
+                raise ValueError(f"--{f.name}={value}: only --system={name} has it")
     if config.mem_layers:
         SYSTEMS[config.system].check(config)

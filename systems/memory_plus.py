@@ -52,10 +52,10 @@ class MemoryPlus(MemoryLayer):
     def check(config):
         """Raises ValueError for options that do not fit together."""
         if config.mem_topk > config.mem_keys:
-            most = f"at most {config.mem_keys} with mem_keys={config.mem_keys}"
-            raise ValueError(f"mem_topk={config.mem_topk}: {most}")
+            most = f"at most {config.mem_keys} with --mem_keys={config.mem_keys}"
+            raise ValueError(f"--mem_topk={config.mem_topk}: {most}")
         if config.mem_key_dim % 2 != 0:
-            raise ValueError(f"mem_key_dim={config.mem_key_dim}: must be even, it has two halves")
+            raise ValueError(f"--mem_key_dim={config.mem_key_dim}: must be even, it has two halves")
 
     def read(self, x, pool):
         """x (n, C) -> (n, D)"""

@@ -48,11 +48,11 @@ class MoE(nn.Module):
         """Raises ValueError for options that do not fit together."""
         E = config.moe_experts
         if config.moe_topk > E:
-            raise ValueError(f"moe_topk={config.moe_topk}: there are moe_experts={E}")
+            raise ValueError(f"--moe_topk={config.moe_topk}: there are --moe_experts={E}")
         if config.n_embd % 8 != 0:
-            raise ValueError(f"n_embd={config.n_embd}: must be a multiple of 8, for experts")
+            raise ValueError(f"--n_embd={config.n_embd}: must be a multiple of 8, for experts")
         if config.n_ffn % 8 != 0:
-            raise ValueError(f"n_ffn={config.n_ffn}: must be a multiple of 8, for experts")
+            raise ValueError(f"--n_ffn={config.n_ffn}: must be a multiple of 8, for experts")
 
     def __init__(self, dim, hidden, experts, topk, initialize=True):
         super().__init__()

@@ -32,7 +32,7 @@ class PEER(MemoryPlus):
         MemoryPlus.check(config)
         width = config.mem_value_dim
         if width != config.n_embd:
-            raise ValueError(f"mem_value_dim={width}: peer wants n_embd={config.n_embd}")
+            raise ValueError(f"--mem_value_dim={width}: peer wants --n_embd={config.n_embd}")
 
     def read(self, x, pool):
         """x (n, C) -> (n, C)"""

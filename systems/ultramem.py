@@ -254,22 +254,24 @@ def check_config(c):
     parts = 2 * rank
     root = math.isqrt(c.mem_expand)
     if root * root != c.mem_expand:
-        raise ValueError(f"mem_expand={c.mem_expand}: must be a square number")
+        raise ValueError(f"--mem_expand={c.mem_expand}: must be a square number")
     most = c.mem_keys * root
     if c.mem_rank > 0:
         most = most // 2  # the first pass takes the best and the worst
     if c.mem_topk > most:
-        raise ValueError(f"mem_topk={c.mem_topk}: at most {most} with mem_keys={c.mem_keys}")
+        raise ValueError(f"--mem_topk={c.mem_topk}: at most {most} with --mem_keys={c.mem_keys}")
     if c.mem_key_dim % parts != 0:
-        raise ValueError(f"mem_key_dim={c.mem_key_dim}: must be {parts} parts of one width")
+        raise ValueError(f"--mem_key_dim={c.mem_key_dim}: must be {parts} parts of one width")
     if c.mem_rank > 0 and c.mem_qk_norm and c.mem_key_dim < 3 * parts:
         wants = f"LayerNorm wants 3 in each of {parts} parts"  # LayerNorm leaves nothing of 1 or 2
-        raise ValueError(f"mem_key_dim={c.mem_key_dim}: {wants}")
+        raise ValueError(f"--mem_key_dim={c.mem_key_dim}: {wants}")
     if c.mem_rank == 0 and c.mem_cores > 1:
-        raise ValueError(f"mem_cores={c.mem_cores}: there are none with mem_rank=0")
+        raise ValueError(f"--mem_cores={c.mem_cores}: there are none with --mem_rank=0")
     if c.mem_value_dim % c.mem_cores != 0:
         width = c.mem_value_dim
-        raise ValueError(f"mem_cores={c.mem_cores} must divide mem_value_dim={width}")
+        raise ValueError(f"--mem_cores={c.mem_cores} must divide --mem_value_dim={width}")
     last = c.mem_layers[-1] + c.mem_skip
     if last >= c.n_layer:
-        raise ValueError(f"mem_skip={c.mem_skip}: there is no block {last}; n_layer={c.n_layer}")
+        raise ValueError(
+            f"--mem_skip={c.mem_skip}: there is no block {last}; --n_layer={c.n_layer}"
+        )

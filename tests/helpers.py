@@ -138,8 +138,9 @@ def assert_same_checkpoint(a, b):
     for path, value in one.items():
         same = torch.equal(value, two[path]) if torch.is_tensor(value) else value == two[path]
         assert same, path
+    speeds = {"tokens_per_s": 0, "seconds": 0}
     for first, second in zip(log_of(a), log_of(b), strict=True):
-        assert first | {"tokens_per_s": 0} == second | {"tokens_per_s": 0}
+        assert first | speeds == second | speeds
 
 
 def flatten(value, path=""):

@@ -99,7 +99,7 @@ def test_a_dataset_is_whole_or_refused_at_whatever_file_a_kill_comes(request, tm
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
-        with pytest.raises((ValueError, FileNotFoundError), match=r"prepare\.py|must name"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"prepare\.py|give a dataset"):
             open_dataset(out, 32, 0)
         prepare_here(kind, *options, "--out", out)  # no need of --overwrite
         assert files_in(out) == files_in(whole)
@@ -318,7 +318,7 @@ def test_memory_that_is_short_names_the_options_to_lower(facts, tmp_path):
     process = Process(train_in_little_memory, *options)
     _, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors
-    words = ("train.py: out of memory", "lower batch_size", "block_size")
+    words = ("train.py: out of memory", "lower --batch_size", "block_size")
     assert all(word in errors for word in words), errors
 
 

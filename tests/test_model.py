@@ -547,16 +547,16 @@ def test_generation_is_repeatable_from_its_generator():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(n_embd=10, n_head=3), "n_embd=10 must be divisible by n_head=3"),
+        (dict(n_embd=10, n_head=3), "--n_embd=10 must be divisible by --n_head=3"),
         (dict(n_embd=6, n_head=2), "must be even"),
         (dict(n_layer=0), "n_layer=0: must be at least 1"),
-        (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: at most 8 with mem_keys=8"),
+        (dict(mem_layers=(1,), mem_keys=8, mem_topk=9), "mem_topk=9: at most 8 with --mem_keys=8"),
         (dict(mem_layers=(1,), mem_topk=0), "mem_topk=0"),
         (
             dict(mem_layers=(1,), mem_dtype="float16"),
             "mem_dtype=float16: must be one of float32, bfloat16",
         ),
-        (dict(mem_layers=(1, 12)), "no block 12; n_layer=12 has blocks 0 to 11"),
+        (dict(mem_layers=(1, 12)), "no block 12; --n_layer=12 has blocks 0 to 11"),
         (dict(mem_layers=(-1,)), "no block -1"),
         (dict(mem_count=13), "mem_count=13"),
         (dict(mem_count=1, mem_key_dim=9), "mem_key_dim=9"),

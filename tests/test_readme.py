@@ -13,6 +13,7 @@ import textwrap
 from dataclasses import fields
 
 import pytest
+import safetensors.torch
 import torch
 from test_openwebtext import BYTES, corpus
 
@@ -232,7 +233,7 @@ def test_a_trained_model_in_python(finished, tmp_path, monkeypatch, capsys):
     exec(python_block("from_checkpoint"), scope)
     assert scope["logits"].shape == (1, scope["ids"].size(1), 1712)
     assert capsys.readouterr().out.startswith("Zailam Zimor Rinar was born in")
-    weights = torch.load("out/weights.pt", weights_only=True)
+    weights = safetensors.torch.load_file("out/weights.safetensors")
     assert weights.keys() == scope["model"].state_dict().keys() and "pool.values" in weights
 
 

@@ -85,7 +85,7 @@ def test_resume_after_a_kill_is_bitwise_identical(facts, tmp_path):
 def test_a_signal_stops_cleanly_and_resume_is_bitwise_identical(facts, tmp_path, number):
     out = tmp_path / "out"
     process = start_training(facts, out)
-    wait_until(lambda: steps_done(out) >= 4, process)
+    wait_until(lambda: steps_done(out) >= 12, process)
     process.send_signal(number)
     said, errors = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
