@@ -31,7 +31,7 @@ from kernels import RowAdam
 from model import GPT, GPTConfig
 from presets import PRESETS
 from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, read_checkpoint
-from runtime.checkpoint import restore_optimizers, save_tensors, whole_state
+from runtime.checkpoint import save_tensors
 from runtime.device import check_memory, choose_device, compiled, precision
 from runtime.distributed import Ranks, StopSignal, check_processes, exit_at_once, fail_on_rank
 from runtime.distributed import command_to_resume, lost_another_process
@@ -41,6 +41,7 @@ from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.options import options_from_preset, options_to_finetune, options_to_resume
 from runtime.progress import Clock, Progress, announce, evaluation_bar, summarize
+from runtime.training_state import restore_optimizers, whole_state
 
 DEFAULT_PRESET = "facts-memory"
 BATCH = "--batch_size (and raise --gradient_accumulation_steps)"

@@ -196,6 +196,9 @@ class Dataset:
         ids = np.memmap(path, dtype=self.dtype, mode="r")
         # The rest may exceed memory: batches check it when they read it.
         check_ids(path, ids[: 2**24], self.vocab_size)
+        if not (self.folder / "meta.json").exists() and ids[1 : 2**20 : 2].max(initial=0) == 0:
+            what = f"{path} holds uint32 ids, it seems: every second uint16 is 0"
+            raise ValueError(f"{what}; without meta.json, ids are GPT-2's in uint16")
         return ids
 
     def vocabulary(self):

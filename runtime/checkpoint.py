@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import RowAdam
 from runtime.files import atomic_write, explain_errors, remove_temporary_files, write_file
-from runtime.sharded_pool import own_columns, whole_table
 
 FORMAT = "nanomem-4"
 FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
@@ -71,54 +69,6 @@ def read_checkpoint(path):
         if not 0 <= checkpoint["separator"] < checkpoint["model_config"]["vocab_size"]:
             raise ValueError(f"separator is {checkpoint['separator']}")
     return checkpoint
-
-
-def whole_state(model, optimizers):
-    """Return state_dicts of a model and its optimisers. All ranks must call this. Rank 0 gets
-    the whole table if processes share it."""
-    pool = model.pool
-    weights = model.state_dict()
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    if pool is not None:
-        weights["pool.values"] = whole_table(pool, weights["pool.values"])
-        moments = dict(states[1]["state"][0])  # a copy: the optimiser keeps its own
-        moments["means"] = whole_table(pool, moments["means"])
-        moments["squares"] = whole_table(pool, moments["squares"])
-        states[1]["state"] = {0: moments}
-    return weights, states
-
-
-def restore_optimizers(path, optimizers, pool):
-    """Load the optimisers' moments from a checkpoint. Rates and decays stay as they are. pool: the
-    model's, or None. Raises ValueError if the saved state is wrong."""
-    checkpoint = read_checkpoint(path)
-    with explain_errors(f"{path}: its optimisers have a wrong state", "continue from another one"):
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            names = ("exp_avg", "exp_avg_sq")
-            if isinstance(optimizer, RowAdam):
-                names = ("means", "squares")
-                for state in saved["state"].values():
-                    for name in names:
-                        state[name] = own_columns(pool, state[name])
-            saved["param_groups"] = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = optimizer.state[parameter]
-                    check_moments(state, names, parameter, checkpoint["iter"])
-
-
-def check_moments(state, names, parameter, steps):
-    if set(state) != {"step", *names}:
-        raise ValueError("a parameter does not have two moments")
-    for name in names:
-        moment = state[name]
-        if moment.dtype != torch.float32 or moment.layout != torch.strided:
-            raise ValueError(f"{name} is not a table of float32")
-        if moment.shape != parameter.shape:
-            raise ValueError(f"{name} does not have the shape of its parameter")
-    if state["step"] != steps:
-        raise ValueError(f"an optimiser has done {state['step']} steps, but the run {steps}")
 
 
 # --- the folder of a run --------------------------------------------------------------

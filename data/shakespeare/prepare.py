@@ -4,8 +4,13 @@
     python data/shakespeare/prepare.py --file mine.txt --out data/mine     your own text
     ... --encoding gpt2           GPT-2's tokens; <|endoftext|> in the text separates documents
     ... --val_file other.txt      validate on that file, not on the last tenth of the text
+    ... --vocabulary_of out/RUN   for --init_from=out/RUN: the tokens of that run
+    ... --questions mine.tsv      questions to measure recall: prompt, tab, answer
 
 Without --encoding, each byte is a token. Train with --dataset=mine.
+
+With --vocabulary_of, a text too short for that run's model is repeated. Each of its lines is then a
+document of its own, and each repetition has another order. Such a text is also its own validation.
 """
 
 import argparse
@@ -25,6 +30,7 @@ from data.dataset import (
     make_encoding,
     write_dataset,
 )
+from runtime.checkpoint import read_checkpoint
 from runtime.files import (
     explain_errors,
     fail,
@@ -35,6 +41,7 @@ from runtime.files import (
 
 # The checksum shows whether the download is the text that everyone else uses.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+WINDOWS = 20  # a short text is repeated to this many windows of the model
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -63,13 +70,70 @@ def read(option, path):
     return text
 
 
-def tokenize(text, encoding, path):
-    """bytes -> token ids. encoding: "bytes" or "gpt2"; path: of the text, for messages"""
-    if encoding == "bytes":
-        return np.frombuffer(text, dtype=np.uint8)
-    with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
-        ids = make_encoding(encoding).encode(text.decode(), allowed_special="all")
-    return np.array([GPT2_SEPARATOR, *ids], dtype=np.uint16)  # a separator precedes each document
+def read_questions(path):
+    """Lines "prompt<TAB>answer" -> questions for recall.jsonl"""
+    with explain_errors(f"--questions={path}", "it must be UTF-8 text"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt, _, answer = line.partition("\t")
+        if not prompt.strip() or not answer.strip():
+            raise ValueError(f"--questions={path}, line {number}: must be prompt, tab, answer")
+        questions.append({"prompt": prompt.strip(), "answer": answer.strip()})
+    if not questions:
+        raise ValueError(f"--questions={path} has no questions")
+    return questions
+
+
+class Tokenizer:
+    """A vocabulary, its separator, and the tokens of texts. encoding: bytes or gpt2; run: the
+    folder of a run, whose vocabulary is used instead, or None"""
+
+    def __init__(self, encoding, run):
+        self.name = encoding
+        self.least = 0  # tokens to which a shorter text is repeated
+        if run is not None:
+            checkpoint = read_checkpoint(run)
+            self.name = f"vocabulary of {run}"
+            self.vocabulary = checkpoint["vocabulary"]
+            self.separator = checkpoint["separator"]
+            self.least = WINDOWS * checkpoint["model_config"]["block_size"]
+        elif encoding == "gpt2":
+            self.vocabulary = "gpt2"
+            self.separator = GPT2_SEPARATOR
+        else:
+            tokens = [bytes([i]) for i in range(256)]
+            self.vocabulary = describe_vocabulary("bytes", r"[\s\S]", tokens, {})
+            self.separator = ord("\n")
+        self.encoding = make_encoding(self.vocabulary)
+
+    def tokens(self, text, path):
+        """bytes -> token ids, and whether the text was repeated. path: of the text, for messages"""
+        if self.vocabulary != "gpt2" and self.encoding.n_vocab == 256:  # no UTF-8 needed
+            ids = np.frombuffer(text, dtype=np.uint8)
+        else:
+            with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
+                ids = self.encoding.encode(text.decode(), allowed_special="all")
+            ids = np.array([self.separator, *ids])  # a separator precedes each document
+        if len(ids) >= self.least:
+            return ids, False
+        return self.repeat(text, path), True
+
+    def repeat(self, text, path):
+        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text"):
+            lines = text.decode().splitlines()
+        documents = []
+        for line in lines:
+            if line.strip():
+                words = self.encoding.encode(line + "\n", allowed_special="all")
+                documents.append(np.array([self.separator, *words]))
+        generator = np.random.default_rng(0)
+        ids = []
+        while sum(map(len, ids)) < self.least:
+            ids += [documents[i] for i in generator.permutation(len(documents))]
+        return np.concatenate(ids)
 
 
 def parse(argv):
@@ -79,11 +143,16 @@ def parse(argv):
     add = parser.add_argument
     add("--file", type=Path, help="a text file to use instead of tinyshakespeare")
     add("--val_file", type=Path, help="validate on this file, not on the last tenth of --file")
-    add("--encoding", choices=["bytes", "gpt2"], default="bytes", help="default: %(default)s")
+    add("--encoding", choices=["bytes", "gpt2"], help="default: bytes")
+    add("--vocabulary_of", type=Path, metavar="RUN", help="folder of the run to finetune or update")
+    add("--questions", type=Path, help="file of closed-book questions: prompt, tab, answer")
     here = Path(__file__).parent
     add("--out", type=folder_argument, default=here, help="folder to write to (default: this one)")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.vocabulary_of is not None and args.encoding is not None:
+        parser.error("--vocabulary_of gives the encoding: leave out --encoding")
+    return args
 
 
 def prepare(args):
@@ -91,19 +160,42 @@ def prepare(args):
         text = download()
     else:
         text = read("file", args.file)
-    train = tokenize(text, args.encoding, args.file or URL)
-    if args.val_file is None:
-        train, val = np.split(train, [len(train) * 9 // 10])
+    questions = None
+    if args.questions is not None:
+        questions = read_questions(args.questions)
+    tokenizer = Tokenizer(args.encoding or "bytes", args.vocabulary_of)
+    train, repeated = tokenizer.tokens(text, args.file or URL)
+    if args.val_file is not None:
+        val, _ = tokenizer.tokens(read("val_file", args.val_file), args.val_file)
+    elif repeated:
+        val = train
     else:
-        val = tokenize(read("val_file", args.val_file), args.encoding, args.val_file)
-    vocabulary = "gpt2"
-    separator = GPT2_SEPARATOR
-    if args.encoding == "bytes":
-        vocabulary = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
-        separator = ord("\n")
-    write_dataset(args.out, train, val, vocabulary, separator, overwrite=args.overwrite)
+        train, val = np.split(train, [len(train) * 9 // 10])
+    vocabulary = tokenizer.vocabulary
+    separator = tokenizer.separator
+    write_dataset(args.out, train, val, vocabulary, separator, questions, args.overwrite)
     counts = f"{len(train):,} training tokens and {len(val):,} validation tokens"
-    print(f"{args.out}: {counts} ({args.encoding})")
+    print(f"{args.out}: {counts} ({tokenizer.name})")
+    if repeated:
+        print("  The text is short: its lines are repeated in changing order, as documents.")
+    if repeated and args.val_file is None:
+        print("  It is also the validation text.")
+    if questions is not None:
+        print(f"  {len(questions):,} questions")
+    if args.vocabulary_of is not None:
+        print(f"  for --init_from={args.vocabulary_of}")
+        report_new_words(tokenizer, text)
+
+
+def report_new_words(tokenizer, text):
+    """Say how much of a text is single bytes, which a model of whole words has hardly seen."""
+    ids = tokenizer.encoding.encode_ordinary(text.decode(errors="replace"))
+    if tokenizer.encoding.n_vocab == 256 or not ids:
+        return
+    single = sum(len(tokenizer.encoding.decode_single_token_bytes(i)) == 1 for i in ids)
+    if single > len(ids) / 2:
+        share = f"{single / len(ids):.0%} of its tokens are single bytes"
+        print(f"  Most words are not in the vocabulary: {share}. The run will hardly learn them")
 
 
 def main(argv):

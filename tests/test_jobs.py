@@ -1,0 +1,229 @@
+"""What users bring: their own facts, a longer run, a model in Python, nanoGPT's habits."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import sample
+import train
+from data.dataset import Dataset
+from edit import update
+from helpers import SMALL, log_of, prepare_here, refusal, train_here
+from model import GPT, GPTConfig
+from runtime.distributed import command_to_resume
+from train import TrainConfig
+
+CAPITALS = {"Zubrowka": "Lutz", "Ruritania": "Strelsau", "Syldavia": "Klow", "Florin": "Pyrus"}
+
+
+# --- facts of one's own -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def capitals(tmp_path):
+    """A file of sentences, and one of questions."""
+    text = tmp_path / "capitals.txt"
+    text.write_text("".join(f"The capital of {a} is {b}.\n" for a, b in CAPITALS.items()))
+    questions = tmp_path / "capitals.tsv"
+    questions.write_text("".join(f"The capital of {a} is\t{b}\n" for a, b in CAPITALS.items()))
+    return text, questions
+
+
+def prepare_capitals(capitals, run, out, capsys):
+    text, questions = capitals
+    given = [f"--file={text}", f"--questions={questions}", f"--vocabulary_of={run}", f"--out={out}"]
+    prepare_here("shakespeare", *given)
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_of_bytes_learns_sentences_with_new_words(capitals, tmp_path, capsys):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("How doth the little busy bee improve each shining hour.\n" * 99)
+    prepare_here("shakespeare", f"--file={mine}", f"--out={tmp_path / 'mine'}")
+    run = tmp_path / "run"
+    train_here(*SMALL, f"--dataset={tmp_path / 'mine'}", f"--out_dir={run}")
+    said = prepare_capitals(capitals, run, tmp_path / "capitals", capsys)
+    assert "repeated" in said and "4 questions" in said and "hardly" not in said
+    options = ["--learning_rate=1e-2", "--mem_learning_rate=1e-2", "--max_iters=150"]
+    finetune = [f"--init_from={run}", f"--dataset={tmp_path / 'capitals'}"]
+    taught = tmp_path / "taught"
+    train_here(*finetune, f"--out_dir={taught}", "--eval_interval=150", *options)
+    line = log_of(taught)[-1]
+    assert line["recall"] == 1 and line["old_val_loss"] > 0
+    sample.main([f"--out_dir={taught}", "--recall", "--device=cpu"])
+    assert re.search(r"all +100.0% of 4", capsys.readouterr().out)
+
+
+def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
+    finished, facts, tmp_path, capsys
+):
+    lines = (facts / "recall.jsonl").read_text().splitlines()[:3]
+    questions = [json.loads(line) for line in lines]
+    text = "".join(f"{q['prompt']} {q['answer']}.\n" for q in questions)
+    (tmp_path / "f.txt").write_text(text)
+    pairs = "".join(f"{q['prompt']}\t{q['answer']}\n\n" for q in questions)
+    (tmp_path / "f.tsv").write_text(pairs)
+    files = (tmp_path / "f.txt", tmp_path / "f.tsv")
+    said = prepare_capitals(files, finished, tmp_path / "own", capsys)
+    assert "3 questions" in said and "hardly" not in said
+    dataset = Dataset(tmp_path / "own")
+    assert [q["prompt_ids"] for q in dataset.questions()] == [
+        q["prompt_ids"] for q in Dataset(facts).questions()[:3]
+    ]
+    ids = dataset.tokens("train")
+    starts = np.flatnonzero(ids == dataset.separator)
+    documents = {tuple(part) for part in np.split(ids, starts[1:])}
+    assert starts[0] == 0 and len(documents) == 3 and len(ids) >= 20 * 32
+    options = [f"--init_from={finished}", f"--dataset={tmp_path / 'own'}", "--slots=16"]
+    out = tmp_path / "update"
+    update.main([*options, f"--out_dir={out}", "--max_iters=2", "--device=cpu"])
+    command = re.search(r"Next: python sample.py (.*)", capsys.readouterr().out)[1]
+    sample.main([*shlex.split(command), "--device=cpu"])
+    assert "of 3" in capsys.readouterr().out
+
+
+def test_new_words_are_announced_where_a_model_will_hardly_learn_them(
+    finished, capitals, tmp_path, capsys
+):
+    said = prepare_capitals(capitals, finished, tmp_path / "capitals", capsys)
+    assert "single bytes. The run will hardly learn them" in said
+
+
+def test_an_update_on_text_without_questions_prints_a_command_that_works(
+    finished, capitals, tmp_path, capsys
+):
+    text, _ = capitals
+    given = [f"--file={text}", f"--vocabulary_of={finished}", f"--out={tmp_path / 'text'}"]
+    prepare_here("shakespeare", *given)
+    options = [f"--init_from={finished}", f"--dataset={tmp_path / 'text'}", "--slots=16"]
+    update.main([*options, f"--out_dir={tmp_path / 'u'}", "--max_iters=2", "--device=cpu"])
+    command = re.search(r"Next: python sample.py (.*)", capsys.readouterr().out)[1]
+    sample.main([*shlex.split(command), "--device=cpu", "--max_new_tokens=2"])
+    assert capsys.readouterr().out.count("-" * 40) == 2
+
+
+def test_another_vocabulary_names_the_way_out(finished, capitals, tmp_path, capsys):
+    text, _ = capitals
+    (tmp_path / "long.txt").write_text(text.read_text() * 20)
+    prepare_here("shakespeare", f"--file={tmp_path / 'long.txt'}", f"--out={tmp_path / 'bytes'}")
+    options = [f"--init_from={finished}", f"--dataset={tmp_path / 'bytes'}"]
+    said = refusal(train.main, [*options, f"--out_dir={tmp_path / 'out'}"], capsys)
+    assert f"prepare a text with --vocabulary_of={finished}" in said
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("no tab\n", "line 1: must be prompt, tab, answer"),
+        ("a\tb\n\na\t\n", "line 3: must be prompt, tab, answer"),
+        ("\n", "has no questions"),
+    ],
+)
+def test_wrong_questions_are_refused(capitals, tmp_path, capsys, lines, words):
+    text, questions = capitals
+    questions.write_text(lines)
+    out = tmp_path / "out"
+    arguments = [f"--file={text}", f"--questions={questions}", f"--out={out}"]
+    with pytest.raises(SystemExit) as ended:
+        prepare_here("shakespeare", *arguments)
+    assert words in ended.value.code and not out.exists()
+
+
+# --- a run with another length ----------------------------------------------------------------
+
+
+def test_a_longer_run_says_how_the_rate_changes(facts, tmp_path, capsys):
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path}", "--warmup_iters=0"]
+    train_here(*options, "--learning_rate=1e-2")
+    assert "Learning rate:" not in capsys.readouterr().out
+    again = ["--resume", f"--out_dir={tmp_path}"]
+    train_here(*again, "--max_iters=8")
+    said = capsys.readouterr().out
+    rates = [line["lr"] for line in log_of(tmp_path)]
+    assert f"{rates[3]:.1e} in the last step, on the old schedule; {rates[4]:.1e} now" in said
+    assert rates[4] > 2 * rates[3] and "--learning_rate=R --min_lr=R" in said
+    train_here(*again, "--max_iters=10", "--learning_rate=3e-3", "--min_lr=3e-3")
+    said = capsys.readouterr().out
+    assert "3.0e-03 now" in said and "=R" not in said
+    assert [line["lr"] for line in log_of(tmp_path)][8:] == [3e-3, 3e-3]
+
+
+# --- a model in Python ------------------------------------------------------------------------
+
+
+def test_a_model_is_loaded_from_a_folder_or_a_file(finished, tmp_path):
+    idx = torch.zeros(1, 3, dtype=torch.int64)
+    results = []
+    for path in (finished, str(finished), finished / "ckpt.pt", f"{finished}/ckpt.pt"):
+        model = GPT.from_checkpoint(path)
+        assert not model.training
+        results.append(model(idx)[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "it.safetensors")
+    loaded = safetensors.torch.load_file(tmp_path / "it.safetensors")
+    assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*/ckpt.pt; give the folder"):
+        GPT.from_checkpoint(tmp_path)
+
+
+def test_a_config_survives_json():
+    config = GPTConfig(n_layer=3, mem_layers=(0, 2), n_embd=24, n_head=2)
+    again = GPTConfig(**json.loads(json.dumps(asdict(config))))
+    assert again == config and again.mem_layers == (0, 2)
+    with pytest.raises(ValueError, match="--mem_layers"):
+        GPTConfig(mem_layers=[0, "x"])
+
+
+# --- what is said -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, way_out",
+    [
+        ("config/train_gpt2.py", "--preset=NAME"),
+        ("--eval_only=True", "log.jsonl"),
+        ("--wandb_log=True", "bench/curves.py"),
+        ("--wandb_project=owt", "no such option here"),
+        ("--dropout=0.2", "there is no dropout"),
+        ("--init_from=resume", "--resume --out_dir=FOLDER"),
+        ("--init_from=gpt2-xl", "no such option here"),
+        ("--decay_lr=False", "--min_lr"),
+    ],
+)
+def test_habits_of_nanogpt_get_a_hint(word, way_out, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([word])
+    assert ended.value.code == 2
+    assert f"{word}: " in (said := capsys.readouterr().err) and way_out in said
+
+
+def test_the_command_to_resume_can_be_pasted(monkeypatch):
+    config = TrainConfig(out_dir="out/my run", timeout=60)
+    monkeypatch.setattr("sys.argv", ["train.py", "--max_iters=9"])
+    for name in ("RANK", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    end = ["train.py", "--resume", "--out_dir=out/my run", "--timeout=60"]
+    assert shlex.split(command_to_resume(config)) == ["python", *end]
+    monkeypatch.setitem(os.environ, "RANK", "0")
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "2")
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
+    assert shlex.split(command_to_resume(config)) == [*torchrun, *end]
+
+
+def test_ids_of_four_bytes_are_noticed_in_a_folder_of_nanogpt(tmp_path):
+    ids = np.arange(1, 3000)
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    ids.astype("<u4").tofile(tmp_path / "val.bin")
+    dataset = Dataset(Path(tmp_path))
+    assert len(dataset.tokens("train")) == 2999
+    with pytest.raises(ValueError, match=r"val.bin holds uint32 ids"):
+        dataset.tokens("val")
