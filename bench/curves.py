@@ -1,0 +1,162 @@
+"""Draw loss and recall of runs, against tokens and against seconds, as one SVG.
+
+    python bench/curves.py out/facts-memory out/facts-dense
+    python bench/curves.py out/*-memory --out=out/curves.svg
+
+The numbers are those of log.jsonl (its fields: README.md). Validation loss and recall are points at
+evaluations. Seconds are training time, without evaluations.
+"""
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.shapes import BLUE, GREEN, GRID, INK, ORANGE, SOFT, VIOLET, line, rings, save, text
+from runtime.files import explain_errors, fail
+
+COLORS = (ORANGE, BLUE, GREEN, VIOLET, INK, "#b8860b", "#c2185b")
+AXES = {"tokens": "tokens", "seconds": "seconds of training"}
+MEASURES = {"val_loss": "validation loss, nats", "recall": "recall"}
+WIDTH = 300  # of a panel
+HEIGHT = 220
+LEFT = 78  # room for the numbers of an axis
+ROW = HEIGHT + 84
+TOP = 46
+
+
+def read_log(folder):
+    """Return the lines of a run's log that hold an evaluation."""
+    path = Path(folder, "log.jsonl")
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; give the folder of a run")
+    points = []
+    with explain_errors(f"{path} is damaged", "remove its last line"):
+        for row in path.read_text(encoding="utf-8").splitlines():
+            point = json.loads(row)
+            if "val_loss" in point:
+                points.append(point)
+    if not points:
+        raise ValueError(f"{path} has no evaluation yet")
+    for name in AXES:
+        if any(name not in point for point in points):
+            raise ValueError(f"{path} has no {name}: an earlier version wrote it")
+    return points
+
+
+def draw_curves(groups, path):
+    """groups: {name: [log of each seed, from read_log]}. Thin: a seed; thick: their mean."""
+    measures = {}
+    for name, title in MEASURES.items():
+        if any(name in point for logs in groups.values() for log in logs for point in log):
+            measures[name] = title
+    parts = []
+    for row, (measure, title) in enumerate(measures.items()):
+        for column, (axis, words) in enumerate(AXES.items()):
+            corner = (LEFT + column * (WIDTH + LEFT), TOP + row * ROW)
+            parts += draw_panel(groups, axis, words, measure, title, corner)
+    y = TOP + len(measures) * ROW - 8
+    for number, name in enumerate(groups):
+        color = COLORS[number % len(COLORS)]
+        parts.append(line([(LEFT, y - 5), (LEFT + 24, y - 5)], color, 3))
+        parts.append(text(LEFT + 32, y, name, 14, anchor="start"))
+        y += 24
+    save(path, 2 * (WIDTH + LEFT) + 30, y, parts)
+
+
+def draw_panel(groups, axis, words, measure, title, corner):
+    """A chart of one measure against one axis, with its upper left corner at a point."""
+    curves = {}  # {name: [points (x, y) of each seed]}
+    for name, logs in groups.items():
+        curves[name] = []
+        for log in logs:
+            curves[name].append([(p[axis], p[measure]) for p in log if measure in p])
+    points = [point for several in curves.values() for curve in several for point in curve]
+    xs = ticks(0, max(x for x, _ in points))
+    ys = ticks(min(y for _, y in points), max(y for _, y in points))
+    if measure == "recall":
+        ys = [0, 0.2, 0.4, 0.6, 0.8, 1]
+
+    def place(x, y):
+        across = (x - xs[0]) / (xs[-1] - xs[0])
+        up = (y - ys[0]) / (ys[-1] - ys[0])
+        return round(corner[0] + WIDTH * across, 1), round(corner[1] + HEIGHT * (1 - up), 1)
+
+    parts = [
+        text(corner[0] + WIDTH / 2, corner[1] - 16, title, 14, font_weight="bold"),
+        text(corner[0] + WIDTH / 2, corner[1] + HEIGHT + 40, words, 14),
+    ]
+    for y in ys:
+        left = place(xs[0], y)
+        parts.append(line([left, place(xs[-1], y)], GRID, 1))
+        number = f"{y:.0%}" if measure == "recall" else f"{y:.6g}"
+        parts.append(text(left[0] - 8, left[1] + 5, number, 12, SOFT, "end"))
+    for x in xs:
+        bottom = place(x, ys[0])
+        parts.append(text(bottom[0], bottom[1] + 18, short(x), 12, SOFT))
+    for number, several in enumerate(curves.values()):
+        color = COLORS[number % len(COLORS)]
+        for curve in several:
+            if len(several) > 1:
+                thin = [place(x, y) for x, y in curve]
+                parts.append(line(thin, color, 1, stroke_opacity=0.35))
+        middle = [place(*point) for point in mean_curve(several)]
+        parts.append(line(middle, color, 2.5))
+        parts += rings(middle, 3, color)
+    return parts
+
+
+def mean_curve(several):
+    """The mean over seeds of both coordinates, up to the end of the shortest curve."""
+    points = []
+    for seeds in zip(*several, strict=False):
+        points.append((mean(x for x, _ in seeds), mean(y for _, y in seeds)))
+    return points
+
+
+def ticks(low, high, count=5):
+    """About `count` round numbers that enclose low and high."""
+    width = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(width / count))
+    for factor in (1, 2, 5, 10):
+        if width / (step * factor) <= count:
+            step *= factor
+            break
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [i * step for i in range(first, last + 1)]
+
+
+def short(number):
+    """1500000 -> 1.5M"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def main(argv):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--out", default="out/curves.svg", help="picture (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        groups = {folder.rstrip("/"): [read_log(folder)] for folder in args.runs}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(groups, args.out)
+    except (Exception, KeyboardInterrupt) as error:
+        fail(error)
+    for name, (log,) in groups.items():
+        last = log[-1]
+        numbers = f"validation loss {last['val_loss']:.3f}"
+        if "recall" in last:
+            numbers += f", recall {last['recall']:.1%}"
+        print(f"{name}: {numbers} after {last['tokens']:,} tokens, {last['seconds']:,.0f} s")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
