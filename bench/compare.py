@@ -1,0 +1,262 @@
+"""Train several systems on your own text at equal FLOPs, and print a table.
+
+    python bench/compare.py --dataset=data/mine --systems=dense,memory,moe --seeds=3
+    python bench/compare.py --dataset=data/mine --base=gpt2-small --device=cuda
+    ... --max_iters=300 --eval_interval=100     any option of train.py, for all systems
+
+A system is a preset of the family --base. Runs, table.md and curves.svg go into --out_dir. Ctrl-C
+saves the runs; the same command continues. On a CPU, two runs train at a time, a thread each.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.curves import draw_curves, read_log
+from bench.reproduce import with_error
+from data.dataset import Dataset, find_folder, open_dataset
+from model import GPT, GPTConfig
+from presets import PRESETS
+from runtime.checkpoint import read_checkpoint
+from runtime.files import fail, lock_folder, write_file
+from runtime.options import make_configs, parse_command_line
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = ("preset", "out_dir", "seed", "resume", "overwrite", "dataset", "init_from", "background")
+COLUMNS = ("system", "validation loss, nats", "recall, %", "parameters", "MFLOPs a token")
+COLUMNS += ("tokens a second", "seconds")
+FAMILIES = tuple(dict.fromkeys(name.rpartition("-")[0] for name in PRESETS))
+
+
+class Run:
+    """A run to train. folder: where; options: all that are not defaults; words: the given ones"""
+
+    def __init__(self, args, system, seed):
+        self.system = system
+        self.folder = Path(args.out_dir, f"{system}-{seed}")
+        preset = f"{args.base}-{system}"
+        self.options = {**PRESETS[preset], "dataset": args.dataset, "seed": seed, **args.given}
+        self.words = [f"--preset={preset}", f"--dataset={args.dataset}", f"--seed={seed}"]
+        self.words += [f"--{name}={option_text(value)}" for name, value in args.given.items()]
+        self.config, self.model_config = make_configs(self.options, TrainConfig, GPTConfig)
+        self.process = None
+
+    def steps(self):
+        """Steps done, as the log says."""
+        log = self.folder / "log.jsonl"
+        if not log.exists():
+            return 0
+        lines = log.read_text(encoding="utf-8").splitlines()
+        for line in reversed(lines):
+            if line.endswith("}"):
+                return json.loads(line)["iter"]
+        return 0
+
+    def is_complete(self):
+        path = self.folder / "ckpt.pt"
+        return path.exists() and read_checkpoint(path)["iter"] >= self.config.max_iters
+
+    def check(self):
+        """Raises ValueError if the folder has a run with other options."""
+        if not (self.folder / "ckpt.pt").exists():
+            return
+        checkpoint = read_checkpoint(self.folder)
+        saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
+        for name, value in self.options.items():
+            wanted = getattr(self.config, name, getattr(self.model_config, name, value))
+            if name != "device" and saved[name] != wanted:
+                was = f"the run in {self.folder} has --{name}={option_text(saved[name])}"
+                raise ValueError(f"--{name}={option_text(wanted)}: {was}; give another --out_dir")
+
+    def start(self, threads):
+        words = [*self.words, "--overwrite"]
+        if (self.folder / "ckpt.pt").exists():
+            words = ["--resume"]
+        command = [sys.executable, ROOT / "train.py", *words, f"--out_dir={self.folder}"]
+        environment = dict(os.environ)
+        if threads > 0:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.folder}.txt", "ab") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment
+            )
+
+
+def option_text(value):
+    """As on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def train_all(runs, at_a_time):
+    """Train the runs that are not complete, and show the steps of all."""
+    waiting = [run for run in runs if not run.is_complete()]
+    working = []
+    threads = 1 if at_a_time > 1 else 0
+    total = sum(run.config.max_iters for run in runs)
+    bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not waiting)
+    try:
+        while waiting or working:
+            while waiting and len(working) < at_a_time:
+                run = waiting.pop(0)
+                run.start(threads)
+                working.append(run)
+            time.sleep(1)
+            for run in list(working):
+                if run.process.poll() is not None:
+                    working.remove(run)
+                    check_end(run)
+            bar.n = sum(run.steps() for run in runs)
+            bar.set_postfix_str(", ".join(run.folder.name for run in working))
+    finally:
+        for run in working:
+            run.process.send_signal(signal.SIGTERM)  # it saves
+        for run in working:
+            run.process.wait()
+        bar.close()
+
+
+def check_end(run):
+    if run.process.returncode != 0:
+        lines = Path(f"{run.folder}.txt").read_text(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else "without a message"
+        raise ValueError(f"{run.folder} ended with {run.process.returncode}: {reason}")
+
+
+# --- the table ------------------------------------------------------------------------
+
+
+def table(runs, logs, vocab_size):
+    """Markdown, with means and standard errors over seeds. logs: {system: [log of each seed]}"""
+    rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for system, several in logs.items():
+        model_config = next(run.model_config for run in runs if run.system == system)
+        parameters, flops = size(model_config, vocab_size)
+        ends = [log[-1] for log in several]
+        recalls = [100 * end["recall"] for end in ends if "recall" in end]
+        speed = statistics.median(end["tokens_per_s"] for end in ends)
+        cells = [
+            system,
+            with_error([end["val_loss"] for end in ends], ".3f"),
+            with_error(recalls, ".1f") if recalls else "",
+            f"{parameters / 1e6:.2f}M",
+            f"{flops / 1e6:.3f}",
+            f"{speed:,.0f}",
+            f"{statistics.median(end['seconds'] for end in ends):,.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def size(model_config, vocab_size):
+    """Parameters, and forward FLOPs per token."""
+    options = {**vars(model_config), "vocab_size": vocab_size}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**options), initialize=False)
+    flops = model.flops_per_token(model_config.block_size)
+    return sum(model.parameter_counts().values()), sum(flops.values())
+
+
+def verdicts(logs):
+    """A sentence for each system: its loss against that of the first, paired by seed."""
+    first, *others = logs
+    sentences = []
+    for system in others:
+        pairs = zip(logs[system], logs[first], strict=True)
+        differences = [a[-1]["val_loss"] - b[-1]["val_loss"] for a, b in pairs]
+        text = f"{system} against {first}: {with_error(differences, '+.3f')} nats"
+        text = text.replace("± +", "± ")
+        if len(differences) < 2:
+            text += " (one seed, so its error is unknown: give --seeds=3)"
+        elif abs(statistics.mean(differences)) < 2 * standard_error(differences):
+            text += ", less than twice its error: they cannot be told apart"
+        else:
+            text += ", more than twice its error"
+        sentences.append(text)
+    return "\n".join(sentences)
+
+
+def standard_error(numbers):
+    return statistics.stdev(numbers) / len(numbers) ** 0.5
+
+
+# --- command line ---------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, help="a folder in data/, or a path to one")
+    add("--systems", default="dense,memory,moe", help="presets of --base (default: %(default)s)")
+    add("--base", default="shakespeare", choices=FAMILIES, help="default: %(default)s")
+    add("--seeds", type=int, default=3, help="runs of each system (default: %(default)s)")
+    add("--out_dir", help="folder to write to (default: out/compare-DATASET)")
+    args, rest = parser.parse_known_args(argv)
+    args.given = parse_command_line(rest, __doc__, (TrainConfig, GPTConfig))
+    args.systems = list(dict.fromkeys(args.systems.split(",")))
+    for system in args.systems:
+        if f"{args.base}-{system}" not in PRESETS:
+            parser.error(f"--systems: there is no preset {args.base}-{system}")
+    for name in OWN:
+        if name in args.given:
+            parser.error(f"--{name}: compare.py sets it")
+    if args.seeds < 1:
+        parser.error(f"--seeds={args.seeds}: must be at least 1")
+    if args.out_dir is None:
+        args.out_dir = f"out/compare-{Path(args.dataset).name}"
+    return args
+
+
+def compare(args):
+    systems = args.systems
+    runs = [Run(args, system, seed) for seed in range(1, args.seeds + 1) for system in systems]
+    for run in runs:
+        run.check()
+    folder = find_folder(args.dataset)
+    open_dataset(folder, runs[0].model_config.block_size, seed=1)  # checks it
+    vocab_size = Dataset(folder).vocab_size
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    lock_folder(args.out_dir)
+    on_gpu = args.given.get("device", "auto") != "cpu" and torch.cuda.is_available()
+    train_all(runs, at_a_time=1 if on_gpu else 2)
+    logs = {name: [read_log(r.folder) for r in runs if r.system == name] for name in systems}
+    text = f"{table(runs, logs, vocab_size)}\n\n{verdicts(logs)}".strip() + "\n"
+    seeds = f"{args.seeds} seeds; mean ± standard error" if args.seeds > 1 else "one seed"
+    text += f"{seeds}; a step reads the same tokens in each run\n"
+    write_file(Path(args.out_dir, "table.md"), text)
+    draw_curves(logs, Path(args.out_dir, "curves.svg"))
+    print(f"{text}\nwritten to {args.out_dir}: table.md, curves.svg, and the runs")
+
+
+def main(argv):
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        compare(args)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
