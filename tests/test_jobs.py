@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,9 +17,21 @@ import torch
 
 import sample
 import train
+from bench import compare, curves
 from data.dataset import Dataset
 from edit import update
-from helpers import SMALL, log_of, prepare_here, refusal, train_here
+from helpers import (
+    SMALL,
+    assert_refused,
+    load,
+    log_of,
+    prepare_here,
+    refusal,
+    run,
+    start,
+    train_here,
+    wait_until,
+)
 from model import GPT, GPTConfig
 from runtime.distributed import command_to_resume
 from train import TrainConfig
@@ -227,3 +242,113 @@ def test_ids_of_four_bytes_are_noticed_in_a_folder_of_nanogpt(tmp_path):
     assert len(dataset.tokens("train")) == 2999
     with pytest.raises(ValueError, match=r"val.bin holds uint32 ids"):
         dataset.tokens("val")
+
+
+# --- comparing systems, and curves ------------------------------------------------------------
+
+
+def compare_options(facts, out):
+    small = [word for word in SMALL if not word.startswith("--mem_layers")]
+    names = ["--systems=dense,memory", "--seeds=2", "--base=facts"]
+    return [*names, f"--dataset={facts}", f"--out_dir={out}", *small, "--mem_layers=1"]
+
+
+@pytest.mark.slow
+def test_systems_are_compared_stopped_and_continued(facts, tmp_path):
+    out = tmp_path / "compared"
+    options = [*compare_options(facts, out), "--max_iters=150", "--eval_interval=50"]
+    command = [sys.executable, "bench/compare.py", *options]
+    process = start(*command)
+    wait_until(lambda: len([*out.glob("*/log.jsonl")]) == 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command continues" in errors, errors
+    saved = {path: load(path)["iter"] for path in out.glob("*/ckpt.pt")}
+    assert len(saved) == 2 and 0 < min(saved.values()) < 150
+    done = run(*command[1:])
+    assert done.returncode == 0, done.stderr
+    losses = {}
+    for system in ("dense", "memory"):
+        losses[system] = [log_of(out / f"{system}-{seed}")[-1]["val_loss"] for seed in (1, 2)]
+        error = abs(losses[system][0] - losses[system][1]) / 2
+        row = f"| {system} | {np.mean(losses[system]):.3f} ± {error:.3f} |"
+        assert row in done.stdout, done.stdout
+    difference = np.subtract(losses["memory"], losses["dense"]).mean()
+    assert f"memory against dense: {difference:+.3f} ± " in done.stdout
+    assert (out / "table.md").read_text() in done.stdout
+    assert (out / "curves.svg").read_text().startswith("<svg")
+    logs = {path: path.read_bytes() for path in out.glob("*/log.jsonl")}
+    again = run(*command[1:])
+    assert again.stdout == done.stdout and logs == {path: path.read_bytes() for path in logs}
+    other = run(*command[1:], "--learning_rate=1e-3")
+    assert_refused(other, "--learning_rate=0.001", "give another --out_dir")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--systems=dense,nothing"], "no preset facts-nothing"),
+        (["--seeds=0"], "--seeds=0"),
+        (["--resume"], "--resume: compare.py sets it"),
+        (["--mem_kays=3"], "--mem_kays=3"),
+        (["--dataset=nowhere"], "nowhere"),
+        (["--n_head=5"], "--n_head=5"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(facts, tmp_path, capsys, options, words):
+    said = refusal(compare.main, [*compare_options(facts, tmp_path / "out"), *options], capsys)
+    assert words in said and not (tmp_path / "out").exists()
+
+
+def test_differences_within_the_error_are_said():
+    def logs(*losses):
+        return [[{"val_loss": loss}] for loss in losses]
+
+    same = compare.verdicts({"dense": logs(1.0, 1.2, 1.1), "memory": logs(1.1, 1.1, 1.1)})
+    assert same.endswith("they cannot be told apart")
+    better = compare.verdicts({"dense": logs(1.0, 1.2), "memory": logs(0.8, 1.01)})
+    assert better == "memory against dense: -0.195 ± 0.005 nats, more than twice its error"
+    assert "one seed" in compare.verdicts({"dense": logs(1.0), "memory": logs(1.1)})
+
+
+def test_curves_have_the_points_of_the_logs(finished, tmp_path, capsys):
+    picture = tmp_path / "new" / "curves.svg"
+    curves.main([str(finished), f"--out={picture}"])
+    evaluations = [line for line in log_of(finished) if "val_loss" in line]
+    said = capsys.readouterr().out
+    assert f"validation loss {evaluations[-1]['val_loss']:.3f}" in said
+    assert f"after {evaluations[-1]['tokens']:,} tokens" in said
+    text = picture.read_text()
+    root = ElementTree.fromstring(text)
+    rings = [x for x in root.iter() if x.tag.endswith("circle")]
+    assert len(rings) == 4 * len(evaluations)  # loss and recall, against tokens and seconds
+    heights = [float(ring.get("cy")) for ring in rings[: len(evaluations)]]
+    losses = [line["val_loss"] for line in evaluations]
+    assert (np.argsort(heights) == np.argsort(losses)[::-1]).all()
+    assert str(finished) in text and "recall" in text
+
+
+@pytest.mark.parametrize(
+    "log, words",
+    [
+        (None, "give the folder of a run"),
+        ('{"iter": 1, "loss": 2}\n', "has no evaluation yet"),
+        ('{"iter": 1, "val_loss": 2}\n', "has no tokens: an earlier version"),
+        ('{"iter"', "is damaged"),
+    ],
+)
+def test_a_log_that_cannot_be_drawn_is_named(tmp_path, capsys, log, words):
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log)
+    out = tmp_path / "curves.svg"
+    said = refusal(curves.main, [tmp_path, f"--out={out}"], capsys)
+    assert words in said and "log.jsonl" in said and not out.exists()
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (2.21, 4.47), (0, 3_072_000), (1.5, 1.5), (0, 0)])
+def test_ticks_are_round_and_enclose_the_numbers(low, high):
+    found = curves.ticks(low, high)
+    assert found[0] <= low <= high <= found[-1] and 2 <= len(found) <= 8
+    steps = np.diff(found)
+    np.testing.assert_allclose(steps, steps[0])
+    assert f"{steps[0]:.0e}"[0] in "125"
