@@ -34,7 +34,7 @@ from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("preset", "out_dir", "seed", "resume", "overwrite", "dataset", "init_from", "background")
-COLUMNS = ("system", "validation loss, nats", "recall, %", "parameters", "MFLOPs a token")
+COLUMNS = ("system", "validation loss, nats", "parameters", "MFLOPs a token")
 COLUMNS += ("tokens a second", "seconds")
 FAMILIES = tuple(dict.fromkeys(name.rpartition("-")[0] for name in PRESETS))
 
@@ -144,22 +144,26 @@ def check_end(run):
 
 def table(runs, logs, vocab_size):
     """Markdown, with means and standard errors over seeds. logs: {system: [log of each seed]}"""
-    rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    columns = list(COLUMNS)
+    has_recall = "recall" in next(iter(logs.values()))[0][-1]
+    if has_recall:
+        columns.insert(2, "recall, %")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for system, several in logs.items():
         model_config = next(run.model_config for run in runs if run.system == system)
         parameters, flops = size(model_config, vocab_size)
         ends = [log[-1] for log in several]
-        recalls = [100 * end["recall"] for end in ends if "recall" in end]
         speed = statistics.median(end["tokens_per_s"] for end in ends)
         cells = [
             system,
             with_error([end["val_loss"] for end in ends], ".3f"),
-            with_error(recalls, ".1f") if recalls else "",
             f"{parameters / 1e6:.2f}M",
             f"{flops / 1e6:.3f}",
             f"{speed:,.0f}",
             f"{statistics.median(end['seconds'] for end in ends):,.0f}",
         ]
+        if has_recall:
+            cells.insert(2, with_error([100 * end["recall"] for end in ends], ".1f"))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
