@@ -120,6 +120,13 @@ def check_ids(path, ids, vocab_size):
         raise UserError(f"{path} has token id {ids.max()}, but {last}; prepare it again")
 
 
+def check_two_bytes(path, ids):
+    """Raises ValueError if uint16 ids look like uint32 ones, whose upper halves are 0."""
+    if ids[::2].any() and not ids[1::2].any():
+        what = f"{path} holds uint32 ids, it seems: every second uint16 is 0"
+        raise ValueError(f"{what}; without meta.json, ids are GPT-2's in uint16")
+
+
 class Dataset:
     """An opened dataset folder. Raises FileNotFoundError or ValueError, with a fix, if it is not
     one."""
@@ -196,9 +203,8 @@ class Dataset:
         ids = np.memmap(path, dtype=self.dtype, mode="r")
         # The rest may exceed memory: batches check it when they read it.
         check_ids(path, ids[: 2**24], self.vocab_size)
-        if not (self.folder / "meta.json").exists() and ids[1 : 2**20 : 2].max(initial=0) == 0:
-            what = f"{path} holds uint32 ids, it seems: every second uint16 is 0"
-            raise ValueError(f"{what}; without meta.json, ids are GPT-2's in uint16")
+        if not (self.folder / "meta.json").exists():
+            check_two_bytes(path, ids[: 2**20])
         return ids
 
     def vocabulary(self):
