@@ -79,14 +79,11 @@ class Run:
                 was = f"the run in {self.folder} has --{name}={option_text(saved[name])}"
                 raise ValueError(f"--{name}={option_text(wanted)}: {was}; give another --out_dir")
 
-    def start(self, threads):
+    def start(self, environment):
         words = [*self.words, "--overwrite"]
         if (self.folder / "ckpt.pt").exists():
             words = ["--resume"]
         command = [sys.executable, ROOT / "train.py", *words, f"--out_dir={self.folder}"]
-        environment = dict(os.environ)
-        if threads > 0:
-            environment["OMP_NUM_THREADS"] = str(threads)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(f"{self.folder}.txt", "ab") as output:
             self.process = subprocess.Popen(
@@ -104,18 +101,22 @@ def option_text(value):
 # --- training -------------------------------------------------------------------------
 
 
-def train_all(runs, at_a_time):
+def train_all(runs, on_gpu):
     """Train the runs that are not complete, and show the steps of all."""
+    at_a_time = 1
+    environment = dict(os.environ)
+    if not on_gpu:
+        at_a_time = 2
+        environment["OMP_NUM_THREADS"] = "1"
     waiting = [run for run in runs if not run.is_complete()]
     working = []
-    threads = 1 if at_a_time > 1 else 0
     total = sum(run.config.max_iters for run in runs)
     bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not waiting)
     try:
         while waiting or working:
             while waiting and len(working) < at_a_time:
                 run = waiting.pop(0)
-                run.start(threads)
+                run.start(environment)
                 working.append(run)
             time.sleep(1)
             for run in list(working):
@@ -135,8 +136,8 @@ def train_all(runs, at_a_time):
 def check_end(run):
     if run.process.returncode != 0:
         lines = Path(f"{run.folder}.txt").read_text(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else "without a message"
-        raise ValueError(f"{run.folder} ended with {run.process.returncode}: {reason}")
+        reason = "".join(lines[-1:])
+        raise ValueError(f"{run.folder} ended with {run.process.returncode}. {reason}")
 
 
 # --- the table ------------------------------------------------------------------------
@@ -240,11 +241,10 @@ def compare(args):
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     lock_folder(args.out_dir)
     on_gpu = args.given.get("device", "auto") != "cpu" and torch.cuda.is_available()
-    train_all(runs, at_a_time=1 if on_gpu else 2)
+    train_all(runs, on_gpu)
     logs = {name: [read_log(r.folder) for r in runs if r.system == name] for name in systems}
     text = f"{table(runs, logs, vocab_size)}\n\n{verdicts(logs)}".strip() + "\n"
-    seeds = f"{args.seeds} seeds; mean ± standard error" if args.seeds > 1 else "one seed"
-    text += f"{seeds}; a step reads the same tokens in each run\n"
+    text += f"Seeds: {args.seeds} (mean ± standard error). All systems read the same tokens.\n"
     write_file(Path(args.out_dir, "table.md"), text)
     draw_curves(logs, Path(args.out_dir, "curves.svg"))
     print(f"{text}\nwritten to {args.out_dir}: table.md, curves.svg, and the runs")

@@ -80,11 +80,7 @@ def draw_panel(groups, axis, words, measure, title, corner):
     if measure == "recall":
         ys = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
-    def place(x, y):
-        across = (x - xs[0]) / (xs[-1] - xs[0])
-        up = (y - ys[0]) / (ys[-1] - ys[0])
-        return round(corner[0] + WIDTH * across, 1), round(corner[1] + HEIGHT * (1 - up), 1)
-
+    place = scale(xs, ys, corner)
     parts = [
         text(corner[0] + WIDTH / 2, corner[1] - 16, title, 14, font_weight="bold"),
         text(corner[0] + WIDTH / 2, corner[1] + HEIGHT + 40, words, 14),
@@ -92,21 +88,38 @@ def draw_panel(groups, axis, words, measure, title, corner):
     for y in ys:
         left = place(xs[0], y)
         parts.append(line([left, place(xs[-1], y)], GRID, 1))
-        number = f"{y:.0%}" if measure == "recall" else f"{y:.6g}"
+        number = f"{y:.6g}"
+        if measure == "recall":
+            number = f"{y:.0%}"
         parts.append(text(left[0] - 8, left[1] + 5, number, 12, SOFT, "end"))
     for x in xs:
         bottom = place(x, ys[0])
         parts.append(text(bottom[0], bottom[1] + 18, short(x), 12, SOFT))
     for number, several in enumerate(curves.values()):
-        color = COLORS[number % len(COLORS)]
-        for curve in several:
-            if len(several) > 1:
-                thin = [place(x, y) for x, y in curve]
-                parts.append(line(thin, color, 1, stroke_opacity=0.35))
-        middle = [place(*point) for point in mean_curve(several)]
-        parts.append(line(middle, color, 2.5))
-        parts += rings(middle, 3, color)
+        parts += draw_seeds(several, place, COLORS[number % len(COLORS)])
     return parts
+
+
+def scale(xs, ys, corner):
+    """Return the function that places a point in a panel. xs, ys: its ticks"""
+
+    def place(x, y):
+        across = (x - xs[0]) / (xs[-1] - xs[0])
+        up = (y - ys[0]) / (ys[-1] - ys[0])
+        return round(corner[0] + WIDTH * across, 1), round(corner[1] + HEIGHT * (1 - up), 1)
+
+    return place
+
+
+def draw_seeds(several, place, color):
+    """Thin curves of the seeds, if there are several, and a thick one of their mean."""
+    parts = []
+    if len(several) > 1:
+        for curve in several:
+            thin = [place(x, y) for x, y in curve]
+            parts.append(line(thin, color, 1, stroke_opacity=0.35))
+    middle = [place(x, y) for x, y in mean_curve(several)]
+    return [*parts, line(middle, color, 2.5), *rings(middle, 3, color)]
 
 
 def mean_curve(several):
