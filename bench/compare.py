@@ -67,11 +67,14 @@ class Run:
         path = self.folder / "ckpt.pt"
         return path.exists() and read_checkpoint(path)["iter"] >= self.config.max_iters
 
-    def check(self):
-        """Raises ValueError if the folder has a run with other options."""
+    def check(self, fingerprint):
+        """Raises ValueError if the folder has a run with other options or data."""
         if not (self.folder / "ckpt.pt").exists():
             return
         checkpoint = read_checkpoint(self.folder)
+        if checkpoint["fingerprint"] != fingerprint:
+            was = f"{self.folder} was trained on other data"
+            raise ValueError(f"--dataset={self.config.dataset}: {was}; give another --out_dir")
         saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
         for name, value in self.options.items():
             wanted = getattr(self.config, name, getattr(self.model_config, name, value))
@@ -233,10 +236,10 @@ def parse(argv):
 def compare(args):
     systems = args.systems
     runs = [Run(args, system, seed) for seed in range(1, args.seeds + 1) for system in systems]
-    for run in runs:
-        run.check()
     folder = find_folder(args.dataset)
-    open_dataset(folder, runs[0].model_config.block_size, seed=1)  # checks it
+    data = open_dataset(folder, runs[0].model_config.block_size, seed=1)  # checks it
+    for run in runs:
+        run.check(data["fingerprint"])
     vocab_size = Dataset(folder).vocab_size
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     lock_folder(args.out_dir)

@@ -41,6 +41,7 @@ from runtime.files import (
 
 # The checksum shows whether the download is the text that everyone else uses.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+BYTES = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
 WINDOWS = 20  # a short text is repeated to this many windows of the model
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -104,14 +105,13 @@ class Tokenizer:
             self.vocabulary = "gpt2"
             self.separator = GPT2_SEPARATOR
         else:
-            tokens = [bytes([i]) for i in range(256)]
-            self.vocabulary = describe_vocabulary("bytes", r"[\s\S]", tokens, {})
+            self.vocabulary = BYTES
             self.separator = ord("\n")
         self.encoding = make_encoding(self.vocabulary)
 
     def tokens(self, text, path):
         """bytes -> token ids, and whether the text was repeated. path: of the text, for messages"""
-        if self.vocabulary != "gpt2" and self.encoding.n_vocab == 256:  # no UTF-8 needed
+        if self.vocabulary == BYTES:  # no UTF-8 needed
             ids = np.frombuffer(text, dtype=np.uint8)
         else:
             with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
@@ -129,6 +129,8 @@ class Tokenizer:
             if line.strip():
                 words = self.encoding.encode(line + "\n", allowed_special="all")
                 documents.append(np.array([self.separator, *words]))
+        if not documents:
+            raise ValueError(f"{path} has only empty lines")
         generator = np.random.default_rng(0)
         ids = []
         while sum(map(len, ids)) < self.least:
@@ -190,7 +192,7 @@ def prepare(args):
 def report_new_words(tokenizer, text):
     """Say how much of a text is single bytes, which a model of whole words has hardly seen."""
     ids = tokenizer.encoding.encode_ordinary(text.decode(errors="replace"))
-    if tokenizer.encoding.n_vocab == 256 or not ids:
+    if tokenizer.vocabulary == BYTES or not ids:
         return
     single = sum(len(tokenizer.encoding.decode_single_token_bytes(i)) == 1 for i in ids)
     if single > len(ids) / 2:
