@@ -22,9 +22,9 @@ from data.dataset import Dataset
 from edit import update
 from helpers import (
     SMALL,
-    assert_refused,
     load,
     log_of,
+    prepare,
     prepare_here,
     refusal,
     run,
@@ -153,6 +153,14 @@ def test_wrong_questions_are_refused(capitals, tmp_path, capsys, lines, words):
     assert words in ended.value.code and not out.exists()
 
 
+def test_a_text_of_empty_lines_is_refused(finished, capitals, tmp_path, capsys):
+    text, _ = capitals
+    text.write_text("\n" * 50)
+    with pytest.raises(SystemExit) as ended:
+        prepare_here("shakespeare", f"--file={text}", f"--vocabulary_of={finished}", "--out=x")
+    assert "has only empty lines" in ended.value.code
+
+
 # --- a run with another length ----------------------------------------------------------------
 
 
@@ -254,7 +262,7 @@ def compare_options(facts, out):
 
 
 @pytest.mark.slow
-def test_systems_are_compared_stopped_and_continued(facts, tmp_path):
+def test_systems_are_compared_stopped_and_continued(facts, tmp_path, capsys):
     out = tmp_path / "compared"
     options = [*compare_options(facts, out), "--max_iters=150", "--eval_interval=50"]
     command = [sys.executable, "bench/compare.py", *options]
@@ -280,8 +288,12 @@ def test_systems_are_compared_stopped_and_continued(facts, tmp_path):
     logs = {path: path.read_bytes() for path in out.glob("*/log.jsonl")}
     again = run(*command[1:])
     assert again.stdout == done.stdout and logs == {path: path.read_bytes() for path in logs}
-    other = run(*command[1:], "--learning_rate=1e-3")
-    assert_refused(other, "--learning_rate=0.001", "give another --out_dir")
+    other = [*options[:3], f"--out_dir={out}", *options[5:], f"--dataset={facts}"]
+    said = refusal(compare.main, [*other, "--learning_rate=1e-3"], capsys)
+    assert "--learning_rate=0.001: the run in" in said and "give another --out_dir" in said
+    prepare("--seed=5", "--out", tmp_path / "others")
+    said = refusal(compare.main, [*other, f"--dataset={tmp_path / 'others'}"], capsys)
+    assert "was trained on other data" in said
 
 
 @pytest.mark.parametrize(
