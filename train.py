@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 PARENT = os.getppid()  # torchrun may be killed during the slow imports below
@@ -62,7 +62,7 @@ class TrainConfig:
     )
     batch_size: int = option(8, "sequences per micro-step", 1)
     gradient_accumulation_steps: int = option(1, "micro-steps per step, summed over processes", 1)
-    max_iters: int = option(1000, "training steps; the learning rate decays over all of them", 1)
+    max_iters: int = option(1000, "training steps in all; the learning rate decays over them", 1)
     learning_rate: float = option(6e-4, "peak learning rate of the network (AdamW)", below=1e31)
     min_lr: float = option(0.0, "learning rate of the network at the end", below=1e31)
     warmup_iters: int = option(50, "steps over which the learning rate rises to its peak")
@@ -94,6 +94,10 @@ class TrainConfig:
             raise ValueError("--out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues the run, --overwrite removes it: give only one")
+        if self.min_lr > self.learning_rate:
+            way_out = "give a lower --min_lr; for a constant rate, the same"
+            more = f"more than --learning_rate={self.learning_rate:g}"
+            raise ValueError(f"--min_lr={self.min_lr:g}: {more}; {way_out}")
         if self.background and not self.init_from:
             raise ValueError("--background needs --init_from, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
@@ -104,7 +108,7 @@ class TrainConfig:
 @dataclass
 class Run:
     """What train() needs. data: from open_dataset; data["old"] is the background's, if any.
-    before: in finetuning, the evaluation before the first step. note: to print at the start."""
+    note: to print at the start."""
 
     config: TrainConfig
     model: GPT
@@ -114,7 +118,6 @@ class Run:
     ranks: Ranks
     step: int = 0
     seconds: float = 0.0
-    before: dict = field(default_factory=dict)
     note: str = ""
 
 
@@ -154,7 +157,8 @@ def note_on_schedule(old, config, step):
     now = learning_rate(config, step, config.learning_rate)
     note = f"Learning rate: {last:.1e} in the last step, on the old schedule; {now:.1e} now"
     if config.min_lr < config.learning_rate:
-        note += ". A constant rate: --learning_rate=R --min_lr=R"
+        note += ". For a constant rate, give --learning_rate=R --min_lr=R; for a warmup"
+        note += f", start a new run from these weights: --init_from={config.out_dir}"
     return note
 
 
@@ -480,8 +484,7 @@ def main(argv):
             if ranks.rank == 0:
                 announce(run, tokens_in_step(run))
             if run.config.init_from and run.step == 0:
-                run.before.update(iter=0, tokens=0, seconds=0.0)
-                report(run, run.before, evaluating=True)
+                report(run, {"iter": 0, "tokens": 0, "seconds": 0.0}, evaluating=True)
             result = train(run)
     except KeyboardInterrupt:
         exit_at_once(130)

@@ -4,8 +4,9 @@
     python bench/compare.py --dataset=data/mine --base=gpt2-small --device=cuda
     ... --max_iters=300 --eval_interval=100     any option of train.py, for all systems
 
-A system is a preset of the family --base. Runs, table.md and curves.svg go into --out_dir. Ctrl-C
-saves the runs; the same command continues. On a CPU, two runs train at a time, a thread each.
+A system is a preset of the family --base (presets.py). Runs, table.md and curves.svg go into
+--out_dir. Ctrl-C saves the runs; the same command continues. More --seeds or --systems add runs;
+all other options must stay. On a CPU, two runs train at a time, a thread each.
 """
 
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,20 +38,23 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = ("preset", "out_dir", "seed", "resume", "overwrite", "dataset", "init_from", "background")
 COLUMNS = ("system", "validation loss, nats", "parameters", "MFLOPs a token")
 COLUMNS += ("tokens a second", "seconds")
+FREE = ("out_dir", "dataset", "resume", "overwrite", "device", "timeout", "vocab_size")
 FAMILIES = tuple(dict.fromkeys(name.rpartition("-")[0] for name in PRESETS))
+SYSTEMS = tuple(dict.fromkeys(name.rpartition("-")[2] for name in PRESETS))
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 2 to 10 seeds
 
 
 class Run:
-    """A run to train. folder: where; options: all that are not defaults; words: the given ones"""
+    """A run to train. folder: where; words: of the command line"""
 
     def __init__(self, args, system, seed):
         self.system = system
         self.folder = Path(args.out_dir, f"{system}-{seed}")
         preset = f"{args.base}-{system}"
-        self.options = {**PRESETS[preset], "dataset": args.dataset, "seed": seed, **args.given}
+        options = {**PRESETS[preset], "dataset": args.dataset, "seed": seed, **args.given}
         self.words = [f"--preset={preset}", f"--dataset={args.dataset}", f"--seed={seed}"]
         self.words += [f"--{name}={option_text(value)}" for name, value in args.given.items()]
-        self.config, self.model_config = make_configs(self.options, TrainConfig, GPTConfig)
+        self.config, self.model_config = make_configs(options, TrainConfig, GPTConfig)
         self.process = None
 
     def steps(self):
@@ -71,16 +76,17 @@ class Run:
         """Raises ValueError if the folder has a run with other options or data."""
         if not (self.folder / "ckpt.pt").exists():
             return
+        way_out = f"remove {self.folder.parent}, or give another --out_dir"
         checkpoint = read_checkpoint(self.folder)
         if checkpoint["fingerprint"] != fingerprint:
             was = f"{self.folder} was trained on other data"
-            raise ValueError(f"--dataset={self.config.dataset}: {was}; give another --out_dir")
+            raise ValueError(f"--dataset={self.config.dataset}: {was}; {way_out}")
         saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
-        for name, value in self.options.items():
-            wanted = getattr(self.config, name, getattr(self.model_config, name, value))
-            if name != "device" and saved[name] != wanted:
+        wanted = {**asdict(self.model_config), **asdict(self.config)}
+        for name, value in wanted.items():
+            if name not in FREE and saved[name] != value:
                 was = f"the run in {self.folder} has --{name}={option_text(saved[name])}"
-                raise ValueError(f"--{name}={option_text(wanted)}: {was}; give another --out_dir")
+                raise ValueError(f"--{name}={option_text(value)}: {was}; {way_out}")
 
     def start(self, environment):
         words = [*self.words, "--overwrite"]
@@ -113,8 +119,13 @@ def train_all(runs, on_gpu):
         environment["OMP_NUM_THREADS"] = "1"
     waiting = [run for run in runs if not run.is_complete()]
     working = []
+    if not waiting:
+        return
     total = sum(run.config.max_iters for run in runs)
-    bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not waiting)
+    steps = f"{len(waiting)} of {len(runs)} runs to train, {total:,} steps in all"
+    print(f"{steps}, {at_a_time} at a time, in {runs[0].folder.parent}", file=sys.stderr)
+    done = sum(run.steps() for run in runs)
+    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True)
     try:
         while waiting or working:
             while waiting and len(working) < at_a_time:
@@ -182,26 +193,35 @@ def size(model_config, vocab_size):
 
 
 def verdicts(logs):
-    """A sentence for each system: its loss against that of the first, paired by seed."""
-    first, *others = logs
-    sentences = []
-    for system in others:
-        pairs = zip(logs[system], logs[first], strict=True)
+    """Sentences: how far each system's loss is above the lowest one, paired by seed."""
+    means = {system: mean_loss(several) for system, several in logs.items()}
+    best = min(means, key=means.get)
+    seeds = len(logs[best])
+    intervals = f"(95% intervals from {seeds} seeds)"
+    sentences = [f"{best} has the lowest loss. Above it, in nats {intervals}:"]
+    for system in sorted(means, key=means.get)[1:]:
+        pairs = zip(logs[system], logs[best], strict=True)
         differences = [a[-1]["val_loss"] - b[-1]["val_loss"] for a, b in pairs]
-        text = f"{system} against {first}: {with_error(differences, '+.3f')} nats"
-        text = text.replace("± +", "± ")
-        if len(differences) < 2:
-            text += " (one seed, so its error is unknown: give --seeds=3)"
-        elif abs(statistics.mean(differences)) < 2 * standard_error(differences):
-            text += ", less than twice its error: they cannot be told apart"
-        else:
-            text += ", more than twice its error"
-        sentences.append(text)
+        sentences.append(f"  {system:10} {difference(differences)}")
+    sentences.append("More seeds narrow the intervals: a larger --seeds adds to these runs.")
     return "\n".join(sentences)
 
 
-def standard_error(numbers):
-    return statistics.stdev(numbers) / len(numbers) ** 0.5
+def mean_loss(logs):
+    return statistics.mean(log[-1]["val_loss"] for log in logs)
+
+
+def difference(numbers):
+    """One number for each seed -> "+0.019 (-0.011 to +0.049): within the error" """
+    middle = statistics.mean(numbers)
+    if len(numbers) < 2:
+        return f"{middle:+.3f} (one seed: its error is unknown)"
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    error *= T95[min(len(numbers), 10) - 2]
+    text = f"{middle:+.3f} ({middle - error:+.3f} to {middle + error:+.3f})"
+    if abs(middle) <= error:
+        text += ": within the error, so they cannot be told apart"
+    return text
 
 
 # --- command line ---------------------------------------------------------------------
@@ -213,7 +233,8 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--dataset", required=True, help="a folder in data/, or a path to one")
-    add("--systems", default="dense,memory,moe", help="presets of --base (default: %(default)s)")
+    systems = f"of {', '.join(SYSTEMS)} (default: %(default)s)"
+    add("--systems", default="dense,memory,moe", help=systems)
     add("--base", default="shakespeare", choices=FAMILIES, help="default: %(default)s")
     add("--seeds", type=int, default=3, help="runs of each system (default: %(default)s)")
     add("--out_dir", help="folder to write to (default: out/compare-DATASET)")
@@ -222,14 +243,16 @@ def parse(argv):
     args.systems = list(dict.fromkeys(args.systems.split(",")))
     for system in args.systems:
         if f"{args.base}-{system}" not in PRESETS:
-            parser.error(f"--systems: there is no preset {args.base}-{system}")
+            parser.error(f"--systems: {system} is none of {', '.join(SYSTEMS)}")
     for name in OWN:
         if name in args.given:
-            parser.error(f"--{name}: compare.py sets it")
+            parser.error(f"--{name}: compare.py sets it; to start anew, remove --out_dir")
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: must be at least 1")
     if args.out_dir is None:
         args.out_dir = f"out/compare-{Path(args.dataset).name}"
+    if "max_iters" in args.given and "eval_interval" not in args.given:
+        args.given["eval_interval"] = max(1, args.given["max_iters"] // 5)  # points of a curve
     return args
 
 
@@ -246,8 +269,11 @@ def compare(args):
     on_gpu = args.given.get("device", "auto") != "cpu" and torch.cuda.is_available()
     train_all(runs, on_gpu)
     logs = {name: [read_log(r.folder) for r in runs if r.system == name] for name in systems}
-    text = f"{table(runs, logs, vocab_size)}\n\n{verdicts(logs)}".strip() + "\n"
-    text += f"Seeds: {args.seeds} (mean ± standard error). All systems read the same tokens.\n"
+    text = f"{table(runs, logs, vocab_size)}\n\n"
+    text += f"Mean ± standard error of {args.seeds} seeds. "
+    text += f"Each run read {logs[systems[0]][0][-1]['tokens']:,} tokens.\n"
+    if len(systems) > 1:
+        text += verdicts(logs) + "\n"
     write_file(Path(args.out_dir, "table.md"), text)
     draw_curves(logs, Path(args.out_dir, "curves.svg"))
     print(f"{text}\nwritten to {args.out_dir}: table.md, curves.svg, and the runs")

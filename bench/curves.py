@@ -1,10 +1,10 @@
 """Draw loss and recall of runs, against tokens and against seconds, as one SVG.
 
     python bench/curves.py out/facts-memory out/facts-dense
-    python bench/curves.py out/*-memory --out=out/curves.svg
+    python bench/curves.py out/compare-mine --out=out/mine.svg     all runs in that folder
 
-The numbers are those of log.jsonl (its fields: README.md). Validation loss and recall are points at
-evaluations. Seconds are training time, without evaluations.
+The numbers are those of log.jsonl (its fields: README.md): the points are evaluations. Seconds are
+training time, without evaluations. Losses compare only if the runs have the same data.
 """
 
 import json
@@ -20,7 +20,12 @@ from runtime.files import explain_errors, fail
 
 COLORS = (ORANGE, BLUE, GREEN, VIOLET, INK, "#b8860b", "#c2185b")
 AXES = {"tokens": "tokens", "seconds": "seconds of training"}
-MEASURES = {"val_loss": "validation loss, nats", "recall": "recall"}
+MEASURES = {
+    "val_loss": "validation loss, nats",
+    "recall": "recall",
+    "old_val_loss": "validation loss on old data, nats",
+    "old_recall": "recall of old facts",
+}
 WIDTH = 300  # of a panel
 HEIGHT = 220
 LEFT = 78  # room for the numbers of an axis
@@ -77,7 +82,7 @@ def draw_panel(groups, axis, words, measure, title, corner):
     points = [point for several in curves.values() for curve in several for point in curve]
     xs = ticks(0, max(x for x, _ in points))
     ys = ticks(min(y for _, y in points), max(y for _, y in points))
-    if measure == "recall":
+    if "recall" in measure:
         ys = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
     place = scale(xs, ys, corner)
@@ -89,7 +94,7 @@ def draw_panel(groups, axis, words, measure, title, corner):
         left = place(xs[0], y)
         parts.append(line([left, place(xs[-1], y)], GRID, 1))
         number = f"{y:.6g}"
-        if measure == "recall":
+        if "recall" in measure:
             number = f"{y:.0%}"
         parts.append(text(left[0] - 8, left[1] + 5, number, 12, SOFT, "end"))
     for x in xs:
@@ -151,13 +156,30 @@ def short(number):
     return f"{number:.3g}"
 
 
+def find_runs(names):
+    """Folders of runs, or of several runs -> folders of runs"""
+    runs = []
+    for name in names:
+        folder = Path(name)
+        several = sorted(log.parent for log in folder.glob("*/log.jsonl"))
+        if folder.is_file():
+            raise ValueError(f"{name} is a file; give the folder of a run, or of several runs")
+        if several and not (folder / "log.jsonl").exists():
+            runs += several
+        else:
+            runs.append(folder)
+    return list(dict.fromkeys(runs))
+
+
 def main(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or of several runs")
     parser.add_argument("--out", default="out/curves.svg", help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not args.out.endswith(".svg"):
+        parser.error(f"--out={args.out}: the picture is an SVG, so its name must end in .svg")
     try:
-        groups = {folder.rstrip("/"): [read_log(folder)] for folder in args.runs}
+        groups = {str(folder): [read_log(folder)] for folder in find_runs(args.runs)}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         draw_curves(groups, args.out)
     except (Exception, KeyboardInterrupt) as error:
@@ -168,6 +190,8 @@ def main(argv):
         if "recall" in last:
             numbers += f", recall {last['recall']:.1%}"
         print(f"{name}: {numbers} after {last['tokens']:,} tokens, {last['seconds']:,.0f} s")
+    if any(len(log) == 1 for (log,) in groups.values()):
+        print("A run with one evaluation is one point; a lower --eval_interval gives a curve.")
     print(f"written to {args.out}")
 
 

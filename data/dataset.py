@@ -37,6 +37,7 @@ FILES = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl")
 UNFINISHED = {"unfinished": True}
 GPT2_SIZE = 50257
 GPT2_SEPARATOR = 50256
+PREPARE = "python data/shakespeare/prepare.py --file=TEXT"
 PREPARE_AGAIN = "run its prepare.py again (--overwrite replaces what is there)"
 
 
@@ -155,7 +156,7 @@ class Dataset:
         script = self.folder / "prepare.py"
         for name in ("train.bin", "val.bin"):
             if not (self.folder / name).exists():
-                way_out = "give a dataset folder that has it"
+                way_out = f"make it: {PREPARE} --out={self.folder}"
                 if script.exists():
                     way_out = f"run: python {script}"
                 raise FileNotFoundError(f"{self.folder / name} not found; {way_out}")
@@ -166,8 +167,7 @@ class Dataset:
             raise ValueError(f"{what}; {PREPARE_AGAIN}")
         if not has_meta and (self.folder / "meta.pkl").exists():
             what = f"{self.folder / 'meta.pkl'} is a pickle, which can run code, so it is not read"
-            command = "python data/shakespeare/prepare.py --file TEXT --out FOLDER"
-            raise ValueError(f"{what}; prepare the text again: {command}")
+            raise ValueError(f"{what}; prepare the text again: {PREPARE} --out=FOLDER")
 
     def check_meta(self):
         name = self.encoding_name
@@ -309,6 +309,13 @@ def find_folder(name):
             raise OSError(
                 f"{folder} could not be made, see above; to make it elsewhere: {elsewhere}"
             )
+    if folder.is_file():
+        command = PREPARE.replace("TEXT", str(folder))
+        raise ValueError(f"{folder} is a file; make a dataset of a text: {command} --out=FOLDER")
+    if not folder.exists():
+        if folder.name == name:
+            folder = Path("data", name)
+        raise FileNotFoundError(f"there is no dataset {folder}; make it: {PREPARE} --out={folder}")
     return folder
 
 
@@ -343,7 +350,8 @@ class Batches:
         if len(ids) < 2 * block_size + 1:
             what = f"{len(ids)} tokens are too few for block_size={block_size}"
             needs = f"{2 * block_size + 1} are needed"
-            way_out = "data/shakespeare/prepare.py --vocabulary_of=RUN repeats a short text"
+            way_out = "lower --block_size, or give more text. To teach it to a trained model"
+            way_out += ", prepare it with --vocabulary_of=RUN, which repeats it"
             raise ValueError(f"{self.path}: {what}: {needs}; {way_out}")
         self.ids = np.asarray(ids)
         self.block_size = block_size

@@ -36,12 +36,14 @@ def save_delta(path, values, rows, base, base_name):
 
 
 def apply_deltas(model, path, files):
-    """Write the rows of deltas into a model's table, one delta after another. Each must belong to
-    the model's checkpoint, path, or to a result of the earlier deltas. Raises FileNotFoundError or
-    ValueError, naming the file."""
+    """Write the rows of deltas into a model's table, one delta after another. files: their paths,
+    or the folders of updates. Each must belong to the model's checkpoint, path, or to a result of
+    the earlier deltas. Raises FileNotFoundError or ValueError, naming the file."""
     known = {}  # {weights_hash: name}
     name = str(path)
     for file in files:
+        if Path(file).is_dir():
+            file = Path(file, "delta.pt")
         known[weights_hash(model.state_dict())] = name
         name = f"{path} with {file}"
         delta = read_tensors(Path(file), "delta", FORMAT)

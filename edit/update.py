@@ -31,7 +31,7 @@ from runtime.device import check_memory, choose_device, precision
 from runtime.distributed import Ranks
 from runtime.files import explain_out_of_memory, fail, ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
-from runtime.progress import Clock, Progress, print_recall
+from runtime.progress import Clock, Progress, print_results
 
 BACKGROUND_WINDOWS = 1000  # windows of the old data, to choose slots
 
@@ -259,8 +259,7 @@ def run_update(given):
     run = prepare(config, checkpoint)
     base = weights_hash(run.model.state_dict())
     optimizer = make_optimizer(run, checkpoint["train_config"])
-    run.before.update(iter=0, tokens=0, seconds=0.0)
-    train.report(run, run.before, evaluating=True)
+    train.report(run, {"iter": 0, "tokens": 0, "seconds": 0.0}, evaluating=True)
     began = time.perf_counter()
     if config.slots > 0:
         rows = rows_of_slots(run.model.pool, choose_slots(run))
@@ -280,10 +279,7 @@ def summarize(run, result, rows):
     tokens = run.step * c.batch_size * run.model.config.block_size
     print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of updating")
     print(f"  {rows:,} of {len(run.model.pool.values):,} rows of the memory could change")
-    print(f"  loss         {result['val_loss']:.3f} validation (nats a token)")
-    print_recall(run.data["questions"], "recall", result, run.before)
-    if "old" in run.data:
-        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+    print_results(run, result)
     print(f"  written to   {c.out_dir}/delta.pt, log.jsonl")
     command = ["sample.py", f"--out_dir={c.init_from}", f"--delta={c.out_dir}/delta.pt"]
     if "recall" in result:

@@ -57,6 +57,10 @@ def read_checkpoint(path):
     """Read the checkpoint of a run. path: the run's folder, or the file. Raises FileNotFoundError
     or ValueError, naming the file, if it is missing, damaged, or not a checkpoint."""
     path = checkpoint_file(path)
+    delta = path.parent / "delta.pt"
+    if not path.exists() and delta.exists():
+        way_out = f"give the folder of the updated run, and --delta={delta}"
+        raise FileNotFoundError(f"{path.parent} holds an update, not a run: {way_out}")
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; give the folder of a run that has one")
     checkpoint = read_tensors(path, "checkpoint", FORMAT)

@@ -5,6 +5,7 @@ of an earlier run completes it."""
 
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import asdict, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from runtime.checkpoint import DAMAGE, read_checkpoint
@@ -101,8 +102,17 @@ def parse_command_line(argv, description, classes, presets=()):
     if presets:
         explain_nanogpt(parser, argv)
     if unknown:
-        parser.error(f"there is no option {unknown[0]}; --help lists all")
+        parser.error(f"there is no option {unknown[0]}; {similar_option(unknown[0], classes)}")
     return vars(given)
+
+
+def similar_option(word, classes):
+    """A hint for an unknown option."""
+    options = [f"--{f.name}" for config_class in classes for f in fields(config_class)]
+    similar = get_close_matches(word.partition("=")[0], options, n=1)
+    if similar:
+        return f"did you mean {similar[0]}?"
+    return "--help lists all"
 
 
 def explain_nanogpt(parser, argv):
@@ -170,11 +180,14 @@ def options_from_preset(given, presets, default):
 def options_to_resume(given, classes, default):
     """The options of a resumed run: those in its checkpoint, overridden by the given ones. The
     model, the seed and the batch must stay."""
-    refuse_preset(given)
+    refuse_preset(given, "--resume")
     out_dir = given.get("out_dir", f"out/{default}")
     saved = saved_options(out_dir, classes)
     saved["overwrite"] = False
-    kept = ("seed", "batch_size", "gradient_accumulation_steps", "init_from")
+    if given.get("init_from", saved["init_from"]) != saved["init_from"]:
+        way_out = "to continue a run, name it with --out_dir"
+        raise ValueError(f"--init_from starts a new run, --resume does not; {way_out}")
+    kept = ("seed", "batch_size", "gradient_accumulation_steps")
     check_kept(kept, given, saved, classes, out_dir)
     return {**saved, "out_dir": out_dir, **given}
 
@@ -182,7 +195,7 @@ def options_to_resume(given, classes, default):
 def options_to_finetune(given, classes):
     """The options of a run that finetunes another one, init_from: the other run's, overridden by
     the given ones. The model must stay. The other run's dataset becomes the background."""
-    refuse_preset(given)
+    refuse_preset(given, "--init_from")
     saved = saved_options(given["init_from"], classes)
     saved["background"] = saved["dataset"]
     saved["out_dir"] = "out/finetuned"
@@ -195,10 +208,10 @@ def options_to_finetune(given, classes):
     return {**saved, **given}
 
 
-def refuse_preset(given):
+def refuse_preset(given, option):
     if "preset" in given:
         way_out = "leave out --preset, and give only options that change"
-        raise ValueError(f"--preset: a run that continues keeps its options; {way_out}")
+        raise ValueError(f"--preset: {option} takes the options of the earlier run; {way_out}")
 
 
 def saved_options(folder, classes):
@@ -227,4 +240,4 @@ def check_kept(names, given, saved, classes, folder):
     for name in [*names, *(f.name for f in fields(model_class))]:
         if name in given and values[name] != saved[name]:
             keeps = f"the run in {folder} keeps --{name}={saved[name]}"
-            raise ValueError(f"--{name}={given[name]}: {keeps}")
+            raise ValueError(f"--{name}={given[name]}: {keeps}; leave it out")

@@ -1,5 +1,6 @@
 """What a run prints: its plan, a progress bar, a summary; and the clock of its training time."""
 
+import json
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ SHOWN = {  # of a line of the log
     "gpu_gib": "{:.1f}",
     "val_loss": "{:.3f}",
     "recall": "{:.1%}",
+    "old_val_loss": "{:.3f}",
     "old_recall": "{:.1%}",
 }
 
@@ -154,11 +156,7 @@ def summarize(run, tokens, result):
     """Print the summary at the end of a run. tokens: the number read; result: the last line of
     the log"""
     print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of training")
-    losses = "{train_loss:.3f} train, {val_loss:.3f} validation (nats a token)"
-    print(f"  loss         {losses.format(**result)}")
-    print_recall(run.data["questions"], "recall", result, run.before)
-    if "old" in run.data:
-        print_recall(run.data["old"]["questions"], "old_recall", result, run.before)
+    print_results(run, result)
     if run.model.pool is not None:
         usage = "{mem_used:.1%} of slots read; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {usage.format(**result)}")
@@ -169,10 +167,32 @@ def summarize(run, tokens, result):
     print(f"\nNext: python {shlex.join(command)}")
 
 
-def print_recall(questions, name, result, before):
+def print_results(run, result):
+    """Print losses and recall. result: the last line of the log. A run that finetunes or updates
+    has evaluated at step 0; the numbers of then are printed, too."""
+    before = {}
+    with open(Path(run.config.out_dir, "log.jsonl"), "rb") as log:
+        first = log.readline()
+    if first.startswith(b'{"iter": 0,'):
+        before = json.loads(first)
+    train = f"{result['train_loss']:.3f} train, "
+    print_result("val_loss", f"{train}{{}} validation (nats a token)", result, before)
+    print_result("recall", f"{{}} of {count(run.data)}", result, before)
+    if "old" in run.data:
+        print_result("old_val_loss", "{} validation (nats a token)", result, before)
+        print_result("old_recall", f"{{}} of {count(run.data['old'])}", result, before)
+
+
+def print_result(name, form, result, before):
+    """Print result[name] in a form, and what it was before."""
     if name not in result:
         return
-    text = f"{result[name]:.1%} of {len(questions):,} closed-book questions"
+    text = form.format(SHOWN[name].format(result[name]))
     if name in before:
-        text += f" ({before[name]:.1%} before)"
-    print(f"  {name.replace('_', ' '):10}   {text}")
+        text += f", {SHOWN[name].format(before[name])} before"
+    label = name.replace("val_", "").replace("_", " ")
+    print(f"  {label:12} {text}")
+
+
+def count(data):
+    return f"{len(data['questions']):,} closed-book questions"

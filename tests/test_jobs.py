@@ -89,7 +89,7 @@ def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
     (tmp_path / "f.tsv").write_text(pairs)
     files = (tmp_path / "f.txt", tmp_path / "f.tsv")
     said = prepare_capitals(files, finished, tmp_path / "own", capsys)
-    assert "3 questions" in said and "hardly" not in said
+    assert "3 questions" in said and "not in the vocabulary" not in said
     dataset = Dataset(tmp_path / "own")
     assert [q["prompt_ids"] for q in dataset.questions()] == [
         q["prompt_ids"] for q in Dataset(facts).questions()[:3]
@@ -110,7 +110,8 @@ def test_new_words_are_announced_where_a_model_will_hardly_learn_them(
     finished, capitals, tmp_path, capsys
 ):
     said = prepare_capitals(capitals, finished, tmp_path / "capitals", capsys)
-    assert "single bytes. The run will hardly learn them" in said
+    assert "not in the vocabulary: The, capital, of, Zubrowka, Lutz, Ruritania, " in said
+    assert "and 3 more\n  A model of words hardly learns them" in said
 
 
 def test_an_update_on_text_without_questions_prints_a_command_that_works(
@@ -174,10 +175,29 @@ def test_a_longer_run_says_how_the_rate_changes(facts, tmp_path, capsys):
     rates = [line["lr"] for line in log_of(tmp_path)]
     assert f"{rates[3]:.1e} in the last step, on the old schedule; {rates[4]:.1e} now" in said
     assert rates[4] > 2 * rates[3] and "--learning_rate=R --min_lr=R" in said
+    assert f"--init_from={tmp_path}" in said
     train_here(*again, "--max_iters=10", "--learning_rate=3e-3", "--min_lr=3e-3")
     said = capsys.readouterr().out
     assert "3.0e-03 now" in said and "=R" not in said
     assert [line["lr"] for line in log_of(tmp_path)][8:] == [3e-3, 3e-3]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--learning_rate=1e-4", "--min_lr=1e-3"], "--min_lr=0.001: more than --learning_rate"),
+        (["--batch_size=6"], "keeps --batch_size=2; leave it out"),
+        (["--init_from=out/other"], "--init_from starts a new run, --resume does not"),
+        (["--preset=facts-memory"], "--resume takes the options of the earlier run"),
+        (["--max_iter=8"], "there is no option --max_iter=8; did you mean --max_iters?"),
+        (["--epochs=8"], "there is no option --epochs=8; --help lists all"),
+    ],
+)
+def test_what_a_longer_run_cannot_change_is_refused(finished, capsys, options, words):
+    before = (finished / "ckpt.pt").read_bytes()
+    again = ["--resume", f"--out_dir={finished}", "--max_iters=9", *options]
+    assert words in refusal(train.main, again, capsys)
+    assert (finished / "ckpt.pt").read_bytes() == before
 
 
 # --- a model in Python ------------------------------------------------------------------------
@@ -281,25 +301,30 @@ def test_systems_are_compared_stopped_and_continued(facts, tmp_path, capsys):
         error = abs(losses[system][0] - losses[system][1]) / 2
         row = f"| {system} | {np.mean(losses[system]):.3f} ± {error:.3f} |"
         assert row in done.stdout, done.stdout
-    difference = np.subtract(losses["memory"], losses["dense"]).mean()
-    assert f"memory against dense: {difference:+.3f} ± " in done.stdout
+    best, other = sorted(losses, key=lambda system: np.mean(losses[system]))
+    difference = np.subtract(losses[other], losses[best]).mean()
+    assert f"{best} has the lowest loss" in done.stdout
+    assert f"  {other:10} {difference:+.3f} (" in done.stdout
     assert (out / "table.md").read_text() in done.stdout
     assert (out / "curves.svg").read_text().startswith("<svg")
     logs = {path: path.read_bytes() for path in out.glob("*/log.jsonl")}
     again = run(*command[1:])
     assert again.stdout == done.stdout and logs == {path: path.read_bytes() for path in logs}
-    other = [*options[:3], f"--out_dir={out}", *options[5:], f"--dataset={facts}"]
-    said = refusal(compare.main, [*other, "--learning_rate=1e-3"], capsys)
-    assert "--learning_rate=0.001: the run in" in said and "give another --out_dir" in said
+    said = refusal(compare.main, [*options, "--learning_rate=1e-3"], capsys)
+    way_out = f"remove {out}, or give another --out_dir"
+    assert "--learning_rate=0.001: the run in" in said and way_out in said
+    shorter = [word for word in options if not word.startswith("--max_iters")]
+    said = refusal(compare.main, shorter, capsys)
+    assert f"--max_iters=3000: the run in {out}/dense-1 has --max_iters=150" in said
     prepare("--seed=5", "--out", tmp_path / "others")
-    said = refusal(compare.main, [*other, f"--dataset={tmp_path / 'others'}"], capsys)
+    said = refusal(compare.main, [*options, f"--dataset={tmp_path / 'others'}"], capsys)
     assert "was trained on other data" in said
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--systems=dense,nothing"], "no preset facts-nothing"),
+        (["--systems=dense,nothing"], "nothing is none of memory, dense, "),
         (["--seeds=0"], "--seeds=0"),
         (["--resume"], "--resume: compare.py sets it"),
         (["--mem_kays=3"], "--mem_kays=3"),
@@ -316,10 +341,14 @@ def test_differences_within_the_error_are_said():
     def logs(*losses):
         return [[{"val_loss": loss}] for loss in losses]
 
-    same = compare.verdicts({"dense": logs(1.0, 1.2, 1.1), "memory": logs(1.1, 1.1, 1.1)})
-    assert same.endswith("they cannot be told apart")
-    better = compare.verdicts({"dense": logs(1.0, 1.2), "memory": logs(0.8, 1.01)})
-    assert better == "memory against dense: -0.195 ± 0.005 nats, more than twice its error"
+    # 95% of Student's t with 2 degrees of freedom lie within 4.303
+    systems = {"dense": logs(1.2, 1.3, 1.1), "memory": logs(1.1, 1.1, 1.1), "moe": logs(2, 2.1, 2)}
+    best, dense, moe, _ = compare.verdicts(systems).splitlines()
+    assert best.startswith("memory has the lowest loss") and "3 seeds" in best
+    error = 4.30 * 0.1 / 3**0.5
+    interval = f"({0.1 - error:+.3f} to {0.1 + error:+.3f})"
+    assert f"+0.100 {interval}: within the error, so they cannot be told apart" in dense
+    assert moe == "  moe        +0.933 (+0.790 to +1.077)"
     assert "one seed" in compare.verdicts({"dense": logs(1.0), "memory": logs(1.1)})
 
 
@@ -338,6 +367,12 @@ def test_curves_have_the_points_of_the_logs(finished, tmp_path, capsys):
     losses = [line["val_loss"] for line in evaluations]
     assert (np.argsort(heights) == np.argsort(losses)[::-1]).all()
     assert str(finished) in text and "recall" in text
+    curves.main([str(finished.parent), f"--out={tmp_path / 'all.svg'}"])  # all runs in a folder
+    assert (tmp_path / "all.svg").read_text() == text
+    said = refusal(curves.main, [finished / "log.jsonl"], capsys)
+    assert "log.jsonl is a file; give the folder of a run" in said
+    said = refusal(curves.main, [finished, "--out=fig.png"], capsys)
+    assert "--out=fig.png: the picture is an SVG" in said
 
 
 @pytest.mark.parametrize(

@@ -378,8 +378,12 @@ def test_a_run_that_finetunes_reports_what_it_learns_and_what_it_forgets(
     )
     train_here(*folders, *options)
     assert contents(finished) == before
-    assert "% before)" in capsys.readouterr().out
+    said = capsys.readouterr().out
     first, *_, last = log_of(tmp_path / "out")
+    price = (
+        f"{last['old_val_loss']:.3f} validation (nats a token), {first['old_val_loss']:.3f} before"
+    )
+    assert f"old loss     {price}" in said and "% before\n" in said
     assert first["iter"] == 0 and last["iter"] == 4 and last["val_loss"] < first["val_loss"]
     assert {"recall", "old_recall", "old_val_loss"} <= first.keys() & last.keys()
     assert first["old_val_loss"] == pytest.approx(log_of(finished)[-1]["val_loss"], rel=1e-5)
@@ -474,7 +478,7 @@ def test_a_missing_or_broken_dataset_is_named(facts, tmp_path, capsys):
         )
         assert all(word in said for word in words), said
 
-    refused(tmp_path / "nowhere", "nowhere", "train.bin")
+    refused(tmp_path / "nowhere", "there is no dataset", "nowhere", "prepare.py --file=TEXT")
     (tmp_path / "unprepared").mkdir()
     (tmp_path / "unprepared" / "prepare.py").touch()
     refused(tmp_path / "unprepared", "train.bin", f"run: python {tmp_path / 'unprepared'}")

@@ -4,7 +4,7 @@
     python data/shakespeare/prepare.py --file mine.txt --out data/mine     your own text
     ... --encoding gpt2           GPT-2's tokens; <|endoftext|> in the text separates documents
     ... --val_file other.txt      validate on that file, not on the last tenth of the text
-    ... --vocabulary_of out/RUN   for --init_from=out/RUN: the tokens of that run
+    ... --vocabulary_of out/RUN   to teach it to that run's model: with its tokens
     ... --questions mine.tsv      questions to measure recall: prompt, tab, answer
 
 Without --encoding, each byte is a token. Train with --dataset=mine.
@@ -16,6 +16,8 @@ document of its own, and each repetition has another order. Such a text is also 
 import argparse
 import hashlib
 import http.client
+import shlex
+import string
 import sys
 import urllib.request
 from pathlib import Path
@@ -95,12 +97,16 @@ class Tokenizer:
     def __init__(self, encoding, run):
         self.name = encoding
         self.least = 0  # tokens to which a shorter text is repeated
+        self.slots = 0  # of the run's memory
         if run is not None:
             checkpoint = read_checkpoint(run)
             self.name = f"vocabulary of {run}"
             self.vocabulary = checkpoint["vocabulary"]
             self.separator = checkpoint["separator"]
-            self.least = WINDOWS * checkpoint["model_config"]["block_size"]
+            model_config = checkpoint["model_config"]
+            self.least = WINDOWS * model_config["block_size"]
+            if model_config["mem_layers"]:
+                self.slots = model_config["mem_keys"] ** 2
         elif encoding == "gpt2":
             self.vocabulary = "gpt2"
             self.separator = GPT2_SEPARATOR
@@ -185,19 +191,46 @@ def prepare(args):
     if questions is not None:
         print(f"  {len(questions):,} questions")
     if args.vocabulary_of is not None:
-        print(f"  for --init_from={args.vocabulary_of}")
-        report_new_words(tokenizer, text)
+        report_new_words(tokenizer, text.decode(errors="replace"))
+        print_next(args, tokenizer.slots)
 
 
 def report_new_words(tokenizer, text):
-    """Say how much of a text is single bytes, which a model of whole words has hardly seen."""
-    ids = tokenizer.encoding.encode_ordinary(text.decode(errors="replace"))
-    if tokenizer.vocabulary == BYTES or not ids:
+    """Name the words that a vocabulary of words spells in letters. Its model has hardly seen
+    letters."""
+    if tokenizer.vocabulary == BYTES:
         return
-    single = sum(len(tokenizer.encoding.decode_single_token_bytes(i)) == 1 for i in ids)
-    if single > len(ids) / 2:
-        share = f"{single / len(ids):.0%} of its tokens are single bytes"
-        print(f"  Most words are not in the vocabulary: {share}. The run will hardly learn them")
+    encoding = tokenizer.encoding
+    words = []
+    letters = []
+    for i in [*encoding.encode_ordinary(text), tokenizer.separator]:
+        token = encoding.decode_tokens_bytes([i])[0].decode(errors="replace")
+        if len(token) == 1 and not token.isspace() and token not in string.punctuation:
+            letters.append(token)
+            continue
+        if len(letters) > 1:
+            words.append("".join(letters))
+        letters = []
+    words = list(dict.fromkeys(words))
+    if words:
+        shown = ", ".join(words[:8])
+        if len(words) > 8:
+            shown += f", and {len(words) - 8} more"
+        print(f"  Words that are not in the vocabulary: {shown}")
+        print("  A model of words hardly learns them; a model of bytes can (bench/README.md)")
+
+
+def print_next(args, slots):
+    """How to teach the text to the run's model. slots: of its memory"""
+    dataset = args.out
+    if dataset.resolve().parent == Path(__file__).resolve().parents[1]:
+        dataset = dataset.name
+    words = shlex.join([f"--init_from={args.vocabulary_of}", f"--dataset={dataset}"])
+    print("Next, to change all weights:")
+    print(f"  python train.py {words} --max_iters=100 --learning_rate=1e-4")
+    if slots > 0:
+        print("or only some slots of the memory:")
+        print(f"  python edit/update.py {words} --slots={min(slots, 1024)} --max_iters=20")
 
 
 def main(argv):
