@@ -383,6 +383,8 @@ def prepare(given, ranks):
     folder = find_folder(config.dataset)
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
+    if config.init_from and not config.resume:
+        check_vocabulary(data, f"--dataset={config.dataset}", config)
     with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False, group=ranks.group), device)
     out_dir = Path(config.out_dir)
@@ -443,11 +445,9 @@ def continue_run(run, path, folder):
 
 
 def add_background(run, check=True):
-    """Open the background of a finetuning run as data["old"]. check: compare the data with the
-    run in init_from, which may be gone on a resume"""
+    """Open the background of a finetuning run as data["old"]. check: compare it with the run in
+    init_from, which may be gone on a resume"""
     c = run.config
-    if check:
-        check_vocabulary(run.data, f"--dataset={c.dataset}", c)
     if not c.background:
         return
     old = open_dataset(find_folder(c.background), run.model.config.block_size, c.seed)

@@ -122,10 +122,17 @@ def check_ids(path, ids, vocab_size):
 
 
 def check_two_bytes(path, ids):
-    """Raises ValueError if uint16 ids look like uint32 ones, whose upper halves are 0."""
-    if ids[::2].any() and not ids[1::2].any():
-        what = f"{path} holds uint32 ids, it seems: every second uint16 is 0"
-        raise ValueError(f"{what}; without meta.json, ids are GPT-2's in uint16")
+    """Raises ValueError if uint16 ids look like uint32 or int64 ones, whose upper halves are 0."""
+    if ids.itemsize == 2 and ids[::2].any() and not ids[1::2].any():
+        what = f"{path} holds ids of four or eight bytes, it seems: every second uint16 is 0"
+        raise ValueError(f"{what}; convert it with NumPy: ids.astype('uint16').tofile(...)")
+
+
+def check_gpt2(path, ids):
+    """Raises ValueError if ids in a folder without meta.json cannot be GPT-2's."""
+    if ids.max() < 256:
+        what = f"{path} has only ids below 256, so they are not GPT-2's"
+        raise ValueError(f"{what}; prepare the text again: {PREPARE} --out=FOLDER")
 
 
 class Dataset:
@@ -203,8 +210,9 @@ class Dataset:
         ids = np.memmap(path, dtype=self.dtype, mode="r")
         # The rest may exceed memory: batches check it when they read it.
         check_ids(path, ids[: 2**24], self.vocab_size)
+        check_two_bytes(path, ids[: 2**20])
         if not (self.folder / "meta.json").exists():
-            check_two_bytes(path, ids[: 2**20])
+            check_gpt2(path, ids[: 2**20])
         return ids
 
     def vocabulary(self):

@@ -222,6 +222,7 @@ def prepare(config, checkpoint):
     with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False), device)
     data = open_dataset(find_folder(config.dataset), model_config.block_size, config.seed)
+    train.check_vocabulary(data, f"--dataset={config.dataset}", config)
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
         raise ValueError(f"--init_from={config.init_from}: the model has no memory")

@@ -9,6 +9,11 @@ import torch
 
 from runtime.files import explain_errors
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 
@@ -28,6 +33,8 @@ def choose_device(name, number=0):
             torch.set_float32_matmul_precision("high")  # float32 matmuls may use TF32
         else:
             keep_freed_memory()
+        if device.type == "cpu":
+            limit_memory(memory_of(device))
     return device
 
 
@@ -48,6 +55,23 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):  # glibc has it
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def limit_memory(size):
+    """Let allocations fail near the size of the memory, in bytes: Linux would kill the process
+    without a message. Swap counts as memory."""
+    if sys.platform != "linux" or resource is None:
+        return
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("SwapTotal:"):
+                size += 1024 * int(line.split()[1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(0.95 * size)  # the rest is for other processes
+    for other in (soft, hard):
+        if other != resource.RLIM_INFINITY:
+            limit = min(limit, other)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def check_memory(model, device):

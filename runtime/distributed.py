@@ -152,7 +152,10 @@ def same_batch(config, world):
     steps = math.ceil(config.gradient_accumulation_steps / world) * world
     way_out = f"give --gradient_accumulation_steps={steps}"
     if sequences % steps == 0:
-        way_out += f" --batch_size={sequences // steps} for the same batch of {sequences} sequences"
+        batch_size = sequences // steps
+        evaluated = config.eval_iters * config.batch_size // batch_size
+        way_out += f" --batch_size={batch_size} --eval_iters={evaluated}"
+        way_out += f" for the same batch of {sequences} sequences, and the same evaluations"
     return way_out
 
 
@@ -187,6 +190,10 @@ class StopSignal:
         if self.number == 0:
             self.number = number
             self.time = time.monotonic()
+            if number == signal.SIGINT and rank_from_environment() == "0":
+                text = "Stopping after this step or evaluation, with a checkpoint"
+                text = f"\n{text}. A second Ctrl-C ends the process at once, without one.\n"
+                os.write(2, text.encode())  # print() must not run in a signal handler
         elif number == signal.SIGINT and time.monotonic() - self.time > 1:
             os._exit(130)
 

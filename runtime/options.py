@@ -73,7 +73,8 @@ NANOGPT = {  # its options that train.py does not have, and what to do instead
     "bias": "leave it out; the model has no biases",
     "decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
     "dropout": "leave it out; there is no dropout",
-    "eval_only": "log.jsonl has the losses; python sample.py --recall asks the questions",
+    "eval_only": "log.jsonl has the losses; python sample.py --recall asks questions; "
+    "--init_from=RUN --dataset=OTHER --max_iters=1 prints RUN's loss on OTHER ('before')",
     "init_from=resume": "continue a run with --resume --out_dir=FOLDER",
     "init_from=scratch": "leave it out",
     "lr_decay_iters": "the rate decays over --max_iters",
@@ -124,7 +125,9 @@ def explain_nanogpt(parser, argv):
         for option, way_out in NANOGPT.items():
             if text == option or text.startswith(f"{option}="):
                 parser.error(f"{word}: {way_out}")
-        if text.startswith(("wandb_", "init_from=gpt2")):
+        if text.startswith("init_from=gpt2"):
+            parser.error(f"{word}: OpenAI's weights cannot be loaded; give the folder of a run")
+        if text.startswith("wandb_"):
             parser.error(f"{word}: this is nanoGPT's; there is no such option here")
 
 

@@ -6,11 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from runtime.distributed import rank_from_environment
 
 LONG = 3600  # seconds; longer training on a CPU gets a hint
+SHORTER = (
+    "Lower values make it shorter: --max_iters, --batch_size, --gradient_accumulation_steps, "
+    "--block_size, --n_layer, --n_embd; for evaluations, --eval_iters"
+)
 SHOWN = {  # of a line of the log
     "loss": "{:.3f}",
     "tokens_per_s": "{:,.0f}",
@@ -59,9 +64,7 @@ class Progress:
             return
         self.bar.write(f"Training should take {about(seconds)}. Evaluations come on top")
         if seconds > LONG and self.run.device.type == "cpu":
-            batch = "--batch_size, --gradient_accumulation_steps, --block_size"
-            model = "--n_layer, --n_embd"
-            self.bar.write(f"Lower values make it shorter: --max_iters, {batch}, {model}")
+            self.bar.write(SHORTER)
 
     def note_evaluation(self):
         """Say what takes long now."""
@@ -131,16 +134,39 @@ def announce(run, tokens):
     c = run.config
     where = str(run.device)
     if run.ranks.by_torchrun:
-        where += f" in {run.ranks.world} processes, {run.ranks.M} to a table"
-    steps = f"{c.max_iters:,} steps of {tokens:,} tokens"
+        where += f" in {run.ranks.world} processes"
+        if run.ranks.M > 1:
+            where += f", {run.ranks.M} to a table"
+    sequences = f"{c.batch_size * c.gradient_accumulation_steps} x {run.model.config.block_size}"
+    steps = f"{c.max_iters:,} steps of {tokens:,} tokens ({sequences})"
     if run.step > 0:
         steps += f", from step {run.step:,} on"
-    print(f"Training on {c.dataset}: {steps}, an evaluation every {c.eval_interval:,}, on {where}")
+    interval = min(c.eval_interval, c.max_iters)
+    print(f"Training on {c.dataset}: {steps}, an evaluation every {interval:,}, on {where}")
     print(run.model.describe())
-    print(f"Each evaluation is followed by a checkpoint of {size_of_checkpoint(run.model)}")
+    size = size_of_checkpoint(run.model)
+    print(f"Each evaluation is followed by a checkpoint of {size} (twice that while it is saved)")
     if run.note:
         print(run.note)
+    if run.device.type == "cpu":
+        seconds = least_seconds(run, tokens)
+        if seconds > LONG:
+            print(f"Its matrix products alone take {about(seconds)} on this CPU. {SHORTER}")
     sys.stdout.flush()
+
+
+def least_seconds(run, tokens):
+    """The time that a CPU would need for a run if all its FLOPs were in one large matrix product.
+    tokens: read by a step"""
+    a = torch.ones(1024, 1024)
+    a @ a  # the first is slower
+    began = time.perf_counter()
+    a @ a
+    flops_per_second = 2 * 1024**3 / (time.perf_counter() - began)
+    model = run.model
+    forward = sum(model.flops_per_token(model.config.block_size).values())
+    steps = run.config.max_iters - run.step
+    return 3 * forward * tokens * steps / flops_per_second / run.ranks.world
 
 
 def size_of_checkpoint(model):

@@ -278,7 +278,7 @@ def test_batches_depend_on_seed_and_number_only():
 
 
 def test_a_token_id_past_the_vocabulary_is_found_wherever_it_is(tmp_path):
-    ids = np.zeros(2**24 + 400, dtype="<u2")
+    ids = np.full(2**24 + 400, 999, dtype="<u2")
     ids[-100:] = 50257  # behind what is looked at when the folder is opened
     tokens = Dataset(folder_of(tmp_path, ids)).tokens("train")
     batches = Batches(tokens, 64, 0, 50257)

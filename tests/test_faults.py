@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 import train
@@ -31,6 +34,7 @@ from helpers import (
     wait_until,
 )
 from processes import Process, run_train, start_program, start_torchrun
+from runtime.device import choose_device, memory_of
 
 TEXT = "One thing after another. " * 400
 ENDLESS = ["--max_iters=100000", "--eval_interval=100000"]
@@ -320,6 +324,22 @@ def test_memory_that_is_short_names_the_options_to_lower(facts, tmp_path):
     assert process.returncode == 1 and "Traceback" not in errors
     words = ("train.py: out of memory", "lower --batch_size", "block_size")
     assert all(word in errors for word in words), errors
+
+
+def allocate_more_than_there_is():
+    """Without touching it: Linux kills a process only when it does."""
+    choose_device("cpu")
+    swap = 1024 * int(re.search(r"SwapTotal: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    blocks = []
+    for _ in range((memory_of(torch.device("cpu")) + swap) // 2**30):
+        blocks.append(torch.empty(2**30, dtype=torch.uint8))
+    print(f"got {len(blocks)}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is limited")
+def test_an_allocation_beyond_the_memory_fails_instead_of_the_process():
+    said, errors = Process(allocate_more_than_there_is).communicate()
+    assert "got" not in said and "can't allocate memory" in errors
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def test_a_config_survives_json():
         ("--wandb_project=owt", "no such option here"),
         ("--dropout=0.2", "there is no dropout"),
         ("--init_from=resume", "--resume --out_dir=FOLDER"),
-        ("--init_from=gpt2-xl", "no such option here"),
+        ("--init_from=gpt2-xl", "give the folder of a run"),
         ("--decay_lr=False", "--min_lr"),
     ],
 )
@@ -268,7 +268,10 @@ def test_ids_of_four_bytes_are_noticed_in_a_folder_of_nanogpt(tmp_path):
     ids.astype("<u4").tofile(tmp_path / "val.bin")
     dataset = Dataset(Path(tmp_path))
     assert len(dataset.tokens("train")) == 2999
-    with pytest.raises(ValueError, match=r"val.bin holds uint32 ids"):
+    with pytest.raises(ValueError, match=r"val.bin holds ids of four or eight bytes"):
+        dataset.tokens("val")
+    (ids % 60).astype("<u2").tofile(tmp_path / "val.bin")  # characters, whose meta.pkl is lost
+    with pytest.raises(ValueError, match=r"val.bin has only ids below 256, so they are not GPT-2"):
         dataset.tokens("val")
 
 

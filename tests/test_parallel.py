@@ -395,7 +395,7 @@ WRONG = [
     (["--memory_parallel=2", "--mem_shared=false"], ["memory_parallel=2", "mem_shared=true"]),
     (["--gradient_accumulation_steps=3"], ["gradient_accumulation_steps=3", "2"]),
     (["--memory_paralel=2"], ["--memory_paralel=2"]),
-    (["--dataset=nowhere"], ["nowhere", "train.bin"]),
+    (["--dataset=nowhere"], ["nowhere", "no dataset"]),
 ]
 
 
@@ -461,7 +461,7 @@ def test_an_error_of_one_rank_is_said_with_its_number_and_ends_the_others(option
     processes = start_ranks(2, train_without_data_on_rank_1, *options, f"--out_dir={tmp_path}")
     codes, _, errors = ends_of(processes)
     assert codes == [1, 1] and "Traceback" not in errors
-    assert "train.py: rank 1: nowhere/train.bin not found" in errors
+    assert "train.py: rank 1: there is no dataset data/nowhere" in errors
     assert "train.py: another process is lost" in errors
 
 

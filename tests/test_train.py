@@ -89,8 +89,10 @@ def test_a_signal_stops_cleanly_and_resume_is_bitwise_identical(facts, tmp_path,
     process.send_signal(number)
     said, errors = process.communicate()
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
+    announced = "Stopping after this step or evaluation, with a checkpoint. A second Ctrl-C"
+    assert (announced in errors) == (number == signal.SIGINT)
     assert number.name in said and f"--resume --out_dir={out}" in said
-    assert "steps of 64 tokens, an evaluation every 5" in said  # what it will do
+    assert "steps of 64 tokens (2 x 32), an evaluation every 5" in said  # what it will do
     assert re.search(r"Training should take about [\d.]+ (minutes|hours)\.", said)
     stopped = load(out / "ckpt.pt")["iter"]
     assert stopped >= 4 and log_of(out)[-1]["iter"] == stopped
