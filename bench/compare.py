@@ -84,8 +84,8 @@ class Run:
         saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
         wanted = {**asdict(self.model_config), **asdict(self.config)}
         for name, value in wanted.items():
-            if name not in FREE and saved[name] != value:
-                was = f"the run in {self.folder} has --{name}={option_text(saved[name])}"
+            if name not in FREE and saved.get(name) != value:
+                was = f"the run in {self.folder} has --{name}={option_text(saved.get(name))}"
                 raise ValueError(f"--{name}={option_text(value)}: {was}; {way_out}")
 
     def start(self, environment):

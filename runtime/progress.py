@@ -38,12 +38,17 @@ class Progress:
         self.began = time.perf_counter()  # or the end of the first step, which is slower
         self.paused = 0.0
         self.estimated = False
+        self.on_terminal = sys.stderr.isatty()
+        seconds = 0.1
+        if not self.on_terminal:
+            seconds = 10.0  # a file keeps every state of the bar
         self.bar = tqdm(
             desc=Path(run.config.out_dir).name,
             initial=run.step,
             total=run.config.max_iters,
             unit="step",
             dynamic_ncols=True,
+            mininterval=seconds,
             disable=hidden,
         )
 
@@ -79,7 +84,7 @@ class Progress:
         for name, form in SHOWN.items():
             if name in line:
                 self.numbers[name] = form.format(line[name])
-        self.bar.set_postfix(self.numbers)
+        self.bar.set_postfix(self.numbers, refresh=self.on_terminal)
 
     def close(self):
         self.bar.close()
@@ -96,6 +101,7 @@ def about(seconds):
 
 def evaluation_bar(items, total):
     """Yield items. If this takes longer than two seconds, show a bar below the run's."""
+    hidden = rank_from_environment() != "0" or not sys.stderr.isatty()
     return tqdm(
         items,
         "evaluating",
@@ -103,7 +109,7 @@ def evaluation_bar(items, total):
         leave=False,
         delay=2,
         dynamic_ncols=True,
-        disable=rank_from_environment() != "0",
+        disable=hidden,
     )
 
 

@@ -98,7 +98,8 @@ def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
     starts = np.flatnonzero(ids == dataset.separator)
     documents = {tuple(part) for part in np.split(ids, starts[1:])}
     assert starts[0] == 0 and len(documents) == 3 and len(ids) >= 20 * 32
-    options = [f"--init_from={finished}", f"--dataset={tmp_path / 'own'}", "--slots=16"]
+    options = re.search(r"python edit/update.py (.*)", said)[1].split()  # the printed command
+    assert "--slots=256" in options and "python train.py --init_from" in said
     out = tmp_path / "update"
     update.main([*options, f"--out_dir={out}", "--max_iters=2", "--device=cpu"])
     command = re.search(r"Next: python sample.py (.*)", capsys.readouterr().out)[1]

@@ -198,19 +198,19 @@ def prepare(args):
 def report_new_words(tokenizer, text):
     """Name the words that a vocabulary of words spells in letters. Its model has hardly seen
     letters."""
-    if tokenizer.vocabulary == BYTES:
+    if tokenizer.vocabulary in (BYTES, "gpt2"):  # these spell every word in their tokens
         return
     encoding = tokenizer.encoding
     words = []
-    letters = []
-    for i in [*encoding.encode_ordinary(text), tokenizer.separator]:
-        token = encoding.decode_tokens_bytes([i])[0].decode(errors="replace")
-        if len(token) == 1 and not token.isspace() and token not in string.punctuation:
-            letters.append(token)
+    word = b""
+    ids = [*encoding.encode_ordinary(text), tokenizer.separator]
+    for token in encoding.decode_tokens_bytes(ids):
+        if len(token) == 1 and not token.isspace() and token not in string.punctuation.encode():
+            word += token
             continue
-        if len(letters) > 1:
-            words.append("".join(letters))
-        letters = []
+        if len(word) > 1:
+            words.append(word.decode(errors="replace"))
+        word = b""
     words = list(dict.fromkeys(words))
     if words:
         shown = ", ".join(words[:8])
@@ -226,11 +226,11 @@ def print_next(args, slots):
     if dataset.resolve().parent == Path(__file__).resolve().parents[1]:
         dataset = dataset.name
     words = shlex.join([f"--init_from={args.vocabulary_of}", f"--dataset={dataset}"])
-    print("Next, to change all weights:")
-    print(f"  python train.py {words} --max_iters=100 --learning_rate=1e-4")
     if slots > 0:
-        print("or only some slots of the memory:")
+        print("Next, to change some slots of the memory, at little cost to old knowledge:")
         print(f"  python edit/update.py {words} --slots={min(slots, 1024)} --max_iters=20")
+    print("Next, to change all weights, which learns more and forgets more:")
+    print(f"  python train.py {words} --max_iters=100 --learning_rate=1e-4")
 
 
 def main(argv):
