@@ -398,7 +398,7 @@ NOT_MEASURED = {  # numbers of README.md that are of papers, definitions or vers
     "±3%) and size (±5%)": "tests/test_systems.py",
     "the demo's 16": "presets.py",
     "every 10 steps": "log_interval",
-    "reads of the busiest 1%": "a definition",
+    "the busiest 1%": "a definition",
     "bfloat16": "a type",
     "float16": "a type",
     "0.02": "memory.py, tests/test_memory.py",
