@@ -219,7 +219,8 @@ def main(argv):
         if args.recall:
             questions = sampler.open_dataset(args.dataset).questions()
             if not questions:
-                raise ValueError("--recall: the dataset has no questions (no recall.jsonl)")
+                what = "--recall: the dataset has no questions (no recall.jsonl)"
+                raise ValueError(f"{what}; prepare.py --questions=FILE adds them")
         else:
             ids = sampler.encode(args.start)
         sampler.apply(args.delta)

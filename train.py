@@ -97,7 +97,8 @@ class TrainConfig:
         if self.min_lr > self.learning_rate:
             way_out = "give a lower --min_lr; for a constant rate, the same"
             more = f"more than --learning_rate={self.learning_rate:g}"
-            raise ValueError(f"--min_lr={self.min_lr:g}: {more}; {way_out}")
+            name = f"--min_lr={self.min_lr:g} (given, or of the earlier run)"
+            raise ValueError(f"{name}: {more}; {way_out}")
         if self.background and not self.init_from:
             raise ValueError("--background needs --init_from, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
@@ -159,6 +160,8 @@ def note_on_schedule(old, config, step):
     if config.min_lr < config.learning_rate:
         note += ". For a constant rate, give --learning_rate=R --min_lr=R; for a warmup"
         note += f", start a new run from these weights: --init_from={config.out_dir}"
+    if config.warmup_iters != old.warmup_iters:
+        note += ". --warmup_iters counts from step 0"
     return note
 
 

@@ -83,10 +83,11 @@ class Run:
             raise ValueError(f"--dataset={self.config.dataset}: {was}; {way_out}")
         saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
         wanted = {**asdict(self.model_config), **asdict(self.config)}
-        for name, value in wanted.items():
-            if name not in FREE and saved.get(name) != value:
-                was = f"the run in {self.folder} has --{name}={option_text(saved.get(name))}"
-                raise ValueError(f"--{name}={option_text(value)}: {was}; {way_out}")
+        changed = [n for n, x in wanted.items() if n not in FREE and saved.get(n) != x]
+        if changed:
+            asked = ", ".join(f"--{name}={option_text(wanted[name])}" for name in changed)
+            has = ", ".join(f"--{name}={option_text(saved.get(name))}" for name in changed)
+            raise ValueError(f"{asked}: the run in {self.folder} has {has}; {way_out}")
 
     def start(self, environment):
         words = [*self.words, "--overwrite"]

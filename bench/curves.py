@@ -161,9 +161,11 @@ def find_runs(names):
     runs = []
     for name in names:
         folder = Path(name)
-        several = sorted(log.parent for log in folder.glob("*/log.jsonl"))
-        if folder.is_file():
-            raise ValueError(f"{name} is a file; give the folder of a run, or of several runs")
+        several = sorted(log.parent for log in folder.rglob("log.jsonl"))
+        if not folder.is_dir():
+            raise ValueError(
+                f"{name} is not a folder; give the folder of a run, or of several runs"
+            )
         if several and not (folder / "log.jsonl").exists():
             runs += several
         else:

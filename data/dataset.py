@@ -132,7 +132,8 @@ def check_gpt2(path, ids):
     """Raises ValueError if ids in a folder without meta.json cannot be GPT-2's."""
     if ids.max() < 256:
         what = f"{path} has only ids below 256, so they are not GPT-2's"
-        raise ValueError(f"{what}; prepare the text again: {PREPARE} --out=FOLDER")
+        way_out = "decode them with their vocabulary, and prepare the text"
+        raise ValueError(f"{what}; {way_out}: {PREPARE} --out=FOLDER")
 
 
 class Dataset:
@@ -319,7 +320,8 @@ def find_folder(name):
             )
     if folder.is_file():
         command = PREPARE.replace("TEXT", str(folder))
-        raise ValueError(f"{folder} is a file; make a dataset of a text: {command} --out=FOLDER")
+        more = "for a trained model, also --vocabulary_of=RUN"
+        raise ValueError(f"{folder} is a file; make a dataset: {command} --out=FOLDER ({more})")
     if not folder.exists():
         if folder.name == name:
             folder = Path("data", name)

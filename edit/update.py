@@ -225,7 +225,8 @@ def prepare(config, checkpoint):
     train.check_vocabulary(data, f"--dataset={config.dataset}", config)
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
-        raise ValueError(f"--init_from={config.init_from}: the model has no memory")
+        way_out = "python train.py --init_from=RUN --dataset=NEW changes all weights of a model"
+        raise ValueError(f"--init_from={config.init_from}: the model has no memory; {way_out}")
     if config.slots > model.pool.slots:
         most = f"{config.init_from} has only {model.pool.slots:,} slots"
         raise ValueError(f"--slots={config.slots}: {most}")
@@ -286,6 +287,9 @@ def summarize(run, result, rows):
     if "recall" in result:
         command += [f"--dataset={c.dataset}", "--recall"]
     print(f"\nNext: python {shlex.join(command)}")
+    if result.get("recall", 1) < 0.5:
+        print("Few answers are right. Try a larger --max_iters or --slots, with --overwrite; or")
+        print(f"python train.py --init_from={c.init_from}, which changes all weights")
 
 
 def main(argv):

@@ -105,6 +105,13 @@ def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
     command = re.search(r"Next: python sample.py (.*)", capsys.readouterr().out)[1]
     sample.main([*shlex.split(command), "--device=cpu"])
     assert "of 3" in capsys.readouterr().out
+    options = re.search(r"python train.py (.*)", said)[1].split()
+    out = tmp_path / "finetuned"
+    train_here(*options, f"--out_dir={out}", "--max_iters=1", "--learning_rate=1e-9")
+    said = capsys.readouterr().out
+    assert "Few answers are right" in said
+    train_here(*re.search(r"twice as long: python train.py (.*)", said)[1].split())
+    assert log_of(out)[-1]["iter"] == 2
 
 
 def test_new_words_are_announced_where_a_model_will_hardly_learn_them(
@@ -112,7 +119,7 @@ def test_new_words_are_announced_where_a_model_will_hardly_learn_them(
 ):
     said = prepare_capitals(capitals, finished, tmp_path / "capitals", capsys)
     assert "not in the vocabulary: The, capital, of, Zubrowka, Lutz, Ruritania, " in said
-    assert "and 3 more\n  A model of words hardly learns them" in said
+    assert "and 3 more\n  The model hardly learns sentences with them" in said
 
 
 def test_an_update_on_text_without_questions_prints_a_command_that_works(
@@ -186,7 +193,10 @@ def test_a_longer_run_says_how_the_rate_changes(facts, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--learning_rate=1e-4", "--min_lr=1e-3"], "--min_lr=0.001: more than --learning_rate"),
+        (
+            ["--learning_rate=1e-4", "--min_lr=1e-3"],
+            "--min_lr=0.001 (given, or of the earlier run): more than",
+        ),
         (["--batch_size=6"], "keeps --batch_size=2; leave it out"),
         (["--init_from=out/other"], "--init_from starts a new run, --resume does not"),
         (["--preset=facts-memory"], "--resume takes the options of the earlier run"),
@@ -374,7 +384,7 @@ def test_curves_have_the_points_of_the_logs(finished, tmp_path, capsys):
     curves.main([str(finished.parent), f"--out={tmp_path / 'all.svg'}"])  # all runs in a folder
     assert (tmp_path / "all.svg").read_text() == text
     said = refusal(curves.main, [finished / "log.jsonl"], capsys)
-    assert "log.jsonl is a file; give the folder of a run" in said
+    assert "log.jsonl is not a folder; give the folder of a run" in said
     said = refusal(curves.main, [finished, "--out=fig.png"], capsys)
     assert "--out=fig.png: the picture is an SVG" in said
 

@@ -114,6 +114,7 @@ class Tokenizer:
             self.vocabulary = BYTES
             self.separator = ord("\n")
         self.encoding = make_encoding(self.vocabulary)
+        self.of_words = self.vocabulary not in (BYTES, "gpt2")  # which can spell new words
 
     def tokens(self, text, path):
         """bytes -> token ids, and whether the text was repeated. path: of the text, for messages"""
@@ -192,13 +193,13 @@ def prepare(args):
         print(f"  {len(questions):,} questions")
     if args.vocabulary_of is not None:
         report_new_words(tokenizer, text.decode(errors="replace"))
-        print_next(args, tokenizer.slots)
+        print_next(args, tokenizer)
 
 
 def report_new_words(tokenizer, text):
     """Name the words that a vocabulary of words spells in letters. Its model has hardly seen
     letters."""
-    if tokenizer.vocabulary in (BYTES, "gpt2"):  # these spell every word in their tokens
+    if not tokenizer.of_words:
         return
     encoding = tokenizer.encoding
     words = []
@@ -217,20 +218,26 @@ def report_new_words(tokenizer, text):
         if len(words) > 8:
             shown += f", and {len(words) - 8} more"
         print(f"  Words that are not in the vocabulary: {shown}")
-        print("  A model of words hardly learns them; a model of bytes can (bench/README.md)")
+        print("  The model hardly learns sentences with them; one of bytes can (bench/README.md)")
 
 
-def print_next(args, slots):
-    """How to teach the text to the run's model. slots: of its memory"""
+def print_next(args, tokenizer):
+    """Print how to teach the text to the run's model, the better way first."""
     dataset = args.out
     if dataset.resolve().parent == Path(__file__).resolve().parents[1]:
         dataset = dataset.name
     words = shlex.join([f"--init_from={args.vocabulary_of}", f"--dataset={dataset}"])
-    if slots > 0:
-        print("Next, to change some slots of the memory, at little cost to old knowledge:")
-        print(f"  python edit/update.py {words} --slots={min(slots, 1024)} --max_iters=20")
-    print("Next, to change all weights, which learns more and forgets more:")
-    print(f"  python train.py {words} --max_iters=100 --learning_rate=1e-4")
+    finetune = f"python train.py {words} --max_iters=100 --learning_rate=1e-4"
+    ways = {"all weights, which learns more and forgets more": finetune}
+    if tokenizer.slots > 0:
+        slots = min(tokenizer.slots, 1024)
+        update = f"python edit/update.py {words} --slots={slots} --max_iters=20"
+        ways["some slots of the memory, which learns less and forgets less"] = update
+    names = list(ways)
+    if tokenizer.of_words:
+        names.reverse()
+    for name in names:
+        print(f"Next, to change {name}:\n  {ways[name]}")
 
 
 def main(argv):
