@@ -287,9 +287,13 @@ def summarize(run, result, rows):
     if "recall" in result:
         command += [f"--dataset={c.dataset}", "--recall"]
     print(f"\nNext: python {shlex.join(command)}")
-    if result.get("recall", 1) < 0.5:
-        print("Few answers are right. Try a larger --max_iters or --slots, with --overwrite; or")
-        print(f"python train.py --init_from={c.init_from}, which changes all weights")
+    if result.get("recall", 1) < 0.9:
+        print(
+            "Many answers are still wrong. Try a larger --max_iters or --slots, with --overwrite,"
+        )
+        print(
+            f"or change all weights: python train.py --init_from={c.init_from} --dataset={c.dataset}"
+        )
 
 
 def main(argv):

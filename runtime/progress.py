@@ -197,10 +197,10 @@ def summarize(run, tokens, result):
     if "recall" in result:
         command.append("--recall")
     print(f"\nNext: python {shlex.join(command)}")
-    if run.config.init_from and result.get("recall", 1) < 0.5:
+    if run.config.init_from and result.get("recall", 1) < 0.9:
         command = ["train.py", "--resume", f"--out_dir={run.config.out_dir}"]
         command.append(f"--max_iters={2 * run.step}")
-        print(f"Few answers are right. To train twice as long: python {shlex.join(command)}")
+        print(f"Many answers are still wrong. To train twice as long: python {shlex.join(command)}")
 
 
 def print_results(run, result):

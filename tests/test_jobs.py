@@ -109,7 +109,7 @@ def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
     out = tmp_path / "finetuned"
     train_here(*options, f"--out_dir={out}", "--max_iters=1", "--learning_rate=1e-9")
     said = capsys.readouterr().out
-    assert "Few answers are right" in said
+    assert "Many answers are still wrong" in said
     train_here(*re.search(r"twice as long: python train.py (.*)", said)[1].split())
     assert log_of(out)[-1]["iter"] == 2
 
