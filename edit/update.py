@@ -288,12 +288,9 @@ def summarize(run, result, rows):
         command += [f"--dataset={c.dataset}", "--recall"]
     print(f"\nNext: python {shlex.join(command)}")
     if result.get("recall", 1) < 0.9:
-        print(
-            "Many answers are still wrong. Try a larger --max_iters or --slots, with --overwrite,"
-        )
-        print(
-            f"or change all weights: python train.py --init_from={c.init_from} --dataset={c.dataset}"
-        )
+        command = ["train.py", f"--init_from={c.init_from}", f"--dataset={c.dataset}"]
+        print("Many answers are still wrong. Try more --max_iters or --slots, with --overwrite,")
+        print(f"or change all weights: python {shlex.join(command)}")
 
 
 def main(argv):
