@@ -161,11 +161,10 @@ def find_runs(names):
     runs = []
     for name in names:
         folder = Path(name)
-        several = sorted(log.parent for log in folder.rglob("log.jsonl"))
         if not folder.is_dir():
-            raise ValueError(
-                f"{name} is not a folder; give the folder of a run, or of several runs"
-            )
+            way_out = "give the folder of a run, or of several runs"
+            raise ValueError(f"{name} is not a folder; {way_out}")
+        several = sorted(log.parent for log in folder.rglob("log.jsonl"))
         if several and not (folder / "log.jsonl").exists():
             runs += several
         else:

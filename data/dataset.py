@@ -211,7 +211,8 @@ class Dataset:
         ids = np.memmap(path, dtype=self.dtype, mode="r")
         # The rest may exceed memory: batches check it when they read it.
         check_ids(path, ids[: 2**24], self.vocab_size)
-        check_two_bytes(path, ids[: 2**20])
+        if self.vocab_size > 256:  # bytes of UTF-16 look alike
+            check_two_bytes(path, ids[: 2**20])
         if not (self.folder / "meta.json").exists():
             check_gpt2(path, ids[: 2**20])
         return ids

@@ -60,7 +60,7 @@ def keep_freed_memory():
 def limit_memory(size):
     """Let allocations fail near the size of the memory, in bytes: Linux would kill the process
     without a message. Swap counts as memory."""
-    if sys.platform != "linux" or resource is None:
+    if sys.platform != "linux" or not os.path.exists("/proc/meminfo"):
         return
     with open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:

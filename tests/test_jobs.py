@@ -18,7 +18,7 @@ import torch
 import sample
 import train
 from bench import compare, curves
-from data.dataset import Dataset
+from data.dataset import Dataset, write_meta
 from edit import update
 from helpers import (
     SMALL,
@@ -281,9 +281,20 @@ def test_ids_of_four_bytes_are_noticed_in_a_folder_of_nanogpt(tmp_path):
     assert len(dataset.tokens("train")) == 2999
     with pytest.raises(ValueError, match=r"val.bin holds ids of four or eight bytes"):
         dataset.tokens("val")
+    write_meta(tmp_path, "gpt2", "uint16", 50257, 50256)  # of another dataset
+    with pytest.raises(ValueError, match=r"val.bin holds ids of four or eight bytes"):
+        Dataset(tmp_path).tokens("val")
+    (tmp_path / "meta.json").unlink()
     (ids % 60).astype("<u2").tofile(tmp_path / "val.bin")  # characters, whose meta.pkl is lost
     with pytest.raises(ValueError, match=r"val.bin has only ids below 256, so they are not GPT-2"):
         dataset.tokens("val")
+
+
+def test_bytes_of_utf_16_are_not_taken_for_ids_of_four_bytes(tmp_path):
+    (tmp_path / "text").write_bytes(("Nothing of note. " * 99).encode("utf-16-le"))
+    prepare_here("shakespeare", f"--file={tmp_path / 'text'}", f"--out={tmp_path / 'data'}")
+    ids = Dataset(tmp_path / "data").tokens("train")
+    assert bytes(ids[:4].tolist()) == b"N\0o\0"
 
 
 # --- comparing systems, and curves ------------------------------------------------------------
