@@ -476,7 +476,7 @@ class CollectingLookup(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         grad = grad.contiguous()
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and values.requires_grad:  # not frozen since forward
             check_collector(ctx.gradient)
             grad_weights = lookup_backward_into(
                 values, indices, weights, grad, ctx.gradient, ctx.touched
@@ -531,8 +531,12 @@ def collecting_lookup(values, indices, weights, gradient, touched):
               Autograd gets none, so torch.compile has no graph break
     touched   (S,) uint8. Backward passes set the rows that were read to 1
 
-    Both may be None. A backward pass for the values then raises RuntimeError."""
+    Both are contiguous. Both may be None: a backward pass for the values then raises
+    RuntimeError."""
     check_lookup(values, indices, weights)
+    if gradient is not None:
+        check_like("gradient", gradient, values.shape, values.dtype, values.device)
+        check_like("touched", touched, values.shape[:1], torch.uint8, values.device)
     return CollectingLookup.apply(
         values, indices.contiguous(), weights.contiguous(), gradient, touched
     )
@@ -561,6 +565,14 @@ def check_inputs(values, indices, other):
     if not values.device == indices.device == other.device:
         devices = f"{values.device}, {indices.device}, {other.device}"
         raise ValueError(f"values, indices and weights must be on one device, not {devices}")
+
+
+def check_like(name, tensor, shape, dtype, device):
+    """Raises ValueError for a tensor that backward passes cannot add to."""
+    fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+    if not fits or not tensor.is_contiguous():
+        must = f"must be {tuple(shape)} {dtype} on {device}, contiguous"
+        raise ValueError(f"{name} {describe(tensor)}: {must}")
 
 
 def describe(tensor):
@@ -751,6 +763,8 @@ class RowAdam(torch.optim.Optimizer):
         if pool.values.dtype not in (torch.float32, torch.bfloat16):
             dtype = pool.values.dtype
             raise ValueError(f"RowAdam wants values in float32 or bfloat16, not {dtype}")
+        if not pool.values.is_contiguous():
+            raise ValueError("RowAdam wants values that are contiguous")
         super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps, seed=seed))
         self.pool = pool
         pool.collect_gradients()

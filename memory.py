@@ -332,13 +332,15 @@ class ValuePool(nn.Module):
     def take_gradient(self):
         """Return the gradient that backward passes have added since the last call, as a
         coalesced sparse tensor of values' shape and dtype with the rows that were read. The
-        pool then holds no gradient.
+        pool then holds no gradient. Frozen values have none.
 
         Processes (torch.distributed) that each hold a copy of the table call this together.
         They exchange one byte per slot, then the gradients of rows that any of them has read.
         All get the same bits: the mean over processes."""
         if self.gradient is None:
             raise RuntimeError("no gradient was collected: make RowAdam(pool) before forward")
+        if not self.values.requires_grad:  # frozen since a backward pass
+            self.drop_gradient()
         world = count_processes()
         if world > 1:
             self.reduce(self.touched, dist.ReduceOp.MAX)

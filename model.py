@@ -258,7 +258,7 @@ class GPT(nn.Module):
         that wrote the file. Raises FileNotFoundError or ValueError, naming the file, if it is
         missing, damaged, or not a checkpoint."""
         path = checkpoint_file(path)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, tensors=True)
         with explain_errors(f"{path}: its parts do not fit together", DAMAGE):
             weights = checkpoint["model"]
             config = GPTConfig(**checkpoint["model_config"])
@@ -267,6 +267,7 @@ class GPT(nn.Module):
             if model.pool is not None:
                 weights["pool.values"] = own_columns(model.pool, weights["pool.values"])
             model.load_state_dict(weights)
+        check_finite(model, path)
         return model.eval()
 
     @torch.no_grad()
@@ -478,9 +479,19 @@ def make_pool(config, group, replicas):
     )
 
 
+def check_finite(model, path):
+    """Raises ValueError if a weight is infinite or not a number. path: of the checkpoint"""
+    for name, parameter in model.named_parameters():
+        largest = parameter.detach().norm(math.inf).item()  # NaN if one is NaN
+        if not math.isfinite(largest):
+            raise ValueError(f"{path} cannot be used: {name} holds {largest}")
+
+
 def sample_token(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> (B, 1). top_k keeps the k likeliest tokens, top_p the fewest that hold p
-    (nucleus)."""
+    (nucleus). Raises ValueError unless all are finite: else the token would have no meaning."""
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)

@@ -10,9 +10,9 @@ edit/update.py makes deltas. edit/inspect_slots.py shows which slots a text read
 
 import codecs
 import contextlib
+import os
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
@@ -22,18 +22,15 @@ import torch
 from data.dataset import Dataset, answer_questions, find_folder, make_encoding
 from edit.delta import apply_deltas
 from model import GPT
+from runtime.arguments import Parser, dataset_argument, path_argument
 from runtime.checkpoint import read_checkpoint
 from runtime.device import choose_device, precision
 from runtime.files import explain_errors, explain_out_of_memory, explain_output_errors, fail
-from runtime.files import ignore_stream_errors, print_strictly
+from runtime.files import ignore_stream_errors, open_text, print_strictly
 
 
 def parse(argv):
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add_model_options(parser)
     add("--num_samples", type=int, default=3, help="number of texts (default: %(default)s)")
@@ -44,7 +41,8 @@ def parse(argv):
     add("--seed", type=int, default=1, help="seed of the sampling (default: %(default)s)")
     add("--recall", action="store_true", help="ask the dataset's closed-book questions instead")
     add("--rows", type=int, default=20, help="questions to show, 0: all (default: %(default)s)")
-    add("--dataset", help="with --recall: dataset of the questions (default: the run's own)")
+    questions = "with --recall: dataset of the questions (default: the run's own)"
+    add("--dataset", type=dataset_argument, help=questions)
     args = parser.parse_args(argv)
     if args.dataset is not None and not args.recall:
         parser.error(f"--dataset={args.dataset}: needs --recall")
@@ -59,9 +57,11 @@ def parse(argv):
 
 def add_model_options(parser):
     add = parser.add_argument
-    add("--out_dir", default="out/facts-memory", help="folder of the run (default: %(default)s)")
+    run = "folder of the run (default: %(default)s)"
+    add("--out_dir", type=path_argument, default="out/facts-memory", help=run)
     add("--start", default="", help="text to continue; FILE:path: a file, -: standard input")
-    add("--delta", help="updates to apply, FILE[,FILE]: delta.pt of edit/update.py")
+    update = "update to apply: delta.pt of edit/update.py; can be given again"
+    add("--delta", type=path_argument, action="append", default=[], metavar="FILE", help=update)
     add("--device", default="auto", help="cpu, cuda, mps (default: the fastest available)")
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a GPU")
@@ -75,8 +75,8 @@ def check_limits(parser, args, names, low, high=10**9):
 
 
 class Sampler:
-    """A run opened to generate text: model, encoding, separator, checkpoint. args: the options of
-    add_model_options"""
+    """A run opened to generate text: model, encoding, separator, and the checkpoint without its
+    tensors. args: the options of add_model_options"""
 
     def __init__(self, args):
         self.path = Path(args.out_dir, "ckpt.pt")
@@ -93,16 +93,10 @@ class Sampler:
                 raise ValueError(f"{tokens} tokens in its vocabulary, {rows} in its model")
 
     def apply(self, deltas):
-        """Apply deltas, FILE[,FILE] or None."""
-        if deltas is None:
-            return
-        files = deltas.split(",")
-        if "" in files:
-            hint = "a file has no name; is it an unset variable?"
-            raise ValueError(f"--delta={deltas}: {hint}")
-        if self.model.pool is None:
-            raise ValueError(f"--delta={deltas}: the model in {self.path} has no memory")
-        apply_deltas(self.model, self.path, files)
+        """Apply the files of --delta, one after another."""
+        if deltas and self.model.pool is None:
+            raise ValueError(f"--delta={deltas[0]}: the model in {self.path} has no memory")
+        apply_deltas(self.model, self.path, deltas)
 
     def open_dataset(self, name):
         """Open the dataset called name. None: the run's own, which must not have changed since."""
@@ -152,12 +146,12 @@ def read_text(start):
     if start == "-":
         file = 0  # standard input
     elif start.startswith("FILE:"):
-        file = start.removeprefix("FILE:")
+        file = os.path.expanduser(start.removeprefix("FILE:"))
     else:
         return start
     with (
         explain_errors(f"--start={start}", "it must be UTF-8 text"),
-        open(file, encoding="utf-8") as text,
+        open_text(file) as text,
     ):
         return text.read()
 

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data.dataset import Dataset, answer_questions, find_folder, open_dataset
+from data.dataset import Dataset, answer_questions, check_people, find_folder, open_dataset
 from kernels import RowAdam
 from model import GPT, GPTConfig
 from presets import PRESETS
 from runtime.checkpoint import FORMAT, check_unoccupied, clear_run, cut_log, read_checkpoint
 from runtime.checkpoint import save_tensors
-from runtime.device import check_memory, choose_device, compiled, precision
+from runtime.device import check_memory, choose_device, compiled, explain_compile_errors, precision
 from runtime.distributed import Ranks, StopSignal, check_processes, exit_at_once, fail_on_rank
 from runtime.distributed import command_to_resume, lost_another_process
 from runtime.distributed import output_from_rank_0_only, processes_per_table
@@ -94,6 +94,8 @@ class TrainConfig:
             raise ValueError("--out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues the run, --overwrite removes it: give only one")
+        if self.warmup_iters > self.max_iters:  # the rate would never reach its peak
+            object.__setattr__(self, "warmup_iters", self.max_iters // 10)
         if self.min_lr > self.learning_rate:
             way_out = "give a lower --min_lr; for a constant rate, the same"
             more = f"more than --learning_rate={self.learning_rate:g}"
@@ -147,6 +149,15 @@ def learning_rate(config, it, largest):
         return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (largest - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def note_on_warmup(options, config):
+    """Say that a warmup was too long. options: as they were given"""
+    asked = options.get("warmup_iters", TrainConfig.warmup_iters)
+    if asked == config.warmup_iters:
+        return ""
+    instead = f"the learning rate rises over {config.warmup_iters} steps"
+    return f"--warmup_iters={asked} is more than --max_iters={config.max_iters}: {instead}"
 
 
 def note_on_schedule(old, config, step):
@@ -352,6 +363,7 @@ def save(run):
         "vocabulary": run.data["vocabulary"],
         "separator": run.data["separator"],
         "fingerprint": run.data["fingerprint"],
+        "background": run.data.get("old", {}).get("fingerprint", ""),
     }
     if run.ranks.rank == 0:
         save_tensors(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
@@ -375,7 +387,8 @@ def end_early(run, bar, number):
 def prepare(given, ranks):
     """Check everything that can be wrong, and return a Run. given: options of the command line.
     An earlier run stays untouched until all checks have passed."""
-    config, model_config = make_configs(complete_options(given), TrainConfig, GPTConfig)
+    options = complete_options(given)
+    config, model_config = make_configs(options, TrainConfig, GPTConfig)
     check_processes(config, model_config, ranks.world)
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(processes_per_table(config, model_config))
@@ -399,6 +412,7 @@ def prepare(given, ranks):
     ranks.wait()
     model = make_model(config, model_config, device, ranks)
     run = Run(config, model, make_optimizers(model, config), data, device, ranks)
+    run.note = note_on_warmup(options, config)
     if config.init_from:
         add_background(run, check=not config.resume)
     if config.resume:
@@ -438,6 +452,9 @@ def continue_run(run, path, folder):
     if checkpoint["fingerprint"] != run.data["fingerprint"]:
         what = f"{folder} is not what {name} was trained on"
         raise ValueError(f"--dataset={run.config.dataset}: {what}")
+    if checkpoint["background"] != run.data.get("old", {}).get("fingerprint", ""):
+        what = f"not what {name} was evaluated on before"
+        raise ValueError(f"--background={run.config.background}: {what}")
     run.step = checkpoint["iter"]
     run.seconds = checkpoint["seconds"]
     if run.step >= run.config.max_iters:
@@ -456,6 +473,7 @@ def add_background(run, check=True):
     old = open_dataset(find_folder(c.background), run.model.config.block_size, c.seed)
     if check:
         check_vocabulary(old, f"--background={c.background}", c)
+        check_people(run.data["meta"], old["meta"])
     asked = {question["prompt"] for question in run.data["questions"]}
     # leave out questions that have new answers
     old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
@@ -479,7 +497,7 @@ def main(argv):
         given = parse_command_line(argv, __doc__, (TrainConfig, GPTConfig), PRESETS)
     run = None
     try:
-        with explain_out_of_memory(LESS_MEMORY):
+        with explain_out_of_memory(LESS_MEMORY), explain_compile_errors():
             # check it before the processes use it to find each other
             timeout = TrainConfig(timeout=given.get("timeout", TrainConfig.timeout)).timeout
             ranks = Ranks(timeout, PARENT)

@@ -16,12 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.curves import draw_curves, read_log
@@ -29,8 +27,11 @@ from bench.reproduce import with_error
 from data.dataset import Dataset, find_folder, open_dataset
 from model import GPT, GPTConfig
 from presets import PRESETS
+from runtime.arguments import Parser, dataset_argument, path_argument
+from runtime.bars import Bar
 from runtime.checkpoint import read_checkpoint
-from runtime.files import fail, lock_folder, write_file
+from runtime.distributed import handle_stop
+from runtime.files import fail, ignore_stream_errors, lock_folder, write_file
 from runtime.options import make_configs, parse_command_line
 from train import TrainConfig
 
@@ -126,7 +127,7 @@ def train_all(runs, on_gpu):
     steps = f"{len(waiting)} of {len(runs)} runs to train, {total:,} steps in all"
     print(f"{steps}, {at_a_time} at a time, in {runs[0].folder.parent}", file=sys.stderr)
     done = sum(run.steps() for run in runs)
-    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True)
+    bar = Bar(initial=done, total=total, unit="step")
     try:
         while waiting or working:
             while waiting and len(working) < at_a_time:
@@ -229,16 +230,15 @@ def difference(numbers):
 
 
 def parse(argv):
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", required=True, help="a folder in data/, or a path to one")
+    dataset = "a folder in data/, or a path to one"
+    add("--dataset", type=dataset_argument, required=True, help=dataset)
     systems = f"of {', '.join(SYSTEMS)} (default: %(default)s)"
     add("--systems", default="dense,memory,moe", help=systems)
     add("--base", default="shakespeare", choices=FAMILIES, help="default: %(default)s")
     add("--seeds", type=int, default=3, help="runs of each system (default: %(default)s)")
-    add("--out_dir", help="folder to write to (default: out/compare-DATASET)")
+    add("--out_dir", type=path_argument, help="folder to write to (default: out/compare-DATASET)")
     args, rest = parser.parse_known_args(argv)
     args.given = parse_command_line(rest, __doc__, (TrainConfig, GPTConfig))
     args.systems = list(dict.fromkeys(args.systems.split(",")))
@@ -251,7 +251,7 @@ def parse(argv):
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: must be at least 1")
     if args.out_dir is None:
-        args.out_dir = f"out/compare-{Path(args.dataset).name}"
+        args.out_dir = Path("out", f"compare-{Path(args.dataset).name}")
     if "max_iters" in args.given and "eval_interval" not in args.given:
         args.given["eval_interval"] = max(1, args.given["max_iters"] // 5)  # points of a curve
     return args
@@ -265,7 +265,7 @@ def compare(args):
     for run in runs:
         run.check(data["fingerprint"])
     vocab_size = Dataset(folder).vocab_size
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(args.out_dir)
     on_gpu = args.given.get("device", "auto") != "cpu" and torch.cuda.is_available()
     train_all(runs, on_gpu)
@@ -275,14 +275,14 @@ def compare(args):
     text += f"Each run read {logs[systems[0]][0][-1]['tokens']:,} tokens.\n"
     if len(systems) > 1:
         text += verdicts(logs) + "\n"
-    write_file(Path(args.out_dir, "table.md"), text)
-    draw_curves(logs, Path(args.out_dir, "curves.svg"))
+    write_file(args.out_dir / "table.md", text)
+    draw_curves(logs, args.out_dir / "curves.svg")
     print(f"{text}\nwritten to {args.out_dir}: table.md, curves.svg, and the runs")
 
 
 def main(argv):
     args = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handle_stop(signal.default_int_handler)
     try:
         compare(args)
     except KeyboardInterrupt:
@@ -293,4 +293,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    ignore_stream_errors()
     main(sys.argv[1:])

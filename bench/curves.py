@@ -10,12 +10,12 @@ training time, without evaluations. Losses compare only if the runs have the sam
 import json
 import math
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.shapes import BLUE, GREEN, GRID, INK, ORANGE, SOFT, VIOLET, line, rings, save, text
+from runtime.arguments import Parser, path_argument
 from runtime.files import explain_errors, fail
 
 COLORS = (ORANGE, BLUE, GREEN, VIOLET, INK, "#b8860b", "#c2185b")
@@ -173,15 +173,17 @@ def find_runs(names):
 
 
 def main(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or of several runs")
-    parser.add_argument("--out", default="out/curves.svg", help="picture (default: %(default)s)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", help="folders of runs, or of several runs")
+    picture = "picture (default: %(default)s)"
+    add("--out", type=path_argument, default="out/curves.svg", help=picture)
     args = parser.parse_args(argv)
-    if not args.out.endswith(".svg"):
+    if args.out.suffix != ".svg":
         parser.error(f"--out={args.out}: the picture is an SVG, so its name must end in .svg")
     try:
         groups = {str(folder): [read_log(folder)] for folder in find_runs(args.runs)}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         draw_curves(groups, args.out)
     except (Exception, KeyboardInterrupt) as error:
         fail(error)

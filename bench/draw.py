@@ -7,7 +7,6 @@
 
 The other pictures in assets/ are drawn by hand."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -34,6 +33,7 @@ from bench.shapes import (
     text,
     upward_text,
 )
+from runtime.arguments import Parser
 
 BENCH = Path(__file__).resolve().parent
 ASSETS = BENCH.parent / "assets"
@@ -325,7 +325,7 @@ def update_point(new, old):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    Parser(__doc__).parse_args()
     draw_results()
     draw_more_slots()
     draw_slots()

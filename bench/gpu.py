@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime.arguments import Parser, path_argument
 from runtime.device import choose_device
 from runtime.files import fail, write_file
 
@@ -148,10 +148,11 @@ def print_tables(done):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
-    add("--out", type=Path, default=ROOT / "out/gpu.json", help="results; default: %(default)s")
+    results = "results; default: %(default)s"
+    add("--out", type=path_argument, default=ROOT / "out/gpu.json", help=results)
     add("--minutes", type=float, default=12, help="for all parts; default: %(default)s")
     add("--only", action="append", metavar="PART", help="can be given again")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ import contextlib
 import os
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ has a ker
 import kernels
 from kernels import RowAdam, triton
 from memory import ValuePool, candidate_ranks
+from runtime.arguments import Parser
 from runtime.device import choose_device
 from runtime.files import fail
 
@@ -294,7 +294,7 @@ def time_tiles(device, shape, N, K):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
     parser.add_argument("--only", choices=("checks", "times", "tiles"), help="one part")
     args = parser.parse_args()

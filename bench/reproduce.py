@@ -23,18 +23,18 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.experiments import BASE, PARTS, base_folder
 from data.dataset import find_folder
 from data.facts.prepare import BITS, make_people
+from runtime.arguments import Parser
+from runtime.bars import Bar
 from runtime.checkpoint import read_checkpoint
 from runtime.files import append_to_file, explain_errors, fail, lock_folder
 
@@ -128,7 +128,7 @@ def bytes_to_keep(folder):
     delta = folder / "delta.pt"
     if delta.exists():
         return delta.stat().st_size
-    return sum(x.nbytes for x in read_checkpoint(folder / "ckpt.pt")["model"].values())
+    return sum(x.nbytes for x in read_checkpoint(folder, tensors=True)["model"].values())
 
 
 def this_machine(gpu):
@@ -163,7 +163,7 @@ def run_all(jobs, identity, gpu):
     pool = ThreadPoolExecutor(runs_at_a_time(gpu))
     futures = [pool.submit(run, row, seed, identity, gpu) for row, seed in jobs.values()]
     try:
-        for future in tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not jobs):
+        for future in Bar(as_completed(futures), total=len(jobs), unit="run", disable=not jobs):
             future.result()
     except KeyboardInterrupt:
         print("stopping: the runs at work end first, which takes minutes", file=sys.stderr)
@@ -316,7 +316,7 @@ def print_plan(name, missing, lines, gpu):
 
 
 def parse_arguments(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--list", action="store_true", help="only list the runs to do, and their time")
     add("--only", choices=PARTS, action="append", metavar="PART", help="can be given again")

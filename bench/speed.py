@@ -11,7 +11,6 @@ the things that are compared take turns, so that other load on the machine affec
 import gc
 import statistics
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from kernels import RowAdam
 from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
 from presets import PRESETS
+from runtime.arguments import Parser
 from runtime.device import choose_device, precision
 from runtime.files import fail
 from runtime.options import make_configs
@@ -264,7 +264,7 @@ def compare(trainings, repeats):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--device", default="auto", help="cpu or cuda; default: a GPU if possible")
     add("--repeats", type=int, default=30, help="steps that are timed; default: %(default)s")

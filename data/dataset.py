@@ -35,6 +35,8 @@ from runtime.files import (
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 FILES = ("train.bin", "val.bin", "meta.json", "vocab.json", "recall.jsonl")
 UNFINISHED = {"unfinished": True}
+BLOCK = 2**16  # bytes of a file that are hashed together
+BLOCKS = 1024
 GPT2_SIZE = 50257
 GPT2_SEPARATOR = 50256
 PREPARE = "python data/shakespeare/prepare.py --file=TEXT"
@@ -73,20 +75,25 @@ def write_dataset(folder, train, val, vocabulary, separator, recall=None, overwr
     if vocabulary == "gpt2":
         encoding = "gpt2"
     vocab_size = vocabulary_size(vocabulary)
-    dtype = "uint16"
-    if vocab_size > 2**16:
-        dtype = "uint32"
+    dtype = dtype_name(vocab_size)
     write_file(folder / "meta.json", json.dumps(UNFINISHED) + "\n")
     for name in ("recall.jsonl", "vocab.json"):
         (folder / name).unlink(missing_ok=True)
-    write_file(folder / "train.bin", np.asarray(train).astype(DTYPES[dtype]).tobytes())
-    write_file(folder / "val.bin", np.asarray(val).astype(DTYPES[dtype]).tobytes())
+    write_file(folder / "train.bin", np.asarray(train).astype(DTYPES[dtype], copy=False))
+    write_file(folder / "val.bin", np.asarray(val).astype(DTYPES[dtype], copy=False))
     if recall is not None:
         lines = [json.dumps(question) + "\n" for question in recall]
         write_file(folder / "recall.jsonl", "".join(lines))
     if encoding != "gpt2":
         write_file(folder / encoding, json.dumps(vocabulary))
     write_meta(folder, encoding, dtype, vocab_size, separator, **facts)
+
+
+def dtype_name(vocab_size):
+    """The dtype of token ids, a key of DTYPES."""
+    if vocab_size > 2**16:
+        return "uint32"
+    return "uint16"
 
 
 def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
@@ -136,6 +143,16 @@ def check_gpt2(path, ids):
         raise ValueError(f"{what}; {way_out}: {PREPARE} --out=FOLDER")
 
 
+def add_file(digest, path):
+    """Add the size and the blocks of a file to a hash."""
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as f:
+        for start in range(0, size, max(BLOCK, size // BLOCKS)):
+            f.seek(start)
+            digest.update(f.read(BLOCK))
+
+
 class Dataset:
     """An opened dataset folder. Raises FileNotFoundError or ValueError, with a fix, if it is not
     one."""
@@ -152,6 +169,7 @@ class Dataset:
         }
         if meta_path.exists():
             meta = load_json(meta_path)
+        self.meta = meta
         must = "must give encoding (a name), dtype (uint16 or uint32), vocab_size, and separator"
         with explain_errors(f"{meta_path} {must} < vocab_size", PREPARE_AGAIN):
             self.dtype = DTYPES[meta["dtype"]]
@@ -189,15 +207,13 @@ class Dataset:
             raise ValueError(f"separator is {separator!r}")
 
     def fingerprint(self):
-        """Hash the size and first MiB of each file but recall.jsonl. The hash changes if they are
-        prepared anew."""
+        """Hash each file but recall.jsonl: whole up to 64 MiB, else 1,024 blocks of it that are
+        evenly spread. The hash changes if they are prepared anew."""
         digest = hashlib.sha256()
         for name in ("train.bin", "val.bin", "meta.json", "vocab.json"):
             path = self.folder / name
             if path.exists():
-                with open(path, "rb") as f:
-                    size = os.fstat(f.fileno()).st_size
-                    digest.update(f.read(2**20) + str(size).encode())
+                add_file(digest, path)
         return digest.hexdigest()
 
     def tokens(self, split):
@@ -310,7 +326,7 @@ def find_folder(name):
     """Find a folder in data/, or at a path. Generate data/facts, the default, if it is missing."""
     data = Path(__file__).resolve().parent
     folder = Path(name)
-    if folder.name == name and (data / name).is_dir():
+    if name in os.listdir(data) and (data / name).is_dir():  # .. is not in the list
         folder = data / name
     if folder == data / "facts" and (is_unfinished(folder) or not (folder / "meta.json").exists()):
         subprocess.run([sys.executable, folder / "prepare.py"])
@@ -345,10 +361,24 @@ def open_dataset(folder, block_size, seed):
         "vocabulary": dataset.vocabulary(),
         "separator": dataset.separator,
         "fingerprint": fingerprint,
+        "meta": dataset.meta,
     }
     if Dataset(folder).fingerprint() != fingerprint:
         raise ValueError(f"{folder} was prepared anew while it was read: start again")
     return data
+
+
+def check_people(new, old):
+    """Raises ValueError if facts about new or moved people (data/facts/prepare.py) belong to other
+    people than those of an old dataset. new, old: meta.json of the datasets"""
+    known = new.get("known")  # to whom the people were new, or who moved
+    people = {name: old.get(name) for name in ("people", "seed")}
+    if known is None or "known" in old or known == people or None in people.values():
+        return
+    theirs = f"of {known['people']:,} people with --seed={known['seed']}"
+    ours = f"has {people['people']:,} people with --seed={people['seed']}"
+    way_out = f"prepare it again with --people={people['people']} --seed={people['seed']}"
+    raise ValueError(f"--dataset belongs to facts {theirs}, but --background {ours}; {way_out}")
 
 
 class Batches:

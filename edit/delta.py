@@ -48,28 +48,29 @@ def apply_deltas(model, path, files):
         name = f"{path} with {file}"
         delta = read_tensors(Path(file), "delta", FORMAT)
         with explain_errors(f"{file} is damaged", "give another one"):
-            check_delta(delta)
+            check_delta(delta, model.pool.values)
         if delta["base"] not in known:
             here = " or ".join(f"{name} ({base})" for base, name in known.items())
             theirs = f"{delta['name']} ({delta['base']})"
             raise ValueError(f"{file} belongs to {theirs}, not to {here}")
-        with explain_errors(f"{file} is damaged", "give another one"):
-            apply_delta(model, delta)
+        table = model.pool.values.detach()
+        table[delta["rows"].to(table.device)] = delta["values"].to(table.device)
 
 
-def check_delta(delta):
-    tensors = {"rows": delta["rows"], "values": delta["values"]}
-    if delta["hash"] != weights_hash(tensors):
+def check_delta(delta, table):
+    """Raises ValueError or KeyError for a delta that is not what save_delta writes for a table."""
+    rows = delta["rows"]
+    values = delta["values"]
+    if delta["hash"] != weights_hash({"rows": rows, "values": values}):
         raise ValueError("its rows and values are not those that were saved")
     if type(delta["base"]) is not str or type(delta["name"]) is not str:
         raise ValueError("it does not say what it belongs to")
-
-
-def apply_delta(model, delta):
-    table = model.pool.values.detach()
-    rows = delta["rows"].to(table.device)
-    if rows.min() < 0 or rows.max() >= len(table):
-        raise ValueError(
-            f"rows {rows.min()} to {rows.max()}, out of range of a table of {len(table)}"
-        )
-    table[rows] = delta["values"].to(table.device)
+    if rows.ndim != 1 or rows.dtype != torch.int64 or (rows.diff() <= 0).any():
+        raise ValueError("its rows are not increasing numbers")
+    if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(table):
+        raise ValueError(f"its rows are out of range of a table of {len(table)}")
+    if values.shape != (len(rows), table.size(1)) or values.dtype != table.dtype:
+        have = f"{tuple(values.shape)} {values.dtype}"
+        raise ValueError(f"its values are {have}, the table's {table.size(1)} wide {table.dtype}")
+    if not values.isfinite().all():
+        raise ValueError("its values are not finite")

@@ -11,7 +11,6 @@ checkpoint.
 
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from edit.readers import Reads, open_readers, passage
+from runtime.arguments import Parser, dataset_argument
 from runtime.files import fail, ignore_stream_errors, print_strictly
 from sample import Sampler, add_model_options, check_limits
 
@@ -28,15 +28,12 @@ SHOWN_PASSAGES = 4  # of a slot
 
 
 def parse(argv):
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add_model_options(parser)
     add("--max_new_tokens", type=int, default=8, help="tokens to generate (default: %(default)s)")
-    add("--dataset", help="dataset of the passages (default: the one the run was trained on)")
+    passages = "dataset of the passages (default: the one the run was trained on)"
+    add("--dataset", type=dataset_argument, help=passages)
     add("--json", action="store_true", help="print all reads as JSON")
     add("--recall", action="store_true", help="inspect the closed-book questions, not a text")
     add("--rows", type=int, default=0, help="number of questions; 0: all (default: %(default)s)")

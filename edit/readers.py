@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.dataset import make_encoding, open_dataset
 from edit.delta import weights_hash
+from runtime.bars import Bar
 from runtime.checkpoint import read_tensors, save_tensors
 from runtime.files import explain_errors
 
-FORMAT = "nanomem-readers-1"
+FORMAT = "nanomem-readers-2"
 READERS = 8  # per slot
 WORDS = 7  # last tokens, which tell passages apart
 MOST_WINDOWS = 2**14  # windows of the training data to read, at most
@@ -130,7 +130,7 @@ def find_readers(readers, model, windows, starts_passage, context):
     device = model.embedding.weight.device
     count = min(len(windows), MOST_WINDOWS)
     model.pool.usage = reads
-    for first in tqdm(range(0, count, 16), "who reads which slot", unit="batch", leave=False):
+    for first in Bar(range(0, count, 16), "who reads which slot", unit="batch", leave=False):
         numbers = range(first, min(first + 16, count))
         ids = windows.windows(numbers)[:, :-1]  # (B, T)
         with context:
@@ -151,19 +151,17 @@ def open_readers(path, model, dataset, context):
     base = f"{weights_hash(model.state_dict())} {dataset.fingerprint()}"
     readers = Readers(model.pool.slots)
     if file.exists():
-        hint = "remove it, and it will be made anew"
-        saved = read_tensors(file, "list of readers", FORMAT, hint)
-        with explain_errors(f"{file} is damaged", hint):
-            if saved["base"] == base:
-                load_readers(readers, saved, len(windows.ids))
+        try:
+            if load_readers(readers, file, base):
                 return readers, windows.ids
+        except ValueError as error:
+            print(f"{error}: reading the training data again", file=sys.stderr)
     find_readers(readers, model, windows, passage_ends(dataset), context)
-    content = {
-        "format": FORMAT,
-        "base": base,
+    tensors = {
         "positions": torch.from_numpy(readers.positions),
         "weights": torch.from_numpy(readers.weights),
     }
+    content = {"format": FORMAT, "base": base, "hash": weights_hash(tensors), **tensors}
     try:
         save_tensors(file, content)
     except OSError as error:  # the readers can be shown all the same
@@ -171,12 +169,20 @@ def open_readers(path, model, dataset, context):
     return readers, windows.ids
 
 
-def load_readers(readers, saved, tokens):
-    positions = saved["positions"].numpy()
-    if positions.shape != readers.positions.shape or positions.max() >= tokens - 1:
-        raise ValueError("it has positions that do not exist")
-    readers.positions = positions
-    readers.weights = saved["weights"].numpy()
+def load_readers(readers, file, base):
+    """Fill in readers from a file. Returns whether they belong to base, weights and data. Raises
+    ValueError, naming the file, if it is damaged."""
+    hint = "it will be made anew"
+    saved = read_tensors(file, "list of readers", FORMAT, hint)
+    with explain_errors(f"{file} is damaged", hint):
+        tensors = {name: saved[name].clone() for name in ("positions", "weights")}
+        if saved["hash"] != weights_hash(tensors):
+            raise ValueError("its numbers are not those that were saved")
+        if saved["base"] != base:
+            return False
+        readers.positions = tensors["positions"].numpy()
+        readers.weights = tensors["weights"].numpy()
+    return True
 
 
 def passage_ends(dataset):

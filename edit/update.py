@@ -19,13 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 import train
 from data.dataset import find_folder, open_dataset
 from edit.delta import save_delta, weights_hash
 from kernels import RowAdam
 from model import GPT
+from runtime.bars import Bar
 from runtime.checkpoint import check_unoccupied, clear_run, read_checkpoint
 from runtime.device import check_memory, choose_device, precision
 from runtime.distributed import Ranks
@@ -65,6 +65,8 @@ class UpdateConfig:
         for name in ("init_from", "dataset", "out_dir"):
             if not getattr(self, name).strip():
                 raise ValueError(f"--{name}=: must name a folder; is it an unset variable?")
+        if self.slots == 0 and self.choose_by != UpdateConfig.choose_by:
+            raise ValueError(f"--choose_by={self.choose_by}: without --slots, all slots can change")
         if self.slots > 0 and not self.background:
             raise ValueError(f"--slots={self.slots}: --background must name the data not to forget")
         if Path(self.init_from).resolve() == Path(self.out_dir).resolve():
@@ -108,7 +110,7 @@ def score_slots(counts, background):
 @torch.no_grad()
 def read_counts(run, windows, steps, batch_size):
     """Yield how often each batch reads each slot, (S)."""
-    bar = tqdm(range(steps), "which slots are read", unit="batch", leave=False)
+    bar = Bar(range(steps), "which slots are read", unit="batch", leave=False)
     context = precision(run.config.dtype, run.device)
     for idx, _ in train.batches(windows, bar, batch_size, run.device):
         with run.model.pool.record_usage() as usage, context:
@@ -121,7 +123,7 @@ def gradient_norms(run, windows, steps):
     (UltraMem)."""
     pool = run.model.pool
     pool.collect_gradients()
-    bar = tqdm(range(steps), "which slots would change", unit="batch", leave=False)
+    bar = Bar(range(steps), "which slots would change", unit="batch", leave=False)
     context = precision(run.config.dtype, run.device)
     for idx, targets in train.batches(windows, bar, run.config.batch_size, run.device):
         with context:
@@ -149,14 +151,14 @@ class RowSGD:
     def __init__(self, pool, lr, tokens):
         pool.collect_gradients()
         self.pool = pool
-        self.lr = lr
+        self.param_groups = [{"lr": lr}]  # as in PyTorch's optimisers
         self.tokens = tokens
 
     @torch.no_grad()
     def step(self):
         gradient = self.pool.take_gradient()
         rows = gradient.indices()[0]
-        rate = self.lr * self.tokens
+        rate = self.param_groups[0]["lr"] * self.tokens
         self.pool.values.index_add_(0, rows, gradient.values(), alpha=-rate)
 
 
@@ -200,7 +202,8 @@ def update(run, rows, optimizer):
         # log, evaluate
         evaluating = run.step % config.eval_interval == 0 or run.step == config.max_iters
         if run.step % config.log_interval == 0 or evaluating:
-            line = {"iter": run.step, "loss": loss.item()}
+            lr = optimizer.param_groups[0]["lr"]
+            line = {"iter": run.step, "loss": loss.item(), "lr": lr}
             clock.stop(line)
             train.report(run, line, evaluating)
             bar.show(line)

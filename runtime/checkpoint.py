@@ -6,7 +6,8 @@ The ckpt.pt of a run holds
     model_config, train_config      options
     iter, seconds                   steps done, and the time they took
     vocabulary, separator           of the dataset (data/dataset.py), for sample.py
-    fingerprint                     of the dataset, to detect that it was prepared anew
+    fingerprint, background         of the dataset, and of the background or "", to detect that they
+                                    were prepared anew
 """
 
 import re
@@ -16,8 +17,8 @@ import torch
 
 from runtime.files import atomic_write, explain_errors, remove_temporary_files, write_file
 
-FORMAT = "nanomem-4"
-FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str}
+FORMAT = "nanomem-5"
+FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str, "background": str}
 DAMAGE = "it was edited or damaged, or is from another version"
 
 
@@ -30,12 +31,15 @@ def save_tensors(path, content):
 
 def read_tensors(path, kind, format, hint="give another one"):
     """Read a dictionary that save_tensors wrote. kind, hint: for messages. Raises
-    FileNotFoundError or ValueError, naming the file."""
+    FileNotFoundError or ValueError, naming the file.
+
+    Its tensors are views of the file, so that only what is used is read. While one of them exists,
+    the file takes space on the disk, even if another one has replaced it. So copy what you keep."""
     if not path.exists():
         raise FileNotFoundError(f"no {kind} {path}")
     with explain_errors(f"{path} is damaged or not a {kind}", hint):
-        # mmap reads only what is used
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = is_utf8(path)  # PyTorch cannot map a file with another name
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     found = None
     if isinstance(content, dict):
         found = content.get("format")
@@ -43,6 +47,14 @@ def read_tensors(path, kind, format, hint="give another one"):
         formats = f"its format is {found!r}, not {format!r}"
         raise ValueError(f"{path} is not a {kind} of this version of nanomem: {formats}")
     return content
+
+
+def is_utf8(path):
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def checkpoint_file(path):
@@ -53,9 +65,10 @@ def checkpoint_file(path):
     return path
 
 
-def read_checkpoint(path):
-    """Read the checkpoint of a run. path: the run's folder, or the file. Raises FileNotFoundError
-    or ValueError, naming the file, if it is missing, damaged, or not a checkpoint."""
+def read_checkpoint(path, tensors=False):
+    """Read the checkpoint of a run. path: the run's folder, or the file; tensors: whether to
+    return "model" and "optimizers", too (see read_tensors). Raises FileNotFoundError or ValueError,
+    naming the file, if it is missing, damaged, or not a checkpoint."""
     path = checkpoint_file(path)
     delta = path.parent / "delta.pt"
     if not path.exists() and delta.exists():
@@ -72,6 +85,9 @@ def read_checkpoint(path):
             raise ValueError(f"iter is {checkpoint['iter']}")
         if not 0 <= checkpoint["separator"] < checkpoint["model_config"]["vocab_size"]:
             raise ValueError(f"separator is {checkpoint['separator']}")
+        if not tensors:
+            checkpoint.pop("model", None)
+            checkpoint.pop("optimizers", None)
     return checkpoint
 
 

@@ -1,5 +1,7 @@
-"""The device that a program runs on, its memory, and the precision of computation."""
+"""The device that a program runs on, its memory, the precision of computation, and
+torch.compile."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -7,7 +9,7 @@ import sys
 
 import torch
 
-from runtime.files import explain_errors
+from runtime.files import UserError, error_line, explain_errors
 
 try:
     import resource
@@ -115,3 +117,17 @@ def compiled(model, choice, device):
     if choice == "true":
         return torch.compile(model)
     return model
+
+
+@contextlib.contextmanager
+def explain_compile_errors():
+    """If torch.compile fails inside, for example because there is no C++ compiler, raise an error
+    of one line. The model compiles when it is first called."""
+    try:
+        yield
+    except RuntimeError as error:
+        # by name: to import their module would import all of torch.compile
+        if type(error).__name__ not in ("InductorError", "BackendCompilerFailed"):
+            raise
+        way_out = "install a C++ compiler such as g++, or give --compile=false"
+        raise UserError(f"torch.compile failed ({error_line(error)}); {way_out}") from None

@@ -176,15 +176,14 @@ def command_to_resume(config):
 
 
 class StopSignal:
-    """SIGINT or SIGTERM ends the run after the current step. `number` is then the signal's
-    number, otherwise 0. torchrun passes a signal on, so it can come twice. A second Ctrl-C more
-    than a second later ends the process at once."""
+    """SIGINT, SIGTERM, or SIGHUP (a closed terminal) ends the run after the current step. `number`
+    is then the signal's number, otherwise 0. torchrun passes a signal on, so it can come twice. A
+    second Ctrl-C more than a second later ends the process at once."""
 
     def __init__(self):
         self.number = 0
         self.time = 0.0
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
+        handle_stop(self.receive)
 
     def receive(self, number, frame):
         if self.number == 0:
@@ -203,6 +202,15 @@ class StopSignal:
         if ranks.torchrun_has_died():
             number = signal.SIGTERM
         return max(ranks.gather(number))
+
+
+def handle_stop(handler):
+    """Call handler(number, frame) on SIGINT, SIGTERM and SIGHUP, which a closed terminal sends."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(hangup, handler)
 
 
 def rank_from_environment():

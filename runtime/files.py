@@ -1,6 +1,5 @@
 """Files written atomically, folders locked to one process, and errors in one line."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -25,10 +24,15 @@ class UserError(ValueError):
 
 def error_line(error):
     """Return one line that says what went wrong. NANOMEM_DEBUG=1 also prints the traceback."""
+    # a name in a file may have escape sequences, which a terminal would obey
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", describe_error(error))
+
+
+def describe_error(error):
     if os.environ.get("NANOMEM_DEBUG", "0") != "0":
         traceback.print_exception(error)
     if isinstance(error, (ValueError, OSError)):
-        return str(error).replace("\n", " ") or type(error).__name__
+        return str(error) or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's message tells how to load it anyway
         return "it holds more than tensors and plain values, so it was not loaded"
     first_line = str(error).partition("\n")[0]
@@ -90,11 +94,19 @@ def atomic_write(path):
 
 
 def write_file(path, data):
-    """Write data, bytes or text."""
+    """Write data: bytes, text, or a NumPy array."""
     if isinstance(data, str):
         data = data.encode()
     with atomic_write(path) as f:
         f.write(data)
+
+
+def open_text(file):
+    """Open a text to read. file: a path, 0 for standard input, or bytes. All programs read text
+    like this: it is UTF-8, a byte order mark is dropped, and line ends CR LF and CR become LF."""
+    if isinstance(file, bytes):
+        return io.TextIOWrapper(io.BytesIO(file), "utf-8-sig")
+    return open(file, encoding="utf-8-sig")
 
 
 def append_to_file(path, data):
@@ -141,15 +153,6 @@ def remove_temporary_files(folder, names):
             number = path.name.removeprefix(f"{name}.").removesuffix(".tmp")
             if number.isdecimal():  # a process id
                 path.unlink()
-
-
-def folder_argument(text):
-    """For argparse. Refuses an empty name, perhaps from an unset variable, and a file."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must name a folder")
-    if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file, but must be a folder")
-    return Path(text)
 
 
 # --- standard streams -----------------------------------------------------------------

@@ -3,11 +3,12 @@
 A dictionary {option: value} starts with the options of the command line. A preset or the checkpoint
 of an earlier run completes it."""
 
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+import os
+from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import asdict, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 
+from runtime.arguments import Parser
 from runtime.checkpoint import DAMAGE, read_checkpoint
 from runtime.files import explain_errors
 
@@ -85,13 +86,7 @@ NANOGPT = {  # its options that train.py does not have, and what to do instead
 def parse_command_line(argv, description, classes, presets=()):
     """argv -> {option: value} of the given options. presets: names for --preset. Exits with 2 on
     an option that cannot be parsed, naming it."""
-    parser = ArgumentParser(
-        usage="%(prog)s [--option=value ...]",
-        description=description,
-        formatter_class=RawDescriptionHelpFormatter,
-        argument_default=SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(description, usage="%(prog)s [--option=value ...]", argument_default=SUPPRESS)
     if presets:
         help = f"a named run, written out in presets.py: {', '.join(presets)}"
         parser.add_argument("--preset", choices=presets, help=help, metavar="NAME")
@@ -103,17 +98,8 @@ def parse_command_line(argv, description, classes, presets=()):
     if presets:
         explain_nanogpt(parser, argv)
     if unknown:
-        parser.error(f"there is no option {unknown[0]}; {similar_option(unknown[0], classes)}")
+        parser.refuse(unknown[0])
     return vars(given)
-
-
-def similar_option(word, classes):
-    """A hint for an unknown option."""
-    options = [f"--{f.name}" for config_class in classes for f in fields(config_class)]
-    similar = get_close_matches(word.partition("=")[0], options, n=1)
-    if similar:
-        return f"did you mean {similar[0]}?"
-    return "--help lists all"
 
 
 def explain_nanogpt(parser, argv):
@@ -143,6 +129,8 @@ def add_option(parser, f):
     settings = {"help": help, "metavar": "", "type": type(f.default)}
     if choices:
         settings["type"] = str.lower
+    elif type(f.default) is str:
+        settings["type"] = os.path.expanduser  # the shell does not expand the ~ of --out_dir=~/x
     elif type(f.default) is tuple:
         settings["type"] = whole_numbers
     elif type(f.default) is bool:

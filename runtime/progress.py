@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from runtime.bars import Bar
 from runtime.distributed import rank_from_environment
 
 LONG = 3600  # seconds; longer training on a CPU gets a hint
@@ -38,17 +38,11 @@ class Progress:
         self.began = time.perf_counter()  # or the end of the first step, which is slower
         self.paused = 0.0
         self.estimated = False
-        self.on_terminal = sys.stderr.isatty()
-        seconds = 0.1
-        if not self.on_terminal:
-            seconds = 10.0  # a file keeps every state of the bar
-        self.bar = tqdm(
+        self.bar = Bar(
             desc=Path(run.config.out_dir).name,
             initial=run.step,
             total=run.config.max_iters,
             unit="step",
-            dynamic_ncols=True,
-            mininterval=seconds,
             disable=hidden,
         )
 
@@ -84,7 +78,7 @@ class Progress:
         for name, form in SHOWN.items():
             if name in line:
                 self.numbers[name] = form.format(line[name])
-        self.bar.set_postfix(self.numbers, refresh=self.on_terminal)
+        self.bar.set_postfix(self.numbers, refresh=sys.stderr.isatty())
 
     def close(self):
         self.bar.close()
@@ -102,15 +96,7 @@ def about(seconds):
 def evaluation_bar(items, total):
     """Yield items. If this takes longer than two seconds, show a bar below the run's."""
     hidden = rank_from_environment() != "0" or not sys.stderr.isatty()
-    return tqdm(
-        items,
-        "evaluating",
-        total,
-        leave=False,
-        delay=2,
-        dynamic_ncols=True,
-        disable=hidden,
-    )
+    return Bar(items, "evaluating", total, leave=False, delay=2, disable=hidden)
 
 
 class Clock:

@@ -26,7 +26,7 @@ def whole_state(model, optimizers):
 def restore_optimizers(path, optimizers, pool):
     """Load the optimisers' moments from a checkpoint. Rates and decays stay as they are. pool: the
     model's, or None. Raises ValueError if the saved state is wrong."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, tensors=True)
     with explain_errors(f"{path}: its optimisers have a wrong state", "continue from another one"):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             names = ("exp_avg", "exp_avg_sq")
@@ -41,6 +41,8 @@ def restore_optimizers(path, optimizers, pool):
                 for parameter in group["params"]:
                     state = optimizer.state[parameter]
                     check_moments(state, names, parameter, checkpoint["iter"])
+                    for name in names:
+                        state[name] = state[name].clone()  # AdamW takes views of the file
 
 
 def check_moments(state, names, parameter, steps):

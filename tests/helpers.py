@@ -108,7 +108,10 @@ def steps_done(out):
 @contextlib.contextmanager
 def handlers():
     """Training takes over signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

@@ -352,7 +352,9 @@ def test_a_delta_that_is_none_is_refused_and_the_message_names_it(
         assert all(word in said for word in (str(path), *words)), said
     said = refusal(sample.main, [f"--out_dir={finished}", f"--delta={tmp_path}/none.pt"], capsys)
     assert "no delta" in said and "none.pt" in said
-    assert "--delta=" in refusal(sample.main, [f"--out_dir={finished}", "--delta=a.pt,"], capsys)
+    assert "--delta: must name" in refusal(
+        sample.main, [f"--out_dir={finished}", "--delta="], capsys
+    )
     arguments = [f"--out_dir={two_layers}", f"--delta={taught}/delta.pt"]
     said = refusal(sample.main, arguments, capsys)
     names = []

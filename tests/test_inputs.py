@@ -212,12 +212,12 @@ SAMPLED = [
     (
         inside("model", lambda weights: weights["norm.weight"].fill_(float("nan"))),
         [],
-        "cannot be sampled from",
+        "norm.weight holds nan",
     ),
     (
         inside("model", lambda weights: weights["pool.values"].fill_(float("inf"))),
         [],
-        "cannot be sampled from",
+        "pool.values holds inf",
     ),
     (edited(), [f"--top_k={HUGE}"], ""),
     (edited(), ["--temperature=1e400"], ""),
@@ -313,7 +313,7 @@ def test_weights_that_are_no_numbers_do_not_train(finished, tmp_path, capsys):
             said = refusal(
                 train.main, ["--resume", f"--out_dir={tmp_path / name}", "--max_iters=9"], capsys
             )
-        assert "training has diverged" in said and contents(tmp_path / name) == before
+        assert f"{name} holds inf" in said and contents(tmp_path / name) == before
 
 
 @pytest.mark.parametrize(

@@ -547,7 +547,7 @@ def wrong_checkpoints(good, folder):
     yield "code", pickle.dumps(Boom(folder / "executed")), ["not a checkpoint"]
     yield (
         "code in a zip",
-        {"format": "nanomem-4", "model": Boom(folder / "executed")},
+        {"format": "nanomem-5", "model": Boom(folder / "executed")},
         ["was not loaded"],
     )
     yield "another program's", {"state_dict": {}}, ["not a checkpoint of this version of nanomem"]

@@ -12,7 +12,6 @@ the held-out sentences.
     python data/facts/prepare.py --moved=100     new employers and cities of some: data/facts-moved
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -20,11 +19,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import check_free, describe_vocabulary, make_encoding, write_dataset
-from runtime.files import fail, folder_argument, ignore_stream_errors, lock_folder
+from runtime.arguments import Parser, folder_argument
+from runtime.bars import Bar
+from runtime.files import fail, ignore_stream_errors, lock_folder
 
 # Made-up words for names of people, places and firms: 16 * 6 * 18 = 1,728, in a fixed order.
 ONSETS = "B D F G K L M N P R S T V Z Br Tr".split()
@@ -82,6 +82,8 @@ BITS = sum(math.log2(len(pool)) for pool in POOLS.values())  # of facts per pers
 # text.
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\.\n|[^A-Za-z0-9]"
 SEPARATOR = "<|endoftext|>"
+SENTENCE = 8  # tokens of the shortest one: name 3, phrase 3, value 1, end 1
+VAL_TOKENS = 20 * 64  # at least: 20 windows of the facts presets
 
 
 def build_vocabulary():
@@ -145,7 +147,7 @@ def encode_biographies(people, rounds, generator, encoding, held_out):
     """Write biographies of all people, in random order, `rounds` times -> token ids."""
     separator = encoding.encode_single_token(SEPARATOR)
     ids = []
-    for _ in tqdm(range(rounds), f"biographies of {len(people):,} people", unit="round"):
+    for _ in Bar(range(rounds), f"biographies of {len(people):,} people", unit="round"):
         for i in generator.permutation(len(people)):
             text = biography(people[i], generator, held_out)
             ids.append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
@@ -163,9 +165,7 @@ def make_questions(people):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--people", type=int, default=2000, help="number of people (default: %(default)s)")
     add("--new", type=int, default=0, help="instead write the facts of this many other people")
@@ -213,9 +213,13 @@ def prepare(args):
     vocabulary = describe_vocabulary("facts", PATTERN, tokens, {SEPARATOR: len(tokens)})
     encoding = make_encoding(vocabulary)
     people = choose_people(args, generator)
+    facts = {}
     val_rounds = 1
     if args.new + args.moved > 0:
-        val_rounds = 5  # long enough for a window even with one person
+        facts["known"] = {"people": args.people, "seed": args.seed}
+        val_rounds = 5
+    sentences = sum(len(values) for _, values, _ in people)
+    val_rounds = max(val_rounds, math.ceil(VAL_TOKENS / (SENTENCE * sentences)))
     train = encode_biographies(people, args.biographies, generator, encoding, held_out=False)
     val = encode_biographies(people, val_rounds, generator, encoding, held_out=True)
     questions = make_questions(people)
@@ -232,9 +236,10 @@ def prepare(args):
         facts=len(questions),
         bits=round(bits),
         seed=args.seed,
+        **facts,
     )
-    facts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
-    print(f"{args.out}: {len(people):,} people, {facts}, vocabulary of {len(tokens) + 1:,}")
+    counts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
+    print(f"{args.out}: {len(people):,} people, {counts}, vocabulary of {len(tokens) + 1:,}")
     each = f"{args.biographies} biographies per person, with each fact once"
     print(f"  {len(train):,} training tokens ({each}), {len(val):,} validation tokens")
 

@@ -10,9 +10,10 @@ starts tokenising from the beginning. All archives take half an hour on two core
 
     urlsf_subset00.tar > urlsf_subset00-1_data.xz, ... > (a compressed tar) > a file per document
 
-The text of a document is the same as in the Hugging Face dataset: runs of blank lines become one
-blank line, and white space at both ends is removed. A hash of the document decides whether it is
-for validation: one in 2,000 is.
+The text of a document is the same as in the Hugging Face dataset: line ends CR LF and CR become LF,
+runs of blank lines become one blank line, and white space at both ends is removed. A byte order
+mark, which stays there, is dropped here. A hash of the document decides whether it is for
+validation: one in 2,000 is.
 
 Damaged archives are refused. A download must have the size and the SHA-256 that the server states.
 Before tokenising starts, an archive must have valid headers up to its end mark. A truncated archive
@@ -40,8 +41,6 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import runtime.files as files
 from data.dataset import (
@@ -53,6 +52,8 @@ from data.dataset import (
     make_encoding,
     write_meta,
 )
+from runtime.arguments import Parser, folder_argument
+from runtime.bars import Bar
 
 REVISION = "f3808c30e817981b845ec549c43e82bb467d8144"  # the files of a revision never change
 SOURCE = f"https://huggingface.co/datasets/Skylion007/openwebtext/resolve/{REVISION}/subsets"
@@ -97,7 +98,7 @@ def fetch(url, part):
             part.unlink(missing_ok=True)
             size = 0
         total = size + int(length)
-        with tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True) as bar:
+        with Bar(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True) as bar:
             while size < total:
                 data = response.read(2**20)
                 if not data:
@@ -199,7 +200,7 @@ def tokenize(archive, vocabulary, part):
         infos = list_files(io.BytesIO(data))
         for info in infos:
             document = data[info.offset_data : info.offset_data + info.size]
-            text = re.sub("\n\n\n+", "\n\n", document.decode()).strip()
+            text = re.sub("\n\n\n+", "\n\n", files.open_text(document).read()).strip()
             ids = encoding.encode_to_numpy(text, disallowed_special=())
             tokens = separator + ids.astype("<u2").tobytes()
             # The split depends only on the document, not on its place or on --subsets.
@@ -255,7 +256,7 @@ def write_tokens(out, parts, pool):
     """parts: {archive: list of TarInfo}. Returns the number of documents."""
     documents = 0
     size = sum(part.size for archive in parts for part in parts[archive])
-    with tqdm(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
+    with Bar(desc="tokenise", total=size, unit="B", unit_scale=True) as bar:
         for archive in parts:  # one at a time, because waiting results take memory
             work = functools.partial(tokenize, archive, VOCABULARY)
             with delay_ctrl_c():
@@ -318,17 +319,22 @@ def subsets_argument(text):
     return sorted(numbers)
 
 
+def usable_cores():
+    """Cores that this process may use: a scheduler or taskset may have left it only some."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--subsets", type=subsets_argument, default="0-20", help="as in 0,1 or 0-4 (default: all)")
     add("--source", default=SOURCE, help="folder or URL of the archives (default: the hub)")
-    cores = os.cpu_count()
-    add("--workers", type=int, default=cores, help="processes (default: one per core, %(default)s)")
+    workers = "processes (default: one for each core that it may use, %(default)s)"
+    add("--workers", type=int, default=usable_cores(), help=workers)
     here = Path(__file__).parent
-    add("--out", type=files.folder_argument, default=here, help="folder (default: this one)")
+    add("--out", type=folder_argument, default=here, help="folder (default: this one)")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
     args = parser.parse_args(argv)
     if args.workers < 1:

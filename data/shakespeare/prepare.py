@@ -7,18 +7,20 @@
     ... --vocabulary_of out/RUN   to teach it to that run's model: with its tokens
     ... --questions mine.tsv      questions to measure recall: prompt, tab, answer
 
-Without --encoding, each byte is a token. Train with --dataset=mine.
+A text is UTF-8. A byte order mark is dropped; line ends CR LF and CR become LF. Without --encoding,
+each byte is a token, and a file that is not UTF-8 is taken as it is. Train with --dataset=mine.
 
 With --vocabulary_of, a text too short for that run's model is repeated. Each of its lines is then a
 document of its own, and each repetition has another order. Such a text is also its own validation.
 """
 
-import argparse
 import hashlib
 import http.client
+import re
 import shlex
 import string
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -26,24 +28,23 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import (
+    DTYPES,
     GPT2_SEPARATOR,
     check_free,
     describe_vocabulary,
+    dtype_name,
     make_encoding,
+    vocabulary_size,
     write_dataset,
 )
+from runtime.arguments import Parser, folder_argument, path_argument
 from runtime.checkpoint import read_checkpoint
-from runtime.files import (
-    explain_errors,
-    fail,
-    folder_argument,
-    ignore_stream_errors,
-    lock_folder,
-)
+from runtime.files import explain_errors, fail, ignore_stream_errors, lock_folder, open_text
 
 # The checksum shows whether the download is the text that everyone else uses.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 BYTES = describe_vocabulary("bytes", r"[\s\S]", [bytes([i]) for i in range(256)], {})
+PIECE = 2**20  # characters that are tokenised at a time
 WINDOWS = 20  # a short text is repeated to this many windows of the model
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -63,14 +64,55 @@ def download():
     return text
 
 
-def read(option, path):
+def find_text(option, path):
+    """The path of a text, or the content of a pipe, which can be read only once: bytes. Raises
+    OSError or ValueError if it cannot be used."""
     try:
-        text = path.read_bytes()
+        with open(path, "rb") as f:
+            start = f.read(20)
+            if len(start) < 20:
+                raise ValueError(f"--{option}={path} has {len(start)} bytes: too few to train on")
+            if not path.is_file():
+                return start + f.read()
     except OSError as error:
         raise OSError(f"cannot read --{option}={path} ({error.strerror})") from None
-    if len(text) < 20:
-        raise ValueError(f"--{option}={path} has {len(text)} bytes: too few to train on")
-    return text
+    return path
+
+
+def is_text(source):
+    """Whether a path or bytes hold UTF-8."""
+    try:
+        with open_text(source) as f:
+            while f.read(PIECE):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_pieces(source):
+    """Yield the text of a path or of bytes in pieces. They end between a letter or digit and the
+    white space after it. No token extends over such a place, so the pieces have the tokens of the
+    whole text."""
+    text = ""
+    with open_text(source) as f:
+        while more := f.read(PIECE):
+            text += more
+            match = re.match(r".*\w(?=[ \n])", text, re.DOTALL)
+            if match is not None:
+                yield match[0]
+                text = text[match.end() :]
+    yield text
+
+
+def read_blocks(source):
+    """Yield the content of a path or of bytes in blocks."""
+    if isinstance(source, bytes):
+        yield source
+        return
+    with open(source, "rb") as f:
+        while block := f.read(PIECE):
+            yield block
 
 
 def read_questions(path):
@@ -92,10 +134,11 @@ def read_questions(path):
 
 class Tokenizer:
     """A vocabulary, its separator, and the tokens of texts. encoding: bytes or gpt2; run: the
-    folder of a run, whose vocabulary is used instead, or None"""
+    folder of a run, whose vocabulary is used instead, or None; folder: for temporary files"""
 
-    def __init__(self, encoding, run):
+    def __init__(self, encoding, run, folder):
         self.name = encoding
+        self.folder = folder
         self.least = 0  # tokens to which a shorter text is repeated
         self.slots = 0  # of the run's memory
         if run is not None:
@@ -115,22 +158,39 @@ class Tokenizer:
             self.separator = ord("\n")
         self.encoding = make_encoding(self.vocabulary)
         self.of_words = self.vocabulary not in (BYTES, "gpt2")  # which can spell new words
+        self.dtype = DTYPES[dtype_name(vocabulary_size(self.vocabulary))]
 
-    def tokens(self, text, path):
-        """bytes -> token ids, and whether the text was repeated. path: of the text, for messages"""
-        if self.vocabulary == BYTES:  # no UTF-8 needed
-            ids = np.frombuffer(text, dtype=np.uint8)
-        else:
-            with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
-                ids = self.encoding.encode(text.decode(), allowed_special="all")
-            ids = np.array([self.separator, *ids])  # a separator precedes each document
+    def tokens(self, source, path):
+        """The text of a path or of bytes -> token ids, and whether the text was repeated. path:
+        for messages"""
+        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
+            ids = self.write(self.pieces(source))
         if len(ids) >= self.least:
             return ids, False
-        return self.repeat(text, path), True
+        return self.repeat(source, path), True
 
-    def repeat(self, text, path):
-        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text"):
-            lines = text.decode().splitlines()
+    def pieces(self, source):
+        """Yield the token ids of a text in arrays."""
+        if self.vocabulary == BYTES and not is_text(source):
+            for block in read_blocks(source):
+                yield np.frombuffer(block, dtype=np.uint8)
+            return
+        if self.vocabulary != BYTES:
+            yield np.array([self.separator])  # it precedes each document
+        for text in read_pieces(source):
+            yield self.encoding.encode_to_numpy(text, allowed_special="all")
+
+    def write(self, pieces):
+        """Arrays of token ids -> one array, in a temporary file: it can exceed the memory."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            for ids in pieces:
+                file.write(ids.astype(self.dtype))
+            file.flush()
+            return np.memmap(file, dtype=self.dtype, mode="r")
+
+    def repeat(self, source, path):
+        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text"), open_text(source) as f:
+            lines = f.read().splitlines()
         documents = []
         for line in lines:
             if line.strip():
@@ -146,15 +206,16 @@ class Tokenizer:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--file", type=Path, help="a text file to use instead of tinyshakespeare")
-    add("--val_file", type=Path, help="validate on this file, not on the last tenth of --file")
+    add("--file", type=path_argument, help="a text file to use instead of tinyshakespeare")
+    val_file = "validate on this file, not on the last tenth of --file"
+    add("--val_file", type=path_argument, help=val_file)
     add("--encoding", choices=["bytes", "gpt2"], help="default: bytes")
-    add("--vocabulary_of", type=Path, metavar="RUN", help="folder of the run to finetune or update")
-    add("--questions", type=Path, help="file of closed-book questions: prompt, tab, answer")
+    run = "folder of the run to finetune or update"
+    add("--vocabulary_of", type=path_argument, metavar="RUN", help=run)
+    questions = "file of closed-book questions: prompt, tab, answer"
+    add("--questions", type=path_argument, help=questions)
     here = Path(__file__).parent
     add("--out", type=folder_argument, default=here, help="folder to write to (default: this one)")
     add("--overwrite", action="store_true", help="replace the dataset in that folder")
@@ -166,16 +227,19 @@ def parse(argv):
 
 def prepare(args):
     if args.file is None:
-        text = download()
+        source = download()
     else:
-        text = read("file", args.file)
+        source = find_text("file", args.file)
     questions = None
     if args.questions is not None:
         questions = read_questions(args.questions)
-    tokenizer = Tokenizer(args.encoding or "bytes", args.vocabulary_of)
-    train, repeated = tokenizer.tokens(text, args.file or URL)
+    folder = args.out.resolve()
+    while not folder.exists():  # its disk has room for a temporary file
+        folder = folder.parent
+    tokenizer = Tokenizer(args.encoding or "bytes", args.vocabulary_of, folder)
+    train, repeated = tokenizer.tokens(source, args.file or URL)
     if args.val_file is not None:
-        val, _ = tokenizer.tokens(read("val_file", args.val_file), args.val_file)
+        val, _ = tokenizer.tokens(find_text("val_file", args.val_file), args.val_file)
     elif repeated:
         val = train
     else:
@@ -192,15 +256,17 @@ def prepare(args):
     if questions is not None:
         print(f"  {len(questions):,} questions")
     if args.vocabulary_of is not None:
-        report_new_words(tokenizer, text.decode(errors="replace"))
+        report_new_words(tokenizer, source)
         print_next(args, tokenizer)
 
 
-def report_new_words(tokenizer, text):
+def report_new_words(tokenizer, source):
     """Name the words that a vocabulary of words spells in letters. Its model has hardly seen
     letters."""
     if not tokenizer.of_words:
         return
+    with open_text(source) as f:
+        text = f.read()
     encoding = tokenizer.encoding
     words = []
     word = b""

@@ -1,0 +1,28 @@
+"""Progress bars, on a terminal and in a file."""
+
+import sys
+
+from tqdm import tqdm
+
+
+class Bar(tqdm):
+    """A tqdm bar on standard error. If that is no terminal, it writes a line every ten seconds:
+    a file keeps every state of a bar."""
+
+    def __init__(self, *args, **settings):
+        if not sys.stderr.isatty():
+            settings["mininterval"] = 10.0
+            settings["file"] = Lines()
+        super().__init__(*args, dynamic_ncols=True, **settings)
+
+
+class Lines:
+    """A stream for tqdm. Standard error gets each state of the bar as a line."""
+
+    def write(self, text):
+        text = text.strip("\r\n ")
+        if text:
+            print(text, file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
