@@ -156,8 +156,8 @@ def note_on_warmup(options, config):
     asked = options.get("warmup_iters", TrainConfig.warmup_iters)
     if asked == config.warmup_iters:
         return ""
-    instead = f"the learning rate rises over {config.warmup_iters} steps"
-    return f"--warmup_iters={asked} is more than --max_iters={config.max_iters}: {instead}"
+    too_long = f"--warmup_iters={asked} is more than --max_iters={config.max_iters}"
+    return f"{too_long}: it is {config.warmup_iters} in this run"
 
 
 def note_on_schedule(old, config, step):

@@ -10,17 +10,23 @@ class Bar(tqdm):
     a file keeps every state of a bar."""
 
     def __init__(self, *args, **settings):
-        if not sys.stderr.isatty():
+        self.in_file = not sys.stderr.isatty()
+        if self.in_file:
             settings["mininterval"] = 10.0
             settings["file"] = Lines()
         super().__init__(*args, dynamic_ncols=True, **settings)
+
+    def __del__(self):
+        if self.in_file:  # an error has left it: the error's message stays the last line
+            self.disable = True
+        super().__del__()
 
 
 class Lines:
     """A stream for tqdm. Standard error gets each state of the bar as a line."""
 
     def write(self, text):
-        text = text.strip("\r\n ")
+        text = text.strip("\r\n").rstrip()
         if text:
             print(text, file=sys.stderr)
 

@@ -96,7 +96,7 @@ def atomic_write(path):
 def write_file(path, data):
     """Write data: bytes, text, or a NumPy array."""
     if isinstance(data, str):
-        data = data.encode()
+        data = data.encode(errors="replace")  # the name of a file may be no text
     with atomic_write(path) as f:
         f.write(data)
 

@@ -41,8 +41,14 @@ def restore_optimizers(path, optimizers, pool):
                 for parameter in group["params"]:
                     state = optimizer.state[parameter]
                     check_moments(state, names, parameter, checkpoint["iter"])
-                    for name in names:
-                        state[name] = state[name].clone()  # AdamW takes views of the file
+                    copy_tensors(state)
+
+
+def copy_tensors(state):
+    """Replace AdamW's views of the checkpoint by tensors of its own: see read_tensors."""
+    for name, x in state.items():
+        if torch.is_tensor(x):
+            state[name] = x.clone()
 
 
 def check_moments(state, names, parameter, steps):

@@ -628,7 +628,9 @@ def test_the_readers_of_a_slot_are_those_with_the_largest_weights(two_layers, fa
     assert len(dataset.tokens("train")) > got.positions.max() + 1
 
 
-def test_readers_are_kept_and_made_anew_for_other_weights_or_data(two_layers, facts, new, tmp_path):
+def test_readers_are_kept_and_made_anew_for_other_weights_or_data(
+    two_layers, facts, new, tmp_path, capsys
+):
     out = tmp_path / "out"
     shutil.copytree(two_layers, out)
     (out / "readers.pt").unlink(missing_ok=True)
@@ -646,8 +648,7 @@ def test_readers_are_kept_and_made_anew_for_other_weights_or_data(two_layers, fa
     shutil.copy(other / "ckpt.pt", out)
     assert made_anew(facts) and not made_anew(facts) and made_anew(new)
     (out / "readers.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"readers\.pt is damaged"):
-        made_anew(new)
+    assert made_anew(new) and "readers.pt is damaged" in capsys.readouterr().err
 
 
 def test_readers_that_cannot_be_kept_are_shown_all_the_same(two_layers, tmp_path, capsys):
@@ -672,7 +673,8 @@ def test_inspect_on_a_terminal(finished, facts):
     )
     passages = [line.strip() for line in shown.splitlines() if line.startswith("      ")]
     assert len(passages) > 6
-    assert all(passage.replace(" →", "") in text for passage in passages)
+    for passage in passages:
+        assert passage.replace(" →", "") in text.replace("\n", "")  # they are printed without
 
 
 def test_who_shares_the_slot_that_a_fact_reads_most_is_what_one_counts_by_hand():

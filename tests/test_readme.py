@@ -128,7 +128,7 @@ def short_form(words, archives):
     elif program == "edit/update.py":
         more = ["--max_iters=2", "--eval_iters=1", "--eval_interval=2"]
     elif program == "data/facts/prepare.py":
-        more = ["--new=3", "--biographies=2"]
+        more = ["--people=9", "--new=3", "--biographies=2"]
     elif program == "data/openwebtext/prepare.py":  # with a vocabulary that needs no download
         code = f"import data.openwebtext.prepare as it; it.VOCABULARY = {BYTES!r}; it.main()"
         code = code.replace("main()", f"main({[*words[1:], f'--source={archives}']!r})")

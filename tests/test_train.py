@@ -43,6 +43,7 @@ from runtime.device import check_memory, choose_device
 STEPS = "--max_iters=12 --eval_interval=5 --gradient_accumulation_steps=2".split()
 # Its learning rate does not depend on max_iters: any number of its steps is a run of its own.
 ENDLESS = "--max_iters=1000000 --eval_interval=5 --learning_rate=1e-3 --min_lr=1e-3".split()
+ENDLESS += ["--warmup_iters=2"]
 
 
 def train_small(data, out, *options):
@@ -156,6 +157,7 @@ def test_micro_steps_add_up_to_the_step_of_a_larger_batch(facts, tmp_path):
             f"--batch_size={size}",
             f"--gradient_accumulation_steps={8 // size}",
             "--max_iters=12",
+            "--warmup_iters=12",
         )
         train_small(facts, tmp_path / str(size), *options, "--mem_layers=0,1", "--mem_keys=8")
     for one, other in zip(log_of(tmp_path / "8"), log_of(tmp_path / "1"), strict=True):
