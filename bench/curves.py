@@ -16,7 +16,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.shapes import BLUE, GREEN, GRID, INK, ORANGE, SOFT, VIOLET, line, rings, save, text
 from runtime.arguments import Parser, path_argument
-from runtime.files import explain_errors, fail
+from runtime.files import explain_errors, fail, ignore_stream_errors
 
 COLORS = (ORANGE, BLUE, GREEN, VIOLET, INK, "#b8860b", "#c2185b")
 AXES = {"tokens": "tokens", "seconds": "seconds of training"}
@@ -199,4 +199,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    ignore_stream_errors()
     main(sys.argv[1:])
