@@ -347,7 +347,9 @@ class GPT(nn.Module):
         is greedy.
 
         Keys and values are cached. When the block is full, its last half is encoded again and
-        the cache continues from there. So every token sees half a block to a whole block."""
+        the cache continues from there. So every token sees half a block to a whole block. Raises
+        ValueError if idx does not hold token ids."""
+        self.check_prompt(idx)
         block = self.config.block_size
         cache = self.make_cache(idx)
         window = idx[:, -block:]  # tokens that are not in the cache
@@ -366,6 +368,15 @@ class GPT(nn.Module):
             window = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             idx = torch.cat((idx[:, -block:], window), dim=1)
             yield window[:, 0]
+
+    def check_prompt(self, idx):
+        if not torch.is_tensor(idx) or idx.ndim != 2 or idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"idx must be a tensor (B, T) of int64 token ids, not {idx!r}")
+        if idx.numel() == 0:
+            raise ValueError("idx has no tokens; start with a separator, such as <|endoftext|>")
+        if idx.min() < 0 or idx.max() >= self.config.vocab_size:
+            last = self.config.vocab_size - 1
+            raise ValueError(f"idx has ids {idx.min()} to {idx.max()}; the last token is {last}")
 
     def make_cache(self, idx):
         """Make a cache for the keys and values of all blocks, in attention's precision."""

@@ -44,10 +44,11 @@ def parse(argv):
     questions = "with --recall: dataset of the questions (default: the run's own)"
     add("--dataset", type=dataset_argument, help=questions)
     args = parser.parse_args(argv)
-    if args.dataset is not None and not args.recall:
-        parser.error(f"--dataset={args.dataset}: needs --recall")
-    if args.recall and args.start:
-        parser.error("--recall asks the questions of a dataset: leave out --start")
+    if args.recall:
+        names = ("start", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        parser.refuse_given(args, names, "--recall asks a dataset's questions: leave this out")
+    else:
+        parser.refuse_given(args, ("rows", "dataset"), "needs --recall")
     check_limits(parser, args, ("num_samples", "max_new_tokens", "top_k"), low=1)
     check_limits(parser, args, ("temperature", "rows"), low=0)
     check_limits(parser, args, ("top_p",), low=0, high=1)

@@ -40,7 +40,7 @@ from runtime.files import UserError, append_to_file, explain_out_of_memory
 from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.options import options_from_preset, options_to_finetune, options_to_resume
-from runtime.progress import Clock, Progress, announce, evaluation_bar, summarize
+from runtime.progress import Clock, Progress, announce, evaluation_bar, note_on_warmup, summarize
 from runtime.training_state import restore_optimizers, whole_state
 
 DEFAULT_PRESET = "facts-memory"
@@ -149,15 +149,6 @@ def learning_rate(config, it, largest):
         return largest * (it + 1) / (config.warmup_iters + 1)
     progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (largest - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def note_on_warmup(options, config):
-    """Say that a warmup was too long. options: as they were given"""
-    asked = options.get("warmup_iters", TrainConfig.warmup_iters)
-    if asked == config.warmup_iters:
-        return ""
-    too_long = f"--warmup_iters={asked} is more than --max_iters={config.max_iters}"
-    return f"{too_long}: it is {config.warmup_iters} in this run"
 
 
 def note_on_schedule(old, config, step):

@@ -28,6 +28,7 @@ from runtime.files import (
     UserError,
     explain_errors,
     lock_folder,
+    open_text,
     remove_temporary_files,
     write_file,
 )
@@ -254,8 +255,8 @@ class Dataset:
         if not path.exists():
             return []
         encoding = make_encoding(self.vocabulary())
-        with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines has more separators
+        with explain_errors(f"{path} is damaged", PREPARE_AGAIN), open_text(path) as f:
+            lines = f.read().split("\n")  # splitlines has more separators
         questions = []
         must = "must be a JSON object with prompt and answer, and perhaps attribute"
         for number, line in enumerate(lines, 1):

@@ -38,6 +38,11 @@ def parse(argv):
     add("--recall", action="store_true", help="inspect the closed-book questions, not a text")
     add("--rows", type=int, default=0, help="number of questions; 0: all (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.recall:
+        names = ("start", "max_new_tokens")
+        parser.refuse_given(args, names, "--recall inspects a dataset's questions: leave this out")
+    else:
+        parser.refuse_given(args, ("rows",), "needs --recall")
     check_limits(parser, args, ("max_new_tokens",), low=1)
     check_limits(parser, args, ("rows",), low=0)
     return args

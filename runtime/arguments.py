@@ -39,6 +39,13 @@ class Parser(ArgumentParser):
             self.refuse(unknown[0])
         return args
 
+    def refuse_given(self, args, names, why):
+        """Exit with 2 if an option was given that would have no effect."""
+        for name in names:
+            value = getattr(args, name)
+            if value != self.get_default(name):
+                self.error(f"--{name}={value}: {why}")
+
     def refuse(self, word):
         """Exit with 2 on an unknown option, and name a similar one."""
         hint = "--help lists all"

@@ -24,13 +24,15 @@ class UserError(ValueError):
 
 def error_line(error):
     """Return one line that says what went wrong. NANOMEM_DEBUG=1 also prints the traceback."""
+    if os.environ.get("NANOMEM_DEBUG", "0") != "0":
+        traceback.print_exception(error)
     # a name in a file may have escape sequences, which a terminal would obey
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", describe_error(error))
 
 
 def describe_error(error):
-    if os.environ.get("NANOMEM_DEBUG", "0") != "0":
-        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return str(error) or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's message tells how to load it anyway

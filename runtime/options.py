@@ -227,7 +227,10 @@ def check_kept(names, given, saved, classes, folder):
     wanted = {**saved, **given}
     if "mem_count" in given and "mem_layers" not in given:
         wanted["mem_layers"] = ()  # saved mem_layers would override mem_count
-    values = all_values(make_configs(wanted, *classes))
+    try:
+        values = all_values(make_configs(wanted, *classes))
+    except ValueError:  # the given options do not fit the saved ones
+        values = wanted
     for name in [*names, *(f.name for f in fields(model_class))]:
         if name in given and values[name] != saved[name]:
             keeps = f"the run in {folder} keeps --{name}={saved[name]}"

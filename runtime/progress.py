@@ -121,6 +121,15 @@ class Clock:
         line["tokens_per_s"] = (self.run.step - self.first_step) * self.tokens / seconds
 
 
+def note_on_warmup(options, config):
+    """Say that config has shortened a warmup. options: before that"""
+    asked = options.get("warmup_iters", type(config).warmup_iters)
+    if asked == config.warmup_iters:
+        return ""
+    too_long = f"--warmup_iters={asked} is more than --max_iters={config.max_iters}"
+    return f"{too_long}: it is {config.warmup_iters} in this run"
+
+
 def announce(run, tokens):
     """Say what a run will do. tokens: read by a step"""
     c = run.config

@@ -221,7 +221,7 @@ SAMPLED = [
     ),
     (edited(), [f"--top_k={HUGE}"], ""),
     (edited(), ["--temperature=1e400"], ""),
-    (edited(), ["--start=FILE:."], "'.'"),
+    (edited(), ["--start=FILE:."], ".: Is a directory"),
     (edited(), [f"--start=FILE:{torch.__file__[:-11]}/lib/libtorch.so"], "libtorch.so"),
     (edited(), ["--recall", "--device=hpu"], "device=hpu"),
     (edited(train_config={"dataset": 5}), ["--recall"], "names no dataset"),

@@ -83,7 +83,7 @@ def is_text(source):
     """Whether a path or bytes hold UTF-8."""
     try:
         with open_text(source) as f:
-            while f.read(PIECE):
+            for _ in read_all(f):
                 pass
     except UnicodeDecodeError:
         return False
@@ -96,7 +96,7 @@ def read_pieces(source):
     whole text."""
     text = ""
     with open_text(source) as f:
-        while more := f.read(PIECE):
+        for more in read_all(f):
             text += more
             match = re.match(r".*\w(?=[ \n])", text, re.DOTALL)
             if match is not None:
@@ -111,14 +111,21 @@ def read_blocks(source):
         yield source
         return
     with open(source, "rb") as f:
-        while block := f.read(PIECE):
-            yield block
+        yield from read_all(f)
+
+
+def read_all(file):
+    """Yield the content of an open file, PIECE characters or bytes at a time."""
+    piece = file.read(PIECE)
+    while piece:
+        yield piece
+        piece = file.read(PIECE)
 
 
 def read_questions(path):
     """Lines "prompt<TAB>answer" -> questions for recall.jsonl"""
-    with explain_errors(f"--questions={path}", "it must be UTF-8 text"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    with explain_errors(f"--questions={path}", "it must be UTF-8 text"), open_text(path) as f:
+        lines = f.read().splitlines()
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
