@@ -121,11 +121,13 @@ def compiled(model, choice, device):
 
 @contextlib.contextmanager
 def explain_compile_errors():
-    """If torch.compile fails inside, for example because there is no C++ compiler, raise an error
-    of one line. The model compiles when it is first called."""
+    """If torch.compile or Triton fails inside, for example because there is no C++ compiler, raise
+    an error of one line. The model compiles when it is first called."""
     try:
         yield
     except RuntimeError as error:
+        if "Failed to find C compiler" in str(error):  # Triton says so
+            raise UserError("Triton found no C compiler; install one, such as gcc") from None
         # by name: to import their module would import all of torch.compile
         if type(error).__name__ not in ("InductorError", "BackendCompilerFailed"):
             raise

@@ -148,6 +148,7 @@ def test_own_text_becomes_bytes_and_comes_back(tmp_path):
     assert encoding.encode_ordinary(text) == list(text.encode()) and dataset.questions() == []
 
 
+@pytest.mark.slow
 def test_own_text_in_gpt2_tokens_with_a_text_to_validate_on(tmp_path, gpt2):
     first, second = "Ein Text, ñ.<|endoftext|>Noch einer.\n" * 9, "To validate on, a little longer."
     (tmp_path / "a.txt").write_text(first)
@@ -158,6 +159,7 @@ def test_own_text_in_gpt2_tokens_with_a_text_to_validate_on(tmp_path, gpt2):
     assert texts(tmp_path, "train") == [part for part in first.split("<|endoftext|>")]
 
 
+@pytest.mark.slow
 def test_a_text_that_cannot_be_used_is_reported(tmp_path, gpt2):
     (tmp_path / "latin.txt").write_bytes("Ähnlich wie UTF-8, aber nicht ganz".encode("latin-1"))
     for file, option, words in (

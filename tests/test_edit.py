@@ -387,6 +387,7 @@ def write_deltas(path):
         values += 1
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(tmp_path):
     path = tmp_path / "delta.pt"
     states = set()

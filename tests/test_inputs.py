@@ -335,6 +335,7 @@ def test_a_damaged_log_does_not_stop_a_resume_and_keeps_what_is_in_it(finished, 
 
 
 @pytest.mark.parametrize("name", ["facts", "shakespeare", "openwebtext"])
+@pytest.mark.slow
 def test_prepare_py_names_a_folder_that_it_cannot_write_to(request, tmp_path, name):
     if name == "openwebtext":
         request.getfixturevalue("gpt2")

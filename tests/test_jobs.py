@@ -78,6 +78,7 @@ def test_a_model_of_bytes_learns_sentences_with_new_words(capitals, tmp_path, ca
     assert re.search(r"all +100.0% of 4", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_facts_in_the_words_of_the_demo_are_repeated_as_documents(
     finished, facts, tmp_path, capsys
 ):

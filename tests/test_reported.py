@@ -1,5 +1,6 @@
 """Faults that reports about other projects point to: each was tried here, and was one here, too."""
 
+import inspect
 import json
 import os
 import re
@@ -42,7 +43,8 @@ from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig
 from processes import Process, run_train, start_program
 from runtime.bars import Bar
-from runtime.files import open_text
+from runtime.device import explain_compile_errors
+from runtime.files import UserError, open_text
 
 SHORT = ["--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
 
@@ -408,6 +410,16 @@ def test_a_missing_compiler_is_one_line(facts, tmp_path):
     assert "torch.compile failed" in last and "compiler" in last and "--compile=false" in last
 
 
+def test_a_missing_compiler_of_triton_is_one_line(tmp_path, monkeypatch):
+    """Row 11's neighbour: Triton needs a C compiler, with and without torch.compile."""
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    arguments = [[]] * (len(inspect.signature(build._build).parameters) - 3)
+    with pytest.raises(UserError, match="install one, such as gcc"), explain_compile_errors():
+        build._build("name", "name.c", str(tmp_path), *arguments)
+
+
 @pytest.mark.parametrize(
     "main, option",
     [
@@ -554,6 +566,7 @@ def test_readers_that_changed_on_the_disk_are_made_anew(out, capsys):
 # --- while programs run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bar_in_a_file_is_a_line_now_and_then():
     """Row 12."""
     code = """

@@ -120,6 +120,7 @@ def test_resume_of_each_system_is_bitwise_identical(facts, tmp_path, system, mon
         assert checkpoint["optimizers"][1]["state"][0]["means"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_demo_is_the_same_twice_and_after_a_resume(facts, tmp_path, monkeypatch):
     kept = copies_of_checkpoints(monkeypatch, tmp_path / "kept")
     demo = [
