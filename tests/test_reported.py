@@ -415,9 +415,10 @@ def test_a_missing_compiler_of_triton_is_one_line(tmp_path, monkeypatch):
     build = pytest.importorskip("triton.runtime.build")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    arguments = [()] * (len(inspect.signature(build._build).parameters) - 3)
+    parameters = inspect.signature(build._build).parameters.values()
+    lists = [() for parameter in parameters if parameter.default is parameter.empty][3:]
     with pytest.raises(UserError, match="install one, such as gcc"), explain_compile_errors():
-        build._build("name", "name.c", str(tmp_path), *arguments)
+        build._build("name", "name.c", str(tmp_path), *lists)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import check_free, describe_vocabulary, make_encoding, write_dataset
+from data.dataset import (
+    DTYPES,
+    check_free,
+    describe_vocabulary,
+    dtype_name,
+    make_encoding,
+    write_dataset,
+)
 from runtime.arguments import Parser, folder_argument
 from runtime.bars import Bar
 from runtime.files import fail, ignore_stream_errors, lock_folder
@@ -146,11 +153,14 @@ def biography(person, generator, held_out=False):
 def encode_biographies(people, rounds, generator, encoding, held_out):
     """Write biographies of all people, in random order, `rounds` times -> token ids."""
     separator = encoding.encode_single_token(SEPARATOR)
+    dtype = DTYPES[dtype_name(encoding.n_vocab)]
     ids = []
     for _ in Bar(range(rounds), f"biographies of {len(people):,} people", unit="round"):
+        texts = []
         for i in generator.permutation(len(people)):
             text = biography(people[i], generator, held_out)
-            ids.append(np.array([separator, *encoding.encode_ordinary(text)], dtype=np.uint32))
+            texts.append(np.array([separator, *encoding.encode_ordinary(text)], dtype))
+        ids.append(np.concatenate(texts))
     return np.concatenate(ids)
 
 
