@@ -370,8 +370,11 @@ class GPT(nn.Module):
             yield window[:, 0]
 
     def check_prompt(self, idx):
-        if not torch.is_tensor(idx) or idx.ndim != 2 or idx.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"idx must be a tensor (B, T) of int64 token ids, not {idx!r}")
+        if not torch.is_tensor(idx):
+            raise ValueError(f"idx must be a tensor (B, T), not a {type(idx).__name__}")
+        if idx.ndim != 2 or idx.dtype not in (torch.int32, torch.int64):
+            has = f"not {tuple(idx.shape)}, {idx.dtype}"
+            raise ValueError(f"idx must be token ids (B, T), int64, {has}")
         if idx.numel() == 0:
             raise ValueError("idx has no tokens; start with a separator, such as <|endoftext|>")
         if idx.min() < 0 or idx.max() >= self.config.vocab_size:

@@ -16,6 +16,7 @@ A folder prepared for nanoGPT with GPT-2's vocabulary (only the two .bin files) 
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def add_file(digest, path):
     size = path.stat().st_size
     digest.update(str(size).encode())
     with open(path, "rb") as f:
-        for start in range(0, size, max(BLOCK, size // BLOCKS)):
+        for start in range(0, size, max(BLOCK, math.ceil(size / BLOCKS))):
             f.seek(start)
             digest.update(f.read(BLOCK))
 
@@ -376,10 +377,11 @@ def check_people(new, old):
     people = {name: old.get(name) for name in ("people", "seed")}
     if known is None or "known" in old or known == people or None in people.values():
         return
-    theirs = f"of {known['people']:,} people with --seed={known['seed']}"
-    ours = f"has {people['people']:,} people with --seed={people['seed']}"
+    with explain_errors("meta.json of --dataset is damaged", PREPARE_AGAIN):
+        theirs = f"{known['people']} people with --seed={known['seed']}"
+    ours = f"{people['people']} people with --seed={people['seed']}"
     way_out = f"prepare it again with --people={people['people']} --seed={people['seed']}"
-    raise ValueError(f"--dataset belongs to facts {theirs}, but --background {ours}; {way_out}")
+    raise ValueError(f"--dataset belongs to facts of {theirs}, not of {ours}; {way_out}")
 
 
 class Batches:

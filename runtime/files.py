@@ -47,7 +47,7 @@ def explain_errors(what, hint):
     names its file stays as it is."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # tiktoken's panic is no Exception
         if isinstance(error, OSError) and (error.filename or not error.errno):

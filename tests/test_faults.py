@@ -276,7 +276,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_names_the_file_that_could_not_be_written(facts, tmp_path, capsys):
+def test_a_full_disk_names_the_file_that_could_not_be_written(facts, finished, tmp_path, capsys):
     out = tmp_path / "out"
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}", *ENDLESS]
     with largest_file(1000):
@@ -285,6 +285,12 @@ def test_a_full_disk_names_the_file_that_could_not_be_written(facts, tmp_path, c
     with largest_file(9000), pytest.raises(SystemExit) as ended:
         prepare_here("facts", "--people=9", "--out", tmp_path / "data")
     assert f"{tmp_path / 'data'}/" in ended.value.code and "File too large" in ended.value.code
+    (tmp_path / "text").write_text(TEXT)
+    for option in ("--encoding=bytes", f"--vocabulary_of={finished}"):
+        text = [f"--file={tmp_path / 'text'}", option, "--out", tmp_path / "data"]
+        with largest_file(1000), pytest.raises(SystemExit) as ended:
+            prepare_here("shakespeare", *text)
+        assert f"could not write to {tmp_path / 'data'} (File too large)" in ended.value.code
 
 
 @pytest.mark.parametrize("size", [50_000, 200_000])  # too small for the log, for the checkpoint

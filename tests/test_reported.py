@@ -778,7 +778,8 @@ def test_people_that_belong_to_others_are_refused(finished, tmp_path, capsys, op
         names = [f"--init_from={finished}", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}"]
         for main in (train.main, update.main):
             said = refusal(main, names, capsys)
-            assert f"belongs to facts of {people} people with --seed={seed}" in said
+            theirs = f"belongs to facts of {people} people with --seed={seed}"
+            assert f"{theirs}, not of 9 people with --seed=0" in said
             assert "prepare it again with --people=9 --seed=0" in said
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
@@ -803,8 +804,8 @@ def test_a_shape_that_cannot_change_is_named_first(finished, new, tmp_path, caps
     "prompt, words",
     [
         ([[1, 2]], "must be a tensor"),
-        (torch.ones(3, dtype=torch.int64), "must be a tensor"),
-        (torch.ones(1, 3), "must be a tensor"),
+        (torch.ones(3, dtype=torch.int64), r"must be token ids \(B, T\)"),
+        (torch.ones(1, 3), "int64, not .*float32"),
         (torch.ones(1, 0, dtype=torch.int64), "has no tokens"),
         (torch.full((1, 3), 50), "the last token is 49"),  # its embedding has 64 rows
         (torch.tensor([[3, -1]]), "ids -1 to 3"),

@@ -223,11 +223,11 @@ def prepare(args):
     vocabulary = describe_vocabulary("facts", PATTERN, tokens, {SEPARATOR: len(tokens)})
     encoding = make_encoding(vocabulary)
     people = choose_people(args, generator)
-    facts = {}
     val_rounds = 1
+    about = {}  # for meta.json
     if args.new + args.moved > 0:
-        facts["known"] = {"people": args.people, "seed": args.seed}
         val_rounds = 5
+        about["known"] = {"people": args.people, "seed": args.seed}  # see check_people
     sentences = sum(len(values) for _, values, _ in people)
     val_rounds = max(val_rounds, math.ceil(VAL_TOKENS / (SENTENCE * sentences)))
     train = encode_biographies(people, args.biographies, generator, encoding, held_out=False)
@@ -246,10 +246,10 @@ def prepare(args):
         facts=len(questions),
         bits=round(bits),
         seed=args.seed,
-        **facts,
+        **about,
     )
-    counts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
-    print(f"{args.out}: {len(people):,} people, {counts}, vocabulary of {len(tokens) + 1:,}")
+    facts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
+    print(f"{args.out}: {len(people):,} people, {facts}, vocabulary of {len(tokens) + 1:,}")
     each = f"{args.biographies} biographies per person, with each fact once"
     print(f"  {len(train):,} training tokens ({each}), {len(val):,} validation tokens")
 

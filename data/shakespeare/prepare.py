@@ -170,22 +170,22 @@ class Tokenizer:
     def tokens(self, source, path):
         """The text of a path or of bytes -> token ids, and whether the text was repeated. path:
         for messages"""
-        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
-            ids = self.write(self.pieces(source))
+        ids = self.write(self.pieces(source, path))
         if len(ids) >= self.least:
             return ids, False
         return self.repeat(source, path), True
 
-    def pieces(self, source):
-        """Yield the token ids of a text in arrays."""
+    def pieces(self, source, path):
+        """Yield the token ids of a text in arrays. path: for messages"""
         if self.vocabulary == BYTES and not is_text(source):
             for block in read_blocks(source):
                 yield np.frombuffer(block, dtype=np.uint8)
             return
         if self.vocabulary != BYTES:
             yield np.array([self.separator])  # it precedes each document
-        for text in read_pieces(source):
-            yield self.encode(text)
+        with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
+            for text in read_pieces(source):
+                yield self.encode(text)
 
     def encode(self, text):
         if self.vocabulary == BYTES:  # tiktoken takes fifty times as long
@@ -196,9 +196,15 @@ class Tokenizer:
         """Arrays of token ids -> one array, in a temporary file: it can exceed the memory."""
         with tempfile.TemporaryFile(dir=self.folder) as file:
             for ids in pieces:
-                file.write(ids.astype(self.dtype))
-            file.flush()
+                self.append(file, ids)
             return np.memmap(file, dtype=self.dtype, mode="r")
+
+    def append(self, file, ids):
+        try:
+            file.write(ids.astype(self.dtype))
+            file.flush()
+        except OSError as error:
+            raise OSError(f"could not write to {self.folder} ({error.strerror})") from None
 
     def repeat(self, source, path):
         with explain_errors(f"cannot tokenize {path}", "give UTF-8 text"), open_text(source) as f:
