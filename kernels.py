@@ -476,7 +476,7 @@ class CollectingLookup(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         grad = grad.contiguous()
-        if ctx.needs_input_grad[0] and values.requires_grad:  # not frozen since forward
+        if collects(ctx, values):
             check_collector(ctx.gradient)
             grad_weights = lookup_backward_into(
                 values, indices, weights, grad, ctx.gradient, ctx.touched
@@ -484,6 +484,12 @@ class CollectingLookup(torch.autograd.Function):
         else:  # frozen values
             grad_weights = products(values, indices, grad).to(weights.dtype)
         return None, None, grad_weights, None, None
+
+
+def collects(ctx, values):
+    """Whether a backward pass collects the gradient of values, the first input of forward. They
+    may have been frozen since then. (torch.compile does not notice this.)"""
+    return ctx.needs_input_grad[0] and values.requires_grad
 
 
 def check_collector(gradient):
@@ -534,9 +540,7 @@ def collecting_lookup(values, indices, weights, gradient, touched):
     Both are contiguous. Both may be None: a backward pass for the values then raises
     RuntimeError."""
     check_lookup(values, indices, weights)
-    if gradient is not None:
-        check_like("gradient", gradient, values.shape, values.dtype, values.device)
-        check_like("touched", touched, values.shape[:1], torch.uint8, values.device)
+    check_accumulator(values, gradient, touched)
     return CollectingLookup.apply(
         values, indices.contiguous(), weights.contiguous(), gradient, touched
     )
@@ -567,8 +571,17 @@ def check_inputs(values, indices, other):
         raise ValueError(f"values, indices and weights must be on one device, not {devices}")
 
 
+def check_accumulator(values, gradient, touched):
+    """Raises ValueError for tensors that backward passes cannot add to."""
+    if gradient is None and touched is None:
+        return
+    check_like("gradient", gradient, values.shape, values.dtype, values.device)
+    check_like("touched", touched, values.shape[:1], torch.uint8, values.device)
+
+
 def check_like(name, tensor, shape, dtype, device):
-    """Raises ValueError for a tensor that backward passes cannot add to."""
+    if not torch.is_tensor(tensor):
+        raise ValueError(f"{name} must be a tensor, not {tensor!r}")
     fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
     if not fits or not tensor.is_contiguous():
         must = f"must be {tuple(shape)} {dtype} on {device}, contiguous"
@@ -763,20 +776,27 @@ class RowAdam(torch.optim.Optimizer):
         if pool.values.dtype not in (torch.float32, torch.bfloat16):
             dtype = pool.values.dtype
             raise ValueError(f"RowAdam wants values in float32 or bfloat16, not {dtype}")
-        if not pool.values.is_contiguous():
-            raise ValueError("RowAdam wants values that are contiguous")
         super().__init__([pool.values], dict(lr=lr, betas=betas, eps=eps, seed=seed))
         self.pool = pool
+        self.check_contiguous()
         pool.collect_gradients()
 
     def zero_grad(self, set_to_none=True):
         """Drop the gradient in the pool."""
         self.pool.drop_gradient()
 
+    def check_contiguous(self):
+        """Raises ValueError for values in another order, which the Triton kernel cannot write."""
+        if not self.pool.values.is_contiguous():
+            raise ValueError("RowAdam wants values that are contiguous")
+
     @torch.no_grad()
     def step(self):
         values = self.pool.values
+        self.check_contiguous()
         gradient = self.pool.take_gradient()
+        if not values.requires_grad:
+            return
         rows = gradient.indices()[0]  # (R,)
         grads = gradient.values()  # (R, D)
         with torch.cuda.device_of(values):
@@ -821,12 +841,16 @@ class RowAdam(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict):
-        """PyTorch's own casts the moments to the values' dtype. Keep them as saved."""
+        """PyTorch's own casts the moments to the values' dtype. Keep them as saved. Raises
+        ValueError for moments of another table."""
         super().load_state_dict(state_dict)
         values = self.pool.values
         for saved in state_dict["state"].values():
             state = {"step": saved["step"]}
             for name in ("means", "squares"):
+                if saved[name].shape != values.shape:
+                    shapes = f"{tuple(saved[name].shape)}, but values {tuple(values.shape)}"
+                    raise ValueError(f"the saved {name} have the shape {shapes}")
                 moments = saved[name].to(values.device, copy=True)  # not a view of a mapped file
                 state[name] = moments.contiguous()
             self.state[values] = state

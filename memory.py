@@ -378,6 +378,8 @@ class ValuePool(nn.Module):
         not detected under torch.compile or with frozen queries."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.touched is None:
             return
+        if not self.values.requires_grad:  # take_gradient() will drop it
+            return
         # Watch the first layer that reads after take_gradient(). Its query must be unchanged
         # when it reads again in another micro-step. If not, an optimizer has stepped.
         query = layer.query.weight[0]

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory import default_key_dim, initialize_linear
 from runtime.checkpoint import DAMAGE, checkpoint_file, read_checkpoint
-from runtime.files import explain_errors
+from runtime.files import UserError, explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
 from systems import SYSTEMS, SystemOptions, check_system
@@ -348,8 +348,9 @@ class GPT(nn.Module):
 
         Keys and values are cached. When the block is full, its last half is encoded again and
         the cache continues from there. So every token sees half a block to a whole block. Raises
-        ValueError if idx does not hold token ids."""
+        ValueError if idx does not hold token ids, or for an option that makes no sense."""
         self.check_prompt(idx)
+        check_sampling(temperature, top_k, top_p)
         block = self.config.block_size
         cache = self.make_cache(idx)
         window = idx[:, -block:]  # tokens that are not in the cache
@@ -372,11 +373,11 @@ class GPT(nn.Module):
     def check_prompt(self, idx):
         if not torch.is_tensor(idx):
             raise ValueError(f"idx must be a tensor (B, T), not a {type(idx).__name__}")
+        if idx.numel() == 0:
+            raise ValueError("idx has no tokens; start with a separator, such as <|endoftext|>")
         if idx.ndim != 2 or idx.dtype not in (torch.int32, torch.int64):
             has = f"not {tuple(idx.shape)}, {idx.dtype}"
             raise ValueError(f"idx must be token ids (B, T), int64, {has}")
-        if idx.numel() == 0:
-            raise ValueError("idx has no tokens; start with a separator, such as <|endoftext|>")
         if idx.min() < 0 or idx.max() >= self.config.vocab_size:
             last = self.config.vocab_size - 1
             raise ValueError(f"idx has ids {idx.min()} to {idx.max()}; the last token is {last}")
@@ -501,11 +502,21 @@ def check_finite(model, path):
             raise ValueError(f"{path} cannot be used: {name} holds {largest}")
 
 
+def check_sampling(temperature, top_k, top_p):
+    """Raises ValueError for options of stream() that make no sense."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be from 0 to 1")
+
+
 def sample_token(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> (B, 1). top_k keeps the k likeliest tokens, top_p the fewest that hold p
     (nucleus). Raises ValueError unless all are finite: else the token would have no meaning."""
     if not logits.isfinite().all():
-        raise ValueError("the logits are not finite")
+        raise UserError("the logits are not finite")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, order = logits.sort(-1, descending=True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it 
 
 import torch
 
-from data.dataset import Dataset, answer_questions, find_folder, make_encoding
+from data.dataset import Dataset, answer_questions, check_people, find_folder, make_encoding
 from edit.delta import apply_deltas
 from model import GPT
 from runtime.arguments import Parser, dataset_argument, path_argument
@@ -49,6 +49,8 @@ def parse(argv):
         parser.refuse_given(args, names, "--recall asks a dataset's questions: leave this out")
     else:
         parser.refuse_given(args, ("rows", "dataset"), "needs --recall")
+    if args.temperature == 0:
+        parser.refuse_given(args, ("top_k", "top_p", "seed"), "has no effect at --temperature=0")
     check_limits(parser, args, ("num_samples", "max_new_tokens", "top_k"), low=1)
     check_limits(parser, args, ("temperature", "rows"), low=0)
     check_limits(parser, args, ("top_p",), low=0, high=1)
@@ -109,6 +111,7 @@ class Sampler:
             raise ValueError(f"{dataset.folder} {what}; name one with --dataset")
         if dataset.vocabulary() != self.checkpoint["vocabulary"]:
             raise ValueError(f"--dataset={name}: its vocabulary differs from {self.path}'s")
+        check_people(f"--dataset={name}", dataset.meta, self.checkpoint["meta"])
         return dataset
 
     def encode(self, start):
@@ -144,12 +147,11 @@ class Sampler:
 
 
 def read_text(start):
+    file = os.fsencode(start)  # the text itself
     if start == "-":
         file = 0  # standard input
     elif start.startswith("FILE:"):
         file = os.path.expanduser(start.removeprefix("FILE:"))
-    else:
-        return start
     with (
         explain_errors(f"--start={start}", "it must be UTF-8 text"),
         open_text(file) as text,

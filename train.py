@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 PARENT = os.getppid()  # torchrun may be killed during the slow imports below
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data.dataset import Dataset, answer_questions, check_people, find_folder, open_dataset
+from data.dataset import Dataset, answer_questions, check_suits, find_folder, hash_questions
+from data.dataset import open_dataset
 from kernels import RowAdam
 from model import GPT, GPTConfig
 from presets import PRESETS
@@ -40,7 +41,8 @@ from runtime.files import UserError, append_to_file, explain_out_of_memory
 from runtime.files import ignore_stream_errors, lock_folder
 from runtime.options import check_options, make_configs, option, parse_command_line
 from runtime.options import options_from_preset, options_to_finetune, options_to_resume
-from runtime.progress import Clock, Progress, announce, evaluation_bar, note_on_warmup, summarize
+from runtime.progress import Clock, Progress, announce, evaluation_bar, note_on_unused
+from runtime.progress import note_on_warmup, summarize
 from runtime.training_state import restore_optimizers, whole_state
 
 DEFAULT_PRESET = "facts-memory"
@@ -94,13 +96,18 @@ class TrainConfig:
             raise ValueError("--out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues the run, --overwrite removes it: give only one")
-        if self.warmup_iters > self.max_iters:  # the rate would never reach its peak
+        if self.warmup_iters >= self.max_iters:  # the rate would never reach its peak
             object.__setattr__(self, "warmup_iters", self.max_iters // 10)
         if self.min_lr > self.learning_rate:
             way_out = "give a lower --min_lr; for a constant rate, the same"
             more = f"more than --learning_rate={self.learning_rate:g}"
             name = f"--min_lr={self.min_lr:g} (given, or of the earlier run)"
             raise ValueError(f"{name}: {more}; {way_out}")
+        if 0 < self.mem_decay < 1:
+            raise ValueError(f"--mem_decay={self.mem_decay}: must be 0, or at least 1")
+        if self.mem_decay > 0 and self.min_lr > self.mem_learning_rate:
+            more = f"more than --mem_learning_rate={self.mem_learning_rate:g}, which decays to it"
+            raise ValueError(f"--min_lr={self.min_lr:g}: {more}")
         if self.background and not self.init_from:
             raise ValueError("--background needs --init_from, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
@@ -111,7 +118,7 @@ class TrainConfig:
 @dataclass
 class Run:
     """What train() needs. data: from open_dataset; data["old"] is the background's, if any.
-    note: to print at the start."""
+    notes: to print at the start."""
 
     config: TrainConfig
     model: GPT
@@ -121,7 +128,7 @@ class Run:
     ranks: Ranks
     step: int = 0
     seconds: float = 0.0
-    note: str = ""
+    notes: list = field(default_factory=list)
 
 
 # --- optimisers and learning rates ----------------------------------------------------
@@ -247,6 +254,8 @@ def evaluate(model, data, config, device):
             result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
         for name, value in usage.summary().items():
             result[f"mem_{name}"] = value
+    if not math.isfinite(result["val_loss"]):
+        return result  # report() raises an error
     if data["questions"]:
         result["recall"] = recall(model, data["questions"], data["separator"])
     if "old" in data:
@@ -331,10 +340,11 @@ def report(run, line, evaluating):
 
 def check_finite(number, what, run):
     if not math.isfinite(number):
-        c = run.config
-        rates = f"--learning_rate (now {c.learning_rate:g}) or --mem_learning_rate"
-        way_out = f"Try a smaller {rates} (now {c.mem_learning_rate:g}), or a longer --warmup_iters"
         diverged = f"is {number} at step {run.step}: training has diverged"
+        way_out = f"Try a smaller --learning_rate (now {run.config.learning_rate:g})"
+        if isinstance(run.config, TrainConfig):  # and not that of an update
+            memory = f"--mem_learning_rate (now {run.config.mem_learning_rate:g})"
+            way_out += f" or {memory}, or a longer --warmup_iters"
         raise UserError(f"the {what} {diverged}. {way_out}")
 
 
@@ -355,6 +365,7 @@ def save(run):
         "separator": run.data["separator"],
         "fingerprint": run.data["fingerprint"],
         "background": run.data.get("old", {}).get("fingerprint", ""),
+        "meta": run.data["meta"],
     }
     if run.ranks.rank == 0:
         save_tensors(Path(run.config.out_dir, "ckpt.pt"), checkpoint)
@@ -391,19 +402,19 @@ def prepare(given, ranks):
     model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
     data = open_dataset(folder, model_config.block_size, config.seed)
     if config.init_from and not config.resume:
-        check_vocabulary(data, f"--dataset={config.dataset}", config)
+        check_suits(read_checkpoint(config.init_from), data, "dataset", config)
     with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False, group=ranks.group), device)
     out_dir = Path(config.out_dir)
     if ranks.rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock_folder(out_dir)  # from here on no other process may write a checkpoint
-        if not config.resume and not config.overwrite:
-            check_unoccupied(out_dir)
+        if not config.resume:
+            check_unoccupied(out_dir, "ckpt.pt", config.overwrite)
     ranks.wait()
     model = make_model(config, model_config, device, ranks)
     run = Run(config, model, make_optimizers(model, config), data, device, ranks)
-    run.note = note_on_warmup(options, config)
+    run.notes = [note_on_warmup(options, config), note_on_unused(given, model)]
     if config.init_from:
         add_background(run, check=not config.resume)
     if config.resume:
@@ -451,7 +462,8 @@ def continue_run(run, path, folder):
     if run.step >= run.config.max_iters:
         way_out = "to go on, give a larger --max_iters"
         raise ValueError(f"{name} is complete at step {run.step}; {way_out}")
-    run.note = note_on_schedule(TrainConfig(**checkpoint["train_config"]), run.config, run.step)
+    old_config = TrainConfig(**checkpoint["train_config"])
+    run.notes.append(note_on_schedule(old_config, run.config, run.step))
     restore_optimizers(path, run.optimizers, run.model.pool)
 
 
@@ -463,24 +475,12 @@ def add_background(run, check=True):
         return
     old = open_dataset(find_folder(c.background), run.model.config.block_size, c.seed)
     if check:
-        check_vocabulary(old, f"--background={c.background}", c)
-        check_people(run.data["meta"], old["meta"])
+        check_suits(read_checkpoint(c.init_from), old, "background", c)
     asked = {question["prompt"] for question in run.data["questions"]}
     # leave out questions that have new answers
     old["questions"] = [q for q in old["questions"] if q["prompt"] not in asked]
+    old["fingerprint"] += hash_questions(old["questions"])
     run.data["old"] = old
-
-
-def check_vocabulary(data, option, config):
-    """Raises ValueError if data, the run's or its background's, do not suit the model in
-    init_from."""
-    checkpoint = read_checkpoint(Path(config.init_from, "ckpt.pt"))
-    if data["vocabulary"] != checkpoint["vocabulary"]:
-        way_out = f"prepare a text with --vocabulary_of={config.init_from}"
-        raise ValueError(f"{option}: its vocabulary differs from {config.init_from}'s; {way_out}")
-    trained_on = f"--background={checkpoint['train_config']['dataset']}"
-    if option == trained_on and data["fingerprint"] != checkpoint["fingerprint"]:
-        raise ValueError(f"{option}: not what {config.init_from} was trained on")
 
 
 def main(argv):

@@ -33,6 +33,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.distributed import handle_stop
 from runtime.files import fail, ignore_stream_errors, lock_folder, write_file
 from runtime.options import make_configs, parse_command_line
+from runtime.progress import note_on_warmup
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,7 @@ class Run:
         self.words = [f"--preset={preset}", f"--dataset={args.dataset}", f"--seed={seed}"]
         self.words += [f"--{name}={option_text(value)}" for name, value in args.given.items()]
         self.config, self.model_config = make_configs(options, TrainConfig, GPTConfig)
+        self.note = note_on_warmup(options, self.config)
         self.process = None
 
     def steps(self):
@@ -126,6 +128,8 @@ def train_all(runs, on_gpu):
     total = sum(run.config.max_iters for run in runs)
     steps = f"{len(waiting)} of {len(runs)} runs to train, {total:,} steps in all"
     print(f"{steps}, {at_a_time} at a time, in {runs[0].folder.parent}", file=sys.stderr)
+    for note in {run.note for run in runs} - {""}:
+        print(note, file=sys.stderr)
     done = sum(run.steps() for run in runs)
     bar = Bar(initial=done, total=total, unit="step")
     try:
@@ -139,8 +143,8 @@ def train_all(runs, on_gpu):
                 if run.process.poll() is not None:
                     working.remove(run)
                     check_end(run)
-            bar.n = sum(run.steps() for run in runs)
-            bar.set_postfix_str(", ".join(run.folder.name for run in working))
+            bar.set_postfix_str(", ".join(run.folder.name for run in working), refresh=False)
+            bar.update(sum(run.steps() for run in runs) - bar.n)
     finally:
         for run in working:
             run.process.send_signal(signal.SIGTERM)  # it saves

@@ -9,6 +9,7 @@ training time, without evaluations. Losses compare only if the runs have the sam
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -175,7 +176,7 @@ def find_runs(names):
 def main(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, or of several runs")
+    add("runs", type=os.path.expanduser, nargs="+", help="folders of runs, or of several runs")
     picture = "picture (default: %(default)s)"
     add("--out", type=path_argument, default="out/curves.svg", help=picture)
     args = parser.parse_args(argv)

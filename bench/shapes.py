@@ -1,5 +1,6 @@
 """Shapes of SVG pictures, as text."""
 
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -27,6 +28,7 @@ def tag(name, content="", **attributes):
 
 def text(x, y, words, size=14, color=INK, anchor="middle", **more):
     look = {"font_size": size, "fill": color, "text_anchor": anchor}
+    words = re.sub(r"[\x00-\x1f]", " ", words)  # XML has no place for them
     return tag("text", escape(words), x=x, y=y, **look, **more)
 
 

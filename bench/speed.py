@@ -27,7 +27,7 @@ from memory import MemoryLayer, ValuePool
 from model import GPT, GPTConfig, SwiGLU
 from presets import PRESETS
 from runtime.arguments import Parser
-from runtime.device import choose_device, precision
+from runtime.device import choose_device, explain_compile_errors, precision
 from runtime.files import fail
 from runtime.options import make_configs
 
@@ -273,6 +273,11 @@ def main():
     add("--preset", choices=PRESETS, action="append", default=[], metavar="NAME", help="or several")
     add("--micro_steps", type=int, default=0, help="of a preset's step; default: the preset's")
     args = parser.parse_args()
+    with explain_compile_errors():
+        measure(args)
+
+
+def measure(args):
     device = choose_device(args.device)
     print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads", flush=True)
     for name in args.preset:

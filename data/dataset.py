@@ -115,8 +115,8 @@ def write_meta(folder, encoding, dtype, vocab_size, separator, **facts):
 
 def load_json(path):
     """Raises ValueError, naming the file, if it is not JSON."""
-    with explain_errors(f"{path} is damaged", PREPARE_AGAIN):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+    with explain_errors(f"{path} is damaged", PREPARE_AGAIN), open_text(path) as f:
+        return json.load(f)
 
 
 def is_unfinished(folder):
@@ -210,7 +210,8 @@ class Dataset:
 
     def fingerprint(self):
         """Hash each file but recall.jsonl: whole up to 64 MiB, else 1,024 blocks of it that are
-        evenly spread. The hash changes if they are prepared anew."""
+        evenly spread. So the hash changes if they are prepared anew from another text. It does not
+        show a change that lies between two blocks of a large file."""
         digest = hashlib.sha256()
         for name in ("train.bin", "val.bin", "meta.json", "vocab.json"):
             path = self.folder / name
@@ -324,12 +325,18 @@ def gpt2_encoding():
         raise FileNotFoundError(f"{what}; {fetch}; {copy}") from None
 
 
+def locate(name):
+    """The name of a folder in data/, or a path -> a path"""
+    data = Path(__file__).resolve().parent
+    if name in os.listdir(data) and (data / name).is_dir():  # .. is not in the list
+        return data / name
+    return Path(name)
+
+
 def find_folder(name):
     """Find a folder in data/, or at a path. Generate data/facts, the default, if it is missing."""
     data = Path(__file__).resolve().parent
-    folder = Path(name)
-    if name in os.listdir(data) and (data / name).is_dir():  # .. is not in the list
-        folder = data / name
+    folder = locate(name)
     if folder == data / "facts" and (is_unfinished(folder) or not (folder / "meta.json").exists()):
         subprocess.run([sys.executable, folder / "prepare.py"])
         if not (folder / "meta.json").exists():
@@ -370,18 +377,41 @@ def open_dataset(folder, block_size, seed):
     return data
 
 
-def check_people(new, old):
-    """Raises ValueError if facts about new or moved people (data/facts/prepare.py) belong to other
-    people than those of an old dataset. new, old: meta.json of the datasets"""
-    known = new.get("known")  # to whom the people were new, or who moved
-    people = {name: old.get(name) for name in ("people", "seed")}
-    if known is None or "known" in old or known == people or None in people.values():
+def check_suits(checkpoint, data, option, config):
+    """Raises ValueError if a dataset does not suit the model of a run. checkpoint: of the run
+    config.init_from; data: from open_dataset; option: dataset or background"""
+    name = getattr(config, option)
+    run = config.init_from
+    if data["vocabulary"] != checkpoint["vocabulary"]:
+        way_out = f"prepare a text with --vocabulary_of={run}"
+        raise ValueError(f"--{option}={name}: its vocabulary differs from {run}'s; {way_out}")
+    check_people(f"--{option}={name}", data["meta"], checkpoint["meta"])
+    trained_on = locate(checkpoint["train_config"]["dataset"])
+    is_same = locate(name).resolve() == trained_on.resolve()
+    if option == "background" and is_same and data["fingerprint"] != checkpoint["fingerprint"]:
+        way_out = "restore it, or give another --background"
+        raise ValueError(f"--background={name}: not what {run} was trained on; {way_out}")
+
+
+def check_people(option, meta, trained_on):
+    """Raises ValueError if facts (data/facts/prepare.py) are about new or moved people, but of
+    other people than a model knows. meta, trained_on: meta.json of the dataset, and of the one that
+    the model was trained on; option: names the dataset"""
+    known = meta.get("known")  # to whom the people were new, or who moved
+    people = {name: trained_on.get(name) for name in ("people", "seed")}
+    people = trained_on.get("known", people)
+    if known in (None, people) or None in people.values():
         return
-    with explain_errors("meta.json of --dataset is damaged", PREPARE_AGAIN):
-        theirs = f"{known['people']} people with --seed={known['seed']}"
-    ours = f"{people['people']} people with --seed={people['seed']}"
-    way_out = f"prepare it again with --people={people['people']} --seed={people['seed']}"
-    raise ValueError(f"--dataset belongs to facts of {theirs}, not of {ours}; {way_out}")
+    with explain_errors("meta.json is damaged", PREPARE_AGAIN):
+        theirs = "--people={people} --seed={seed}".format(**known)
+        ours = "--people={people} --seed={seed}".format(**people)
+    way_out = f"prepare it again with {ours}"
+    raise ValueError(f"{option} was made with {theirs}, unlike the data of the model; {way_out}")
+
+
+def hash_questions(questions):
+    """Hash the questions of Dataset.questions()."""
+    return hashlib.sha256(json.dumps(questions).encode()).hexdigest()
 
 
 class Batches:

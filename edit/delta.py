@@ -48,23 +48,28 @@ def apply_deltas(model, path, files):
         name = f"{path} with {file}"
         delta = read_tensors(Path(file), "delta", FORMAT)
         with explain_errors(f"{file} is damaged", "give another one"):
-            check_delta(delta, model.pool.values)
+            check_delta(delta)
         if delta["base"] not in known:
             here = " or ".join(f"{name} ({base})" for base, name in known.items())
             theirs = f"{delta['name']} ({delta['base']})"
             raise ValueError(f"{file} belongs to {theirs}, not to {here}")
         table = model.pool.values.detach()
+        with explain_errors(f"{file} is damaged", "give another one"):
+            check_rows(delta["rows"], delta["values"], table)
         table[delta["rows"].to(table.device)] = delta["values"].to(table.device)
 
 
-def check_delta(delta, table):
-    """Raises ValueError or KeyError for a delta that is not what save_delta writes for a table."""
-    rows = delta["rows"]
-    values = delta["values"]
-    if delta["hash"] != weights_hash({"rows": rows, "values": values}):
+def check_delta(delta):
+    """Raises ValueError or KeyError if a delta has changed since it was saved."""
+    tensors = {"rows": delta["rows"], "values": delta["values"]}
+    if delta["hash"] != weights_hash(tensors):
         raise ValueError("its rows and values are not those that were saved")
     if type(delta["base"]) is not str or type(delta["name"]) is not str:
         raise ValueError("it does not say what it belongs to")
+
+
+def check_rows(rows, values, table):
+    """Raises ValueError unless save_delta writes such rows and values for a table."""
     if rows.ndim != 1 or rows.dtype != torch.int64 or (rows.diff() <= 0).any():
         raise ValueError("its rows are not increasing numbers")
     if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(table):

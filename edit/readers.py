@@ -32,6 +32,8 @@ class Reads:
     def add(self, slots, weights):
         slots = slots.reshape(-1, self.k)
         weights = weights.detach().float().abs().reshape(-1, self.k)
+        if not weights.isfinite().all():
+            raise ValueError("the weights of slots are not finite")
         self.layers.append((slots.cpu().numpy().astype(np.int64), weights.cpu().numpy()))
 
     def take(self):
@@ -152,7 +154,7 @@ def open_readers(path, model, dataset, context):
     readers = Readers(model.pool.slots)
     if file.exists():
         try:
-            if load_readers(readers, file, base):
+            if load_readers(readers, file, base, len(windows.ids)):
                 return readers, windows.ids
         except ValueError as error:
             print(f"{error}: reading the training data again", file=sys.stderr)
@@ -169,9 +171,9 @@ def open_readers(path, model, dataset, context):
     return readers, windows.ids
 
 
-def load_readers(readers, file, base):
-    """Fill in readers from a file. Returns whether they belong to base, weights and data. Raises
-    ValueError, naming the file, if it is damaged."""
+def load_readers(readers, file, base, tokens):
+    """Fill in readers from a file. Returns whether they belong to base, weights and data. tokens:
+    the number of them in train.bin. Raises ValueError, naming the file, if it is damaged."""
     hint = "it will be made anew"
     saved = read_tensors(file, "list of readers", FORMAT, hint)
     with explain_errors(f"{file} is damaged", hint):
@@ -180,8 +182,14 @@ def load_readers(readers, file, base):
             raise ValueError("its numbers are not those that were saved")
         if saved["base"] != base:
             return False
-        readers.positions = tensors["positions"].numpy()
-        readers.weights = tensors["weights"].numpy()
+        positions = tensors["positions"].numpy()
+        weights = tensors["weights"].numpy()
+        if not positions.shape == weights.shape == readers.positions.shape:
+            raise ValueError("it is of another memory")
+        if positions.min() < -1 or positions.max() >= tokens - 1:
+            raise ValueError("it has positions that do not exist")
+        readers.positions = positions
+        readers.weights = weights
     return True
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from data.dataset import find_folder, open_dataset
+from data.dataset import check_suits, find_folder, open_dataset
 from edit.delta import save_delta, weights_hash
 from kernels import RowAdam
 from model import GPT
@@ -225,7 +225,7 @@ def prepare(config, checkpoint):
     with torch.device("meta"):  # takes no memory
         check_memory(GPT(model_config, initialize=False), device)
     data = open_dataset(find_folder(config.dataset), model_config.block_size, config.seed)
-    train.check_vocabulary(data, f"--dataset={config.dataset}", config)
+    check_suits(checkpoint, data, "dataset", config)
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
         way_out = "python train.py --init_from=RUN --dataset=NEW changes all weights of a model"
@@ -240,8 +240,7 @@ def prepare(config, checkpoint):
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(out_dir)
-    if not config.overwrite:
-        check_unoccupied(out_dir, can_resume=False)
+    check_unoccupied(out_dir, "delta.pt", config.overwrite)
     clear_run(out_dir)
     return run
 

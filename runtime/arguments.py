@@ -29,7 +29,7 @@ class Parser(ArgumentParser):
         if argv is None:
             argv = sys.argv[1:]
         for word in argv:
-            if word.startswith("--") and word.endswith("=--"):
+            if word.startswith("--") and word.partition("=")[2] == "--":
                 self.error(f"{word}: -- cannot be a value")  # argparse would make it []
         return super().parse_known_args(argv, namespace)
 
@@ -68,6 +68,8 @@ def path_argument(text):
 
 def dataset_argument(text):
     """The name of a folder in data/, or a path."""
+    if not text.strip():
+        raise ArgumentTypeError("must name a folder")
     return os.path.expanduser(text)
 
 

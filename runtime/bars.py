@@ -16,6 +16,12 @@ class Bar(tqdm):
             settings["file"] = Lines()
         super().__init__(*args, dynamic_ncols=True, **settings)
 
+    def set_postfix_str(self, text="", refresh=True):
+        super().set_postfix_str(text, refresh and not self.in_file)
+
+    def set_postfix(self, numbers=None, refresh=True, **more):
+        super().set_postfix(numbers, refresh and not self.in_file, **more)
+
     def __del__(self):
         if self.in_file:  # an error has left it: the error's message stays the last line
             self.disable = True

@@ -8,8 +8,10 @@ The ckpt.pt of a run holds
     vocabulary, separator           of the dataset (data/dataset.py), for sample.py
     fingerprint, background         of the dataset, and of the background or "", to detect that they
                                     were prepared anew
+    meta                            meta.json of the dataset
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from runtime.files import atomic_write, explain_errors, remove_temporary_files, 
 
 FORMAT = "nanomem-5"
 FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str, "background": str}
+FIELDS["meta"] = dict
 DAMAGE = "it was edited or damaged, or is from another version"
 
 
@@ -81,6 +84,8 @@ def read_checkpoint(path, tensors=False):
         for name, kind in FIELDS.items():
             if type(checkpoint[name]) is not kind:
                 raise ValueError(f"{name} is {checkpoint[name]!r}")
+        if not math.isfinite(checkpoint["seconds"]):
+            raise ValueError(f"seconds is {checkpoint['seconds']}")
         if checkpoint["iter"] <= 0:
             raise ValueError(f"iter is {checkpoint['iter']}")
         if not 0 <= checkpoint["separator"] < checkpoint["model_config"]["vocab_size"]:
@@ -93,17 +98,23 @@ def read_checkpoint(path, tensors=False):
 
 # --- the folder of a run --------------------------------------------------------------
 
-RUN_FILES = ("ckpt.pt", "log.jsonl", "delta.pt")
+RUN_FILES = ("ckpt.pt", "delta.pt", "log.jsonl")
 
 
-def check_unoccupied(folder, can_resume=True):
-    """Raises ValueError if a folder holds a run. can_resume: whether the program can resume one"""
+def check_unoccupied(folder, own, overwrite):
+    """Raises ValueError if a folder holds a run or an update. own: what the program writes there,
+    ckpt.pt of a run or delta.pt of an update; overwrite: whether it may replace its own"""
     for name in RUN_FILES:
-        if (folder / name).exists():
-            way_out = "--overwrite it, or give another --out_dir"
-            if can_resume and (folder / "ckpt.pt").exists():
-                way_out = f"continue it with --resume, {way_out}"
-            raise ValueError(f"{folder} holds a run already: {way_out}")
+        if not (folder / name).exists():
+            continue
+        if name not in (own, "log.jsonl"):
+            raise ValueError(f"{folder} holds another program's {name}: give another --out_dir")
+        if overwrite:
+            continue
+        way_out = "--overwrite it, or give another --out_dir"
+        if name == "ckpt.pt":
+            way_out = f"continue it with --resume, {way_out}"
+        raise ValueError(f"{folder} holds a run already: {way_out}")
 
 
 def clear_run(folder):

@@ -131,5 +131,5 @@ def explain_compile_errors():
         # by name: to import their module would import all of torch.compile
         if type(error).__name__ not in ("InductorError", "BackendCompilerFailed"):
             raise
-        way_out = "install a C++ compiler such as g++, or give --compile=false"
+        way_out = "do without it (--compile=false), or install a C++ compiler, such as g++"
         raise UserError(f"torch.compile failed ({error_line(error)}); {way_out}") from None

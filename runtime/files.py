@@ -1,5 +1,6 @@
 """Files written atomically, folders locked to one process, and errors in one line."""
 
+import codecs
 import contextlib
 import io
 import os
@@ -52,6 +53,8 @@ def explain_errors(what, hint):
     except BaseException as error:  # tiktoken's panic is no Exception
         if isinstance(error, OSError) and (error.filename or not error.errno):
             raise
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{what} ({error_line(error)}); {hint}") from None
 
 
@@ -61,10 +64,15 @@ def explain_out_of_memory(way_out):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = "allocate memory|out of memory|not enough memory|ALLOC_"
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory ({error_line(error)}): {way_out}") from None
+
+
+def is_out_of_memory(error):
+    words = "allocate memory|out of memory|not enough memory|ALLOC_"
+    is_pytorchs = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(is_pytorchs)
 
 
 def fail(error):
@@ -185,13 +193,26 @@ def tolerant(number, stream):
     if stream is not None:  # Python found it open
         encoding = stream.encoding
     raw = io.BufferedWriter(TolerantStream(number, "w", closefd=False))
-    return io.TextIOWrapper(raw, encoding, "replace", line_buffering=True)
+    return io.TextIOWrapper(raw, encoding, "names_as_they_are", line_buffering=True)
+
+
+def names_as_they_are(error):
+    """An error handler of codecs. The name of a file may be no text; print its bytes, so that a
+    printed command can be pasted. Replace all else that cannot be encoded by a question mark."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
+
+
+codecs.register_error("names_as_they_are", names_as_they_are)
 
 
 def print_strictly():
     """For programs that print their results: after ignore_stream_errors(), raise errors of
     standard output again."""
-    sys.stdout = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+    errors = "names_as_they_are"
+    sys.stdout = open(1, "w", buffering=1, errors=errors, closefd=False)  # noqa: SIM115
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class Progress:
         for name, form in SHOWN.items():
             if name in line:
                 self.numbers[name] = form.format(line[name])
-        self.bar.set_postfix(self.numbers, refresh=sys.stderr.isatty())
+        self.bar.set_postfix(self.numbers)
 
     def close(self):
         self.bar.close()
@@ -126,8 +126,22 @@ def note_on_warmup(options, config):
     asked = options.get("warmup_iters", type(config).warmup_iters)
     if asked == config.warmup_iters:
         return ""
-    too_long = f"--warmup_iters={asked} is more than --max_iters={config.max_iters}"
+    too_long = f"--warmup_iters={asked} does not fit in --max_iters={config.max_iters}"
     return f"{too_long}: it is {config.warmup_iters} in this run"
+
+
+def note_on_unused(given, model):
+    """Name the given options that have no effect on a model, or return "" """
+    names = []
+    if model.pool is None:
+        names += [name for name in given if name.startswith("mem_")]
+    if not model.config.mem_layers:
+        names += [name for name in given if name.startswith("moe_")]
+        names += [name for name in given if name in ("system", "memory_parallel")]
+    unused = [f"--{name}" for name in names if name not in ("mem_count", "mem_layers")]
+    if not unused:
+        return ""
+    return f"Without effect, because this model has no memory: {', '.join(unused)}"
 
 
 def announce(run, tokens):
@@ -147,8 +161,9 @@ def announce(run, tokens):
     print(run.model.describe())
     size = size_of_checkpoint(run.model)
     print(f"Each evaluation is followed by a checkpoint of {size} (twice that while it is saved)")
-    if run.note:
-        print(run.note)
+    for note in run.notes:
+        if note:
+            print(note)
     if run.device.type == "cpu":
         seconds = least_seconds(run, tokens)
         if seconds > LONG:

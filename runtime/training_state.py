@@ -1,5 +1,7 @@
 """The state of a model and its optimisers, to write to a checkpoint and to load from one."""
 
+import math
+
 import torch
 
 from kernels import RowAdam
@@ -60,5 +62,9 @@ def check_moments(state, names, parameter, steps):
             raise ValueError(f"{name} is not a table of float32")
         if moment.shape != parameter.shape:
             raise ValueError(f"{name} does not have the shape of its parameter")
+        if not math.isfinite(moment.norm(math.inf)):  # NaN if one is NaN
+            raise ValueError(f"{name} is not finite")
+    if (state[names[1]] < 0).any():
+        raise ValueError(f"{names[1]} has negative squares")
     if state["step"] != steps:
         raise ValueError(f"an optimiser has done {state['step']} steps, but the run {steps}")

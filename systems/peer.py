@@ -9,7 +9,15 @@ u_s and v_s are rows s and S + s of the pool. Letters as in memory.py."""
 import torch
 import torch.nn.functional as F
 
-from kernels import check_collector, check_inputs, lookup_backward_into, lookup_forward, products
+from kernels import (
+    check_accumulator,
+    check_collector,
+    check_inputs,
+    collects,
+    lookup_backward_into,
+    lookup_forward,
+    products,
+)
 from memory import ValuePool
 from systems.memory_plus import MemoryPlus
 
@@ -59,6 +67,7 @@ def dot(pool, rows, x):
     check_inputs(pool.values, rows, x)
     if x.shape != (len(rows), pool.values.size(1)):
         raise ValueError(f"x {tuple(x.shape)}: must be (n, {pool.values.size(1)})")
+    check_accumulator(pool.values, pool.gradient, pool.touched)
     return Dot.apply(pool.values, rows.contiguous(), x.contiguous(), pool.gradient, pool.touched)
 
 
@@ -82,7 +91,7 @@ class Dot(torch.autograd.Function):
     def backward(ctx, grad):
         values, rows, x = ctx.saved_tensors
         grad = grad.contiguous()
-        if ctx.needs_input_grad[0]:
+        if collects(ctx, values):
             check_collector(ctx.gradient)
             lookup_backward_into(values, rows, grad, x, ctx.gradient, ctx.touched)
         grad_x = lookup_forward(values, rows, grad).to(x.dtype)

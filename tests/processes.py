@@ -57,8 +57,10 @@ class Process:
             self.kill()
             raise AssertionError(f"still at work after {timeout} s: {self.stderr.read_text()}")
         if not self.stdout.is_file():
-            return "", self.stderr.read_text()
-        return self.stdout.read_text(), self.stderr.read_text()
+            return "", self.stderr.read_text(errors="surrogateescape")
+        return self.stdout.read_text(errors="surrogateescape"), self.stderr.read_text(
+            errors="surrogateescape"
+        )
 
 
 def begin(function, arguments, environment, paths):

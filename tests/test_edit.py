@@ -482,9 +482,11 @@ def test_another_vocabulary_is_refused(finished, new, tmp_path, capsys):
 def test_a_delta_in_a_folder_is_not_overwritten_unasked(finished, new, tmp_path, capsys):
     (tmp_path / "delta.pt").write_bytes(b"somebody's")
     arguments = [f"--init_from={finished}", f"--dataset={new}", f"--out_dir={tmp_path}"]
-    for program in (update, train):
-        said = refusal(program.main, arguments, capsys)
-        assert f"{tmp_path} holds a run already" in said and "--resume" not in said
+    said = refusal(update.main, arguments, capsys)
+    assert f"{tmp_path} holds a run already: --overwrite it" in said and "--resume" not in said
+    for options in ([], ["--overwrite"]):  # train.py never removes an update
+        said = refusal(train.main, [*arguments, *options], capsys)
+        assert f"{tmp_path} holds another program's delta.pt" in said and "--resume" not in said
     assert (tmp_path / "delta.pt").read_bytes() == b"somebody's"
 
 

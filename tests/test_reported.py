@@ -4,11 +4,13 @@ import inspect
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from test_openwebtext import pack
 import sample
 import train
 from bench import compare, curves
-from data.dataset import Dataset, find_folder, make_encoding
+from data.dataset import Dataset, describe_vocabulary, find_folder, make_encoding, write_dataset
 from data.facts import prepare as facts_prepare
 from data.openwebtext.prepare import list_parts, tokenize
 from data.shakespeare import prepare as text_prepare
@@ -45,6 +47,7 @@ from processes import Process, run_train, start_program
 from runtime.bars import Bar
 from runtime.device import explain_compile_errors
 from runtime.files import UserError, open_text
+from systems.peer import NeuronPool, dot
 
 SHORT = ["--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
 
@@ -172,6 +175,26 @@ def test_a_folder_whose_name_is_no_utf_8_is_a_folder(facts, new, tmp_path):
         assert process.returncode == 0, (program, errors)
 
 
+def test_a_printed_command_works_for_any_folder(facts, tmp_path):
+    """Rows 2 and 6: its name is printed as it is."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9, 'k=16' \xc3\xa9")
+    said, errors = start_program(
+        "train.py", *SMALL, f"--dataset={facts}", f"--out_dir={folder}"
+    ).communicate()
+    command = re.search(r"Next: python (.*)", said)[1]
+    process = start_program(*shlex.split(command), "--rows=1", "--device=cpu")
+    said, errors = process.communicate()
+    assert process.returncode == 0 and "of 54" in said, errors
+
+
+def test_a_picture_is_well_formed_whatever_the_folder_is_called(finished, tmp_path, capsys):
+    """Row 2."""
+    folder = tmp_path / "esc\x1b[31m<&>"
+    shutil.copytree(finished, folder)
+    curves.main([str(folder), f"--out={tmp_path / 'curves.svg'}"])
+    xml.etree.ElementTree.parse(tmp_path / "curves.svg")
+
+
 TEXTS = {  # bytes of a file: what every program reads
     b"Hello\r\n\r\n\r\n\r\nworld": "Hello\n\n\n\nworld",
     b"\xef\xbb\xbfOne\rtwo\nthree\r\n": "One\ntwo\nthree\n",
@@ -222,13 +245,35 @@ def test_documents_are_those_of_the_hugging_face_loader(tmp_path):
     assert count == 1 and bytes(ids[1:].astype(np.uint8)) == want.encode()
 
 
+def test_other_files_and_options_are_read_like_texts(facts, tmp_path):
+    """Row 3."""
+    assert sample.read_text("a\r\nb") == "a\nb"
+    shutil.copytree(facts, tmp_path / "data")
+    before = Dataset(facts)
+    for name in ("meta.json", "vocab.json", "recall.jsonl"):
+        path = tmp_path / "data" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    after = Dataset(tmp_path / "data")
+    assert after.vocabulary() == before.vocabulary() and after.questions() == before.questions()
+
+
+def test_lines_end_where_an_editor_ends_them(tmp_path):
+    """Row 3: other separators are part of a line."""
+    (tmp_path / "questions").write_text("a\x0cb\tc\x85d\u2028\n")
+    (question,) = text_prepare.read_questions(tmp_path / "questions")
+    assert question == {"prompt": "a\x0cb", "answer": "c\x85d"}
+
+
 def test_bytes_that_are_no_text_stay_as_they_are(tmp_path):
     """Row 3: the rule is one for text."""
-    data = bytes(range(256)) + b"\r\n" * 9
-    (tmp_path / "file").write_bytes(data)
-    prepare_here("shakespeare", f"--file={tmp_path / 'file'}", "--out", tmp_path / "data")
-    dataset = Dataset(tmp_path / "data")
-    assert b"".join(bytes(dataset.tokens(s).astype(np.uint8)) for s in ("train", "val")) == data
+    for number, data in enumerate(
+        (bytes(range(256)) + b"\r\n" * 9, "line\r\n".encode("utf-16-le") * 9)
+    ):
+        out = tmp_path / str(number)
+        (tmp_path / "file").write_bytes(data)
+        prepare_here("shakespeare", f"--file={tmp_path / 'file'}", "--out", out)
+        splits = [Dataset(out).tokens(split).astype(np.uint8) for split in ("train", "val")]
+        assert b"".join(map(bytes, splits)) == data
 
 
 def test_a_text_tokenised_in_pieces_has_the_tokens_of_the_whole(gpt2, tmp_path, monkeypatch):
@@ -266,6 +311,50 @@ def test_a_text_tokenised_in_pieces_has_the_tokens_of_the_whole(gpt2, tmp_path, 
         assert len(pieces) > 9 and max(map(len, pieces)) < 400
 
 
+@pytest.mark.parametrize("line", ["这是一行没有空格的文字。\n", '{"a":1}\n', "x", " \n "])
+def test_pieces_are_short_in_texts_of_all_kinds(tmp_path, monkeypatch, line):
+    """Row 10."""
+    monkeypatch.setattr(text_prepare, "PIECE", 100)
+    (tmp_path / "text").write_text(line * 1000)
+    pieces = list(text_prepare.read_pieces(tmp_path / "text"))
+    assert "".join(pieces) == line * 1000
+    if line.strip() and "\n" in line:
+        assert max(map(len, pieces)) <= 120
+
+
+def test_a_vocabulary_with_tokens_of_several_words_gives_the_tokens_of_the_whole(
+    facts, tmp_path, monkeypatch
+):
+    """Row 10: nobody knows where such tokens end, so the text is not cut."""
+    monkeypatch.setattr(text_prepare, "PIECE", 20)
+    tokens = [bytes([i]) for i in range(256)] + [
+        b"Ne",
+        b"New",
+        b"New ",
+        b"New Y",
+        b"New Yo",
+        b"New Yor",
+        b"New York",
+    ]
+    vocabulary = describe_vocabulary("own", r"[^,\n]+|[,\n] ?", tokens, {})
+    ids = list(range(100)) * 9
+    write_dataset(tmp_path / "data", ids, ids, vocabulary, separator=10)
+    train_here(
+        *SMALL, f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1"
+    )
+    (tmp_path / "text").write_text("New York, " * 999)
+    prepare_here(
+        "shakespeare",
+        f"--file={tmp_path / 'text'}",
+        f"--vocabulary_of={tmp_path / 'out'}",
+        "--out",
+        tmp_path / "own",
+    )
+    dataset = Dataset(tmp_path / "own")
+    got = [*dataset.tokens("train").tolist(), *dataset.tokens("val").tolist()]
+    assert got[1:] == make_encoding(vocabulary).encode_ordinary("New York, " * 999)
+
+
 def peak_of_preparing(file, out):
     """Print by how much the largest memory of this process grows, in bytes."""
     make_encoding("gpt2").encode("warm up")
@@ -297,12 +386,115 @@ def test_a_warmup_longer_than_the_run_is_shortened_and_said(facts, tmp_path, cap
     options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--max_iters=20"]
     train_here(*options, "--warmup_iters=30", "--eval_interval=20", "--learning_rate=1e-3")
     said = capsys.readouterr().out
-    assert "--warmup_iters=30 is more than --max_iters=20: it is 2 in this run" in said
+    assert "--warmup_iters=30 does not fit in --max_iters=20: it is 2 in this run" in said
     rates = [line["lr"] for line in log_of(tmp_path / "out")]
     assert max(rates) == rates[2] == 1e-3 and rates[0] < rates[1] < rates[2]
     assert load(tmp_path / "out" / "ckpt.pt")["train_config"]["warmup_iters"] == 2
-    train_here(*options, "--overwrite", "--warmup_iters=20", "--eval_interval=20")
+    train_here(*options, "--overwrite", "--warmup_iters=19", "--eval_interval=20")
     assert "--warmup_iters" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_says_that_its_warmup_is_shortened(out, capsys):
+    """Row 4."""
+    train_here("--resume", f"--out_dir={out}", "--max_iters=8", "--warmup_iters=5000")
+    assert "--warmup_iters=5000 does not fit in --max_iters=8: it is 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--mem_decay=0.5"], "--mem_decay=0.5: must be 0, or at least 1"),
+        (
+            ["--mem_decay=1", "--min_lr=1e-4", "--mem_learning_rate=1e-5"],
+            "--min_lr=0.0001: more than --mem_learning_rate=1e-05",
+        ),
+        (["--warmup_iters=-1"], "--warmup_iters=-1: must be at least 0"),
+    ],
+)
+def test_a_rate_that_rises_is_refused(facts, tmp_path, capsys, options, words):
+    """Row 4's neighbours: the rate of the memory."""
+    names = [f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}"]
+    assert words in refusal(train.main, [*SMALL, *names, *options], capsys)
+
+
+def test_the_command_that_prepare_prints_is_not_refused(facts, tmp_path, capsys):
+    """Row 4: for a run with a larger min_lr."""
+    base = tmp_path / "base"
+    train_here(*SMALL, f"--dataset={facts}", f"--out_dir={base}", "--min_lr=5e-4")
+    (tmp_path / "text").write_text("Bordan Fagar is here, as everybody knows. " * 9)
+    prepare_here(
+        "shakespeare",
+        f"--file={tmp_path / 'text'}",
+        f"--vocabulary_of={base}",
+        "--out",
+        tmp_path / "own",
+    )
+    command = re.search(r"python train.py (.*)", capsys.readouterr().out)[1]
+    train_here(*shlex.split(command), f"--out_dir={tmp_path / 'tuned'}")
+    assert log_of(tmp_path / "tuned")[-1]["iter"] == 100
+
+
+@pytest.mark.parametrize("place", ["train", "update"])
+def test_a_run_that_diverges_in_an_evaluated_step_says_so(facts, new, tmp_path, capsys, place):
+    """Row 5: before the questions are asked, which infinite weights cannot answer."""
+    rates = [
+        "--learning_rate=1e20",
+        "--mem_learning_rate=1e20",
+        "--warmup_iters=0",
+        "--eval_interval=1",
+    ]
+    names = [
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--system=peer",
+        "--mem_gate=false",
+    ]
+    if place == "train":
+        said = refusal(train.main, [*SMALL, *names, *rates], capsys)
+    else:
+        train_here(*SMALL, *names)
+        (tmp_path / "new").mkdir()
+        for path in new.glob("*[!l]"):  # without recall.jsonl
+            shutil.copy(path, tmp_path / "new")
+        names = [
+            f"--init_from={tmp_path / 'out'}",
+            f"--dataset={tmp_path / 'new'}",
+            f"--out_dir={tmp_path / 'taught'}",
+        ]
+        said = refusal(
+            update.main,
+            [*names, "--background=", "--learning_rate=1e30", "--eval_interval=1", "--device=cpu"],
+            capsys,
+        )
+    assert "training has diverged. Try a smaller --learning_rate (now 1e+" in said
+
+
+def test_slots_that_were_chosen_by_infinite_scores_are_not_shown(out, capsys):
+    """Row 5."""
+    checkpoint = load(out / "ckpt.pt")
+    checkpoint["model"]["blocks.1.ffn.query.weight"].fill_(3e38)
+    torch.save(checkpoint, out / "ckpt.pt")
+    for options in (["--recall"], ["--recall", "--json"], ["--start=B"]):
+        said = refusal(inspect_slots.main, [f"--out_dir={out}", "--device=cpu", *options], capsys)
+        assert "finite" in said
+
+
+@pytest.mark.parametrize(
+    "number, name, value",
+    [
+        (0, "exp_avg", float("nan")),
+        (1, "means", float("inf")),
+        (0, "exp_avg_sq", -1.0),
+        (1, "squares", float("inf")),
+    ],
+)
+def test_moments_that_are_no_numbers_are_refused(out, capsys, number, name, value):
+    """Row 5: the weights are fine, but would not be after a step."""
+    checkpoint = load(out / "ckpt.pt")
+    checkpoint["optimizers"][number]["state"][0][name].view(-1)[-1] = value
+    torch.save(checkpoint, out / "ckpt.pt")
+    said = refusal(train.main, ["--resume", f"--out_dir={out}", "--max_iters=9"], capsys)
+    assert "its optimisers have a wrong state" in said and name in said
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "pool.values", "blocks.0.attn.qkv.weight"])
@@ -439,6 +631,23 @@ def test_two_dashes_are_no_value(main, option, capsys):
     assert f"{option}: -- cannot be a value" in refusal(main, [option], capsys)
 
 
+def test_a_value_may_end_in_two_dashes(finished, capsys):
+    """Row 13."""
+    sample.main([f"--out_dir={finished}", "--start=a=--", *SHORT])
+    assert capsys.readouterr().out.startswith("a=--")
+
+
+def test_an_empty_name_is_not_the_default(finished, capsys):
+    """Row 13's neighbour: an unset variable."""
+    for main, option in (
+        (sample.main, "--dataset="),
+        (inspect_slots.main, "--dataset="),
+        (sample.main, "--out_dir="),
+    ):
+        said = refusal(main, [f"--out_dir={finished}", "--recall", option], capsys)
+        assert f"{option[:-1]}: must name" in said
+
+
 @pytest.mark.parametrize(
     "main, option, hint",
     [
@@ -541,6 +750,42 @@ def test_the_background_of_a_resumed_run_is_the_same(facts, finished, new, tmp_p
     train_here(*resume)
 
 
+def test_the_questions_of_a_background_are_the_same(facts, finished, new, tmp_path, capsys):
+    """Row 17: or old_recall would mean something else."""
+    shutil.copytree(facts, tmp_path / "facts")
+    out = f"--out_dir={tmp_path / 'tuned'}"
+    background = f"--background={tmp_path / 'facts'}"
+    train_here(f"--init_from={finished}", f"--dataset={new}", out, background, "--max_iters=2")
+    questions = tmp_path / "facts" / "recall.jsonl"
+    whole = questions.read_bytes()
+    questions.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    said = refusal(train.main, ["--resume", out, "--max_iters=4"], capsys)
+    assert f"{background}: not what the run" in said
+    questions.write_bytes(whole)
+    train_here("--resume", out, "--max_iters=4")
+
+
+def test_a_background_is_compared_however_it_is_spelled(facts, new, tmp_path, monkeypatch, capsys):
+    """Row 7."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(facts, "mine")
+    train_here(*SMALL, "--dataset=mine", "--out_dir=base")
+    content = bytearray(Path("mine/val.bin").read_bytes())
+    content[-2] ^= 1
+    Path("mine/val.bin").write_bytes(content)
+    for name in ("mine", "./mine/", str(tmp_path / "mine")):
+        options = [
+            "--init_from=base",
+            f"--dataset={new}",
+            f"--background={name}",
+            "--out_dir=tuned",
+        ]
+        for main in (train.main, update.main):
+            assert f"--background={name}: not what base was trained on" in refusal(
+                main, options, capsys
+            )
+
+
 def flip_numbers(path):
     """Change one number in a file of torch.save, and not its format."""
     saved = load(path)
@@ -564,6 +809,24 @@ def test_readers_that_changed_on_the_disk_are_made_anew(out, capsys):
         assert (out / "readers.pt").read_bytes() == whole
 
 
+def test_readers_with_the_right_hash_and_wrong_positions_are_made_anew(out, capsys):
+    """Row 19: the checkpoint is not blamed."""
+    arguments = [f"--out_dir={out}", "--start=B", "--max_new_tokens=2"]
+    inspect_slots.main(arguments)
+    shown = capsys.readouterr().out
+    saved = load(out / "readers.pt")
+    for positions in (
+        torch.full((256, 8), 9**9),
+        torch.full((256, 8), -7),
+        torch.zeros(9, 8, dtype=torch.int64),
+    ):
+        tensors = {"positions": positions, "weights": torch.ones(positions.shape)}
+        torch.save({**saved, **tensors, "hash": weights_hash(tensors)}, out / "readers.pt")
+        inspect_slots.main(arguments)
+        said = capsys.readouterr()
+        assert said.out == shown and "readers.pt is damaged" in said.err
+
+
 # --- while programs run -----------------------------------------------------------------------------------------------
 
 
@@ -579,12 +842,17 @@ for _ in Bar(range(30), "short", leave=False):
     time.sleep(0.01)
 bar = Bar(total=3)
 bar.write("a word")
+for i in range(100):
+    bar.set_postfix_str("evaluating")
+    bar.set_postfix({"loss": i}, more=i)
 bar.close()
 """
     done = run("-c", code)
     assert done.returncode == 0 and "\r" not in done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) <= 6 and all(lines) and lines[-1].startswith("  0%")
+    assert (
+        len(lines) <= 6 and all(lines) and lines[-1].startswith("  0%") and "loss=99" in lines[-1]
+    )
     assert any(line.startswith("work: 100%") for line in lines)
     assert done.stdout == "a word\n"
 
@@ -632,6 +900,22 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does(facts, tmp_path, function)
     said, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGHUP and "Stopped by SIGHUP" in said, errors
     assert load(tmp_path / "ckpt.pt")["iter"] == steps_done(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(temperature=-1), "temperature=-1"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(top_p=2), "top_p=2"),
+        (dict(top_p=float("nan")), "top_p=nan"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_refused(options, words):
+    config = GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    with pytest.raises(ValueError, match=words):
+        GPT(config).generate(torch.ones(1, 3, dtype=torch.int64), 3, **options)
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -691,14 +975,60 @@ def test_the_log_of_an_update_has_the_rate_that_moves_the_values(
     assert "lr" not in first and [line["lr"] for line in lines] == [rate, rate]
 
 
+def test_options_without_effect_are_named(facts, tmp_path, capsys):
+    """Row 15's neighbours: compare.py gives the same options to all systems, so they are no error."""
+    names = [f"--dataset={facts}", f"--out_dir={tmp_path}", "--max_iters=1", "--overwrite"]
+    given = [
+        "--mem_layers=",
+        "--mem_count=0",
+        "--mem_learning_rate=7",
+        "--moe_topk=2",
+        "--system=peer",
+    ]
+    small = [option for option in SMALL if not option.startswith("--mem")]
+    for options, words in (
+        (given, "because this model has no memory: --mem_learning_rate, --system, --moe_topk\n"),
+        (
+            ["--system=moe", "--mem_layers=1", "--mem_keys=7", "--moe_topk=2"],
+            "because this model has no memory: --mem_keys\n",
+        ),
+        (["--mem_layers=1", "--mem_keys=16", "--mem_topk=4"], ""),
+    ):
+        train_here(
+            *small, *names, *[o for o in options if o != "--moe_topk=2" or "moe" in options[0]]
+        )
+        said = capsys.readouterr().out
+        if words:
+            assert words.replace(", --moe_topk", "") in said
+        else:
+            assert "Without effect" not in said
+
+
+def test_a_run_and_an_update_do_not_replace_each_other(finished, new, taught, tmp_path, capsys):
+    """Row 15's neighbour: --overwrite replaces what the program itself has written."""
+    for kind, main, file in ((finished, update.main, "ckpt.pt"), (taught, train.main, "delta.pt")):
+        folder = tmp_path / file
+        shutil.copytree(kind, folder)
+        before = contents(folder)
+        names = [
+            f"--init_from={finished}",
+            f"--dataset={new}",
+            f"--out_dir={folder}",
+            "--overwrite",
+        ]
+        said = refusal(main, names, capsys)
+        assert f"{folder} holds another program's {file}" in said and contents(folder) == before
+
+
 @pytest.mark.parametrize("option", ["--moved=1", "--new=1", "--moved=2", "--people=1"])
-def test_facts_are_long_enough_at_any_count(tmp_path, option):
+@pytest.mark.parametrize("more", [[], ["--biographies=1"]])
+def test_facts_are_long_enough_at_any_count(tmp_path, option, more):
     """Row 16: for the block of the facts presets."""
-    prepare_here(
-        "facts", *([] if "people" in option else ["--people=9"]), option, "--out", tmp_path
-    )
-    val = Dataset(tmp_path).tokens("val")
-    assert len(val) >= 20 * 64
+    if "people" not in option:
+        more = [*more, "--people=9"]
+    prepare_here("facts", *more, option, "--out", tmp_path)
+    for split in ("train", "val"):
+        assert len(Dataset(tmp_path).tokens(split)) >= 20 * 64
     train_here(
         *SMALL,
         f"--dataset={tmp_path}",
@@ -751,6 +1081,42 @@ def test_a_delta_with_the_right_hash_and_wrong_contents_is_refused(
         assert f"{path} is damaged" in said and words in said
 
 
+def test_a_delta_of_another_run_is_not_called_damaged(facts, finished, taught, tmp_path, capsys):
+    """Row 18: although it does not fit this run's table."""
+    for option in ("--mem_dtype=bfloat16", "--mem_keys=8"):
+        other = tmp_path / option
+        train_here(*SMALL, f"--dataset={facts}", f"--out_dir={other}", option)
+        said = refusal(sample.main, [f"--out_dir={other}", f"--delta={taught}"], capsys)
+        assert f"belongs to {finished}/ckpt.pt" in said and "damaged" not in said
+
+
+def sample_in_little_memory(out):
+    """In less than the table takes."""
+    limit = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit + 2**27, limit + 2**27))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(sample, "choose_device", torch.device)  # which raises the limit
+    sample.main([f"--out_dir={out}", "--device=cpu", *SHORT[:2]])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_is_not_blamed_for_short_memory(facts, tmp_path):
+    """Row 18."""
+    train_here(
+        *SMALL,
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+        "--mem_keys=1200",
+        "--max_iters=1",
+        "--eval_iters=1",
+    )
+    process = Process(sample_in_little_memory, tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "allocate memory" in errors, errors
+    assert "damaged" not in errors and "fit together" not in errors and "Traceback" not in errors
+
+
 def test_a_name_cannot_command_a_terminal(finished, taught, tmp_path, capsys):
     """Row 18: nor any other text of an error."""
     delta = load(taught / "delta.pt")
@@ -778,8 +1144,7 @@ def test_people_that_belong_to_others_are_refused(finished, tmp_path, capsys, op
         names = [f"--init_from={finished}", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}"]
         for main in (train.main, update.main):
             said = refusal(main, names, capsys)
-            theirs = f"belongs to facts of {people} people with --seed={seed}"
-            assert f"{theirs}, not of 9 people with --seed=0" in said
+            assert f"--dataset={data} was made with --people={people} --seed={seed}" in said
             assert "prepare it again with --people=9 --seed=0" in said
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
@@ -815,6 +1180,49 @@ def test_a_prompt_that_is_none_is_refused(prompt, words):
     config = GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=1, n_embd=8)
     with pytest.raises(ValueError, match=words):
         GPT(config).generate(prompt, 3)
+
+
+def test_people_are_compared_with_those_that_the_model_knows(finished, facts, tmp_path, capsys):
+    """Row 20: not with those of a background, which may be another one, or none."""
+    for people in (9, 10):
+        prepare_here(
+            "facts", f"--people={people}", "--moved=4", "--out", tmp_path / f"moved{people}"
+        )
+    prepare_here("facts", "--people=10", "--out", tmp_path / "ten")
+    right, wrong = (f"--dataset={tmp_path / name}" for name in ("moved9", "moved10"))
+    tuned = tmp_path / "tuned"
+    train_here(
+        f"--init_from={finished}",
+        right,
+        f"--background={tmp_path / 'ten'}",
+        f"--out_dir={tuned}",
+        "--max_iters=1",
+    )
+    for base in (finished, tuned):  # tuned knows moved people of the same
+        names = [f"--init_from={base}", wrong, f"--out_dir={tmp_path / 'out'}"]
+        for more in ([], ["--background="], [f"--background={tmp_path / 'ten'}"]):
+            for main in (train.main, update.main):
+                assert "prepare it again with --people=9 --seed=0" in refusal(
+                    main, [*names, *more], capsys
+                )
+        said = refusal(sample.main, [f"--out_dir={base}", "--recall", wrong], capsys)
+        assert "prepare it again with --people=9 --seed=0" in said
+    train_here(f"--init_from={tuned}", right, f"--out_dir={tmp_path / 'again'}", "--max_iters=1")
+
+
+@pytest.mark.parametrize("known", [5, {}, {"people": "9", "seed": 0}, [9]])
+def test_a_damaged_meta_json_is_named(finished, new, tmp_path, capsys, known):
+    """Row 20's neighbour."""
+    shutil.copytree(new, tmp_path / "new")
+    meta = json.loads((new / "meta.json").read_text())
+    (tmp_path / "new" / "meta.json").write_text(json.dumps({**meta, "known": known}))
+    names = [
+        f"--init_from={finished}",
+        f"--dataset={tmp_path / 'new'}",
+        f"--out_dir={tmp_path / 'out'}",
+    ]
+    said = refusal(train.main, names, capsys)
+    assert "meta.json is damaged" in said or "prepare it again" in said
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -857,6 +1265,64 @@ def test_frozen_values_get_no_gradient(compiled):
     assert not torch.equal(pool.values, before)
 
 
+@pytest.mark.parametrize("system", ["memory", "peer", "ultramem"])
+def test_frozen_values_of_any_system_collect_nothing(system):
+    """Row 21: frozen between the passes, and free again before the step."""
+    options = dict(
+        vocab_size=64,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        block_size=16,
+        mem_keys=8,
+        mem_topk=4,
+        mem_heads=2,
+    )
+    special = {
+        "memory": dict(mem_layers=(1,)),
+        "peer": dict(system="peer", mem_gate=False, mem_layers=(1,)),
+        "ultramem": dict(
+            system="ultramem",
+            mem_gate=False,
+            mem_softmax=False,
+            mem_rank=2,
+            mem_cores=2,
+            mem_expand=4,
+            mem_layers=(0,),
+            mem_skip=1,
+            mem_value_dim=16,
+        ),
+    }
+    model = GPT(GPTConfig(**options, **special[system]))
+    optimizer = RowAdam(model.pool, lr=0.1)
+    idx = torch.randint(64, (2, 16))
+    before = model.pool.values.clone()
+    _, loss = model(idx, idx)
+    model.pool.requires_grad_(False)
+    loss.backward()
+    model.pool.requires_grad_(True)
+    assert not model.pool.touched.any() and not model.pool.gradient.any()
+    optimizer.step()
+    assert torch.equal(model.pool.values, before)
+
+
+def test_a_gradient_of_values_that_were_then_frozen_stops_nothing():
+    """Row 21: the network goes on without them."""
+    pool = ValuePool(64, 8)
+    layer = MemoryLayer(8, 64, heads=1, topk=2)
+    optimizer = RowAdam(pool)
+    sgd = torch.optim.SGD(layer.parameters(), 0.1)
+    x = torch.randn(5, 8)
+    layer(x, pool).sum().backward()
+    pool.requires_grad_(False)
+    for _ in range(2):
+        sgd.step()
+        sgd.zero_grad()
+        layer(x, pool).sum().backward()
+    optimizer.step()
+    assert not optimizer.state[pool.values] and not pool.touched.any()
+
+
 def wrong_accumulators():
     yield torch.zeros(8, 16).t(), torch.zeros(16, dtype=torch.uint8)
     yield torch.zeros(16, 9)[:, :8], torch.zeros(16, dtype=torch.uint8)
@@ -866,6 +1332,9 @@ def wrong_accumulators():
     yield torch.zeros(16, 8), torch.zeros(16)
     yield torch.zeros(16, 8), torch.zeros(15, dtype=torch.uint8)
     yield torch.zeros(16, 8), torch.zeros(32, dtype=torch.uint8)[::2]
+    yield torch.zeros(16, 8), None
+    yield None, torch.zeros(16, dtype=torch.uint8)
+    yield torch.zeros(16, 8), [0] * 16
 
 
 @pytest.mark.parametrize("gradient, touched", list(wrong_accumulators()))
@@ -873,8 +1342,37 @@ def test_an_accumulator_that_does_not_fit_is_refused(gradient, touched):
     """Row 22: the Triton path would add to wrong places."""
     values = torch.randn(16, 8, requires_grad=True)
     indices = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"(gradient|touched) \(.*must be \(16"):
+    with pytest.raises(ValueError, match=r"(gradient|touched) (\(.*must be \(16|must be a tensor)"):
         collecting_lookup(values, indices, torch.ones(2, 3), gradient, touched)
+
+
+def test_an_accumulator_of_peer_that_does_not_fit_is_refused():
+    """Row 22."""
+    pool = NeuronPool(16, 8, tables=2)
+    RowAdam(pool)
+    indices = torch.zeros(2, 3, dtype=torch.int64)
+    pool.gradient = torch.zeros(8, 32).t()
+    with pytest.raises(ValueError, match=r"gradient .* contiguous"):
+        dot(pool, indices, torch.ones(2, 8))
+
+
+def test_moments_of_another_table_are_refused():
+    """Row 22's neighbour."""
+    pool = ValuePool(16, 8)
+    optimizer = RowAdam(pool)
+    collecting_lookup(
+        pool.values,
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.ones(2, 3),
+        pool.gradient,
+        pool.touched,
+    ).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for shape in ((32, 4), (8, 8)):
+        other = RowAdam(ValuePool(*shape))
+        with pytest.raises(ValueError, match=r"means have the shape \(16, 8\)"):
+            other.load_state_dict(saved)
 
 
 def test_values_that_are_not_contiguous_are_refused():
@@ -883,3 +1381,8 @@ def test_values_that_are_not_contiguous_are_refused():
     pool.values = torch.nn.Parameter(torch.randn(8, 16).t())
     with pytest.raises(ValueError, match="contiguous"):
         RowAdam(pool)
+    pool = ValuePool(16, 8)
+    optimizer = RowAdam(pool)
+    pool.values.data = torch.randn(8, 16).t()
+    with pytest.raises(ValueError, match="contiguous"):
+        optimizer.step()

@@ -158,7 +158,7 @@ def test_micro_steps_add_up_to_the_step_of_a_larger_batch(facts, tmp_path):
             f"--batch_size={size}",
             f"--gradient_accumulation_steps={8 // size}",
             "--max_iters=12",
-            "--warmup_iters=12",
+            "--warmup_iters=11",
         )
         train_small(facts, tmp_path / str(size), *options, "--mem_layers=0,1", "--mem_keys=8")
     for one, other in zip(log_of(tmp_path / "8"), log_of(tmp_path / "1"), strict=True):

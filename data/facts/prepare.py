@@ -90,7 +90,7 @@ BITS = sum(math.log2(len(pool)) for pool in POOLS.values())  # of facts per pers
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\.\n|[^A-Za-z0-9]"
 SEPARATOR = "<|endoftext|>"
 SENTENCE = 8  # tokens of the shortest one: name 3, phrase 3, value 1, end 1
-VAL_TOKENS = 20 * 64  # at least: 20 windows of the facts presets
+TOKENS = 20 * 64  # of a file, at least: 20 windows of the facts presets
 
 
 def build_vocabulary():
@@ -180,7 +180,8 @@ def parse(argv):
     add("--people", type=int, default=2000, help="number of people (default: %(default)s)")
     add("--new", type=int, default=0, help="instead write the facts of this many other people")
     add("--moved", type=int, default=0, help="instead write new employers and cities of this many")
-    add("--biographies", type=int, default=20, help="per person in train.bin (default: 20)")
+    rounds = "per person in train.bin (default: 20); of few people, more"
+    add("--biographies", type=int, default=20, help=rounds)
     add("--seed", type=int, default=0, help="seed of people and texts (default: %(default)s)")
     places = "default: this one, or facts-new, facts-moved"
     add("--out", type=folder_argument, help=f"folder to write to ({places})")
@@ -229,8 +230,10 @@ def prepare(args):
         val_rounds = 5
         about["known"] = {"people": args.people, "seed": args.seed}  # see check_people
     sentences = sum(len(values) for _, values, _ in people)
-    val_rounds = max(val_rounds, math.ceil(VAL_TOKENS / (SENTENCE * sentences)))
-    train = encode_biographies(people, args.biographies, generator, encoding, held_out=False)
+    least = math.ceil(TOKENS / (SENTENCE * sentences))
+    train_rounds = max(args.biographies, least)
+    val_rounds = max(val_rounds, least)
+    train = encode_biographies(people, train_rounds, generator, encoding, held_out=False)
     val = encode_biographies(people, val_rounds, generator, encoding, held_out=True)
     questions = make_questions(people)
     bits = sum(math.log2(len(POOLS[question["attribute"]])) for question in questions)
@@ -250,7 +253,7 @@ def prepare(args):
     )
     facts = f"{len(questions):,} facts ({bits / len(people):.1f} bits per person)"
     print(f"{args.out}: {len(people):,} people, {facts}, vocabulary of {len(tokens) + 1:,}")
-    each = f"{args.biographies} biographies per person, with each fact once"
+    each = f"{train_rounds} biographies per person, with each fact once"
     print(f"  {len(train):,} training tokens ({each}), {len(val):,} validation tokens")
 
 

@@ -330,7 +330,12 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--subsets", type=subsets_argument, default="0-20", help="as in 0,1 or 0-4 (default: all)")
-    add("--source", default=SOURCE, help="folder or URL of the archives (default: the hub)")
+    add(
+        "--source",
+        type=os.path.expanduser,
+        default=SOURCE,
+        help="folder or URL of the archives (default: the hub)",
+    )
     workers = "processes (default: one for each core that it may use, %(default)s)"
     add("--workers", type=int, default=usable_cores(), help=workers)
     here = Path(__file__).parent

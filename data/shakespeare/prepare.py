@@ -80,25 +80,23 @@ def find_text(option, path):
 
 
 def is_text(source):
-    """Whether a path or bytes hold UTF-8."""
+    """Whether a path or bytes hold UTF-8, and no zeros, as UTF-16 does."""
     try:
         with open_text(source) as f:
-            for _ in read_all(f):
-                pass
+            return not any("\0" in piece for piece in read_all(f))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def read_pieces(source):
-    """Yield the text of a path or of bytes in pieces. They end between a letter or digit and the
-    white space after it. No token extends over such a place, so the pieces have the tokens of the
-    whole text."""
+    """Yield the text of a path or of bytes in pieces. They end before white space that follows
+    something else. No token of GPT-2 extends over such a place, so the pieces have the tokens of
+    the whole text."""
     text = ""
     with open_text(source) as f:
         for more in read_all(f):
             text += more
-            match = re.match(r".*\w(?=[ \n])", text, re.DOTALL)
+            match = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
             if match is not None:
                 yield match[0]
                 text = text[match.end() :]
@@ -125,7 +123,7 @@ def read_all(file):
 def read_questions(path):
     """Lines "prompt<TAB>answer" -> questions for recall.jsonl"""
     with explain_errors(f"--questions={path}", "it must be UTF-8 text"), open_text(path) as f:
-        lines = f.read().splitlines()
+        lines = f.read().split("\n")
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -148,11 +146,13 @@ class Tokenizer:
         self.folder = folder
         self.least = 0  # tokens to which a shorter text is repeated
         self.slots = 0  # of the run's memory
+        self.min_lr = 0.0  # of the run
         if run is not None:
             checkpoint = read_checkpoint(run)
             self.name = f"vocabulary of {run}"
             self.vocabulary = checkpoint["vocabulary"]
             self.separator = checkpoint["separator"]
+            self.min_lr = checkpoint["train_config"]["min_lr"]
             model_config = checkpoint["model_config"]
             self.least = WINDOWS * model_config["block_size"]
             if model_config["mem_layers"]:
@@ -184,8 +184,17 @@ class Tokenizer:
         if self.vocabulary != BYTES:
             yield np.array([self.separator])  # it precedes each document
         with explain_errors(f"cannot tokenize {path}", "give UTF-8 text, or --encoding=bytes"):
-            for text in read_pieces(source):
+            for text in self.texts(source):
                 yield self.encode(text)
+
+    def texts(self, source):
+        """Yield a text in pieces. In another vocabulary, a token may extend over any place, so
+        yield the whole."""
+        if self.of_words:
+            with open_text(source) as f:
+                yield f.read()
+        else:
+            yield from read_pieces(source)
 
     def encode(self, text):
         if self.vocabulary == BYTES:  # tiktoken takes fifty times as long
@@ -208,7 +217,7 @@ class Tokenizer:
 
     def repeat(self, source, path):
         with explain_errors(f"cannot tokenize {path}", "give UTF-8 text"), open_text(source) as f:
-            lines = f.read().splitlines()
+            lines = f.read().split("\n")
         documents = []
         for line in lines:
             if line.strip():
@@ -257,7 +266,8 @@ def prepare(args):
     tokenizer = Tokenizer(args.encoding or "bytes", args.vocabulary_of, folder)
     train, repeated = tokenizer.tokens(source, args.file or URL)
     if args.val_file is not None:
-        val, _ = tokenizer.tokens(find_text("val_file", args.val_file), args.val_file)
+        val, val_repeated = tokenizer.tokens(find_text("val_file", args.val_file), args.val_file)
+        repeated = repeated or val_repeated
     elif repeated:
         val = train
     else:
@@ -283,8 +293,20 @@ def report_new_words(tokenizer, source):
     letters."""
     if not tokenizer.of_words:
         return
-    with open_text(source) as f:
-        text = f.read()
+    words = {}  # in order
+    for text in read_pieces(source):
+        words.update(dict.fromkeys(spelled_words(tokenizer, text)))
+    words = list(words)
+    if words:
+        shown = ", ".join(words[:8])
+        if len(words) > 8:
+            shown += f", and {len(words) - 8} more"
+        print(f"  Words that are not in the vocabulary: {shown}")
+        print("  The model hardly learns sentences with them; one of bytes can (bench/README.md)")
+
+
+def spelled_words(tokenizer, text):
+    """Words of a text that its tokens spell in letters."""
     encoding = tokenizer.encoding
     words = []
     word = b""
@@ -296,13 +318,7 @@ def report_new_words(tokenizer, source):
         if len(word) > 1:
             words.append(word.decode(errors="replace"))
         word = b""
-    words = list(dict.fromkeys(words))
-    if words:
-        shown = ", ".join(words[:8])
-        if len(words) > 8:
-            shown += f", and {len(words) - 8} more"
-        print(f"  Words that are not in the vocabulary: {shown}")
-        print("  The model hardly learns sentences with them; one of bytes can (bench/README.md)")
+    return words
 
 
 def print_next(args, tokenizer):
@@ -312,6 +328,8 @@ def print_next(args, tokenizer):
         dataset = dataset.name
     words = shlex.join([f"--init_from={args.vocabulary_of}", f"--dataset={dataset}"])
     finetune = f"python train.py {words} --max_iters=100 --learning_rate=1e-4"
+    if tokenizer.min_lr > 1e-4:
+        finetune += " --min_lr=0"
     ways = {"all weights, which learns more and forgets more": finetune}
     if tokenizer.slots > 0:
         slots = min(tokenizer.slots, 1024)
