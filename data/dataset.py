@@ -394,19 +394,23 @@ def check_suits(checkpoint, data, option, config):
 
 
 def check_people(option, meta, trained_on):
-    """Raises ValueError if facts (data/facts/prepare.py) are about new or moved people, but of
-    other people than a model knows. meta, trained_on: meta.json of the dataset, and of the one that
+    """Raises ValueError if facts about new or moved people (data/facts/prepare.py) are not about
+    the people that a model knows. meta, trained_on: meta.json of the dataset, and of the one that
     the model was trained on; option: names the dataset"""
-    known = meta.get("known")  # to whom the people were new, or who moved
-    people = {name: trained_on.get(name) for name in ("people", "seed")}
-    people = trained_on.get("known", people)
-    if known in (None, people) or None in people.values():
+    theirs = people_of(meta)
+    ours = people_of(trained_on)
+    if "known" not in meta or None in (theirs, ours) or theirs == ours:
         return
-    with explain_errors("meta.json is damaged", PREPARE_AGAIN):
-        theirs = "--people={people} --seed={seed}".format(**known)
-        ours = "--people={people} --seed={seed}".format(**people)
-    way_out = f"prepare it again with {ours}"
-    raise ValueError(f"{option} was made with {theirs}, unlike the data of the model; {way_out}")
+    what = f"{option} was made with {theirs}, unlike the data of the model"
+    raise ValueError(f"{what}; prepare it again with {ours}")
+
+
+def people_of(meta):
+    """The options of data/facts/prepare.py that determine the people of a dataset, or None."""
+    known = meta.get("known", meta)  # to whom new people were added, or of whom some moved
+    if isinstance(known, dict) and {"people", "seed"} <= known.keys():
+        return f"--people={known['people']} --seed={known['seed']}"
+    return None
 
 
 def hash_questions(questions):
