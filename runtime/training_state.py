@@ -64,7 +64,7 @@ def check_moments(state, names, parameter, steps):
             raise ValueError(f"{name} does not have the shape of its parameter")
         if not math.isfinite(moment.norm(math.inf)):  # NaN if one is NaN
             raise ValueError(f"{name} is not finite")
-    if (state[names[1]] < 0).any():
+    if state[names[1]].min() < 0:
         raise ValueError(f"{names[1]} has negative squares")
     if state["step"] != steps:
         raise ValueError(f"an optimiser has done {state['step']} steps, but the run {steps}")
