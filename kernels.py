@@ -760,7 +760,8 @@ class RowAdam(torch.optim.Optimizer):
         value = value - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Rows without a gradient keep their value and moments ("lazy" Adam, as in
-    torch.optim.SparseAdam; bench/README.md compares others). The state is m and v in float32.
+    torch.optim.SparseAdam; bench/README.md compares others). The state is m and v in float32. A
+    step for frozen values does nothing, and does not count.
 
     pool  memory.ValuePool, float32 or bfloat16. It collects gradients from now on. step() takes
           them with pool.take_gradient()
@@ -787,7 +788,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def check_contiguous(self):
         """Raises ValueError for values in another order, which the Triton kernel cannot write."""
-        if not self.pool.values.is_contiguous():
+        if uses_triton(self.pool.values) and not self.pool.values.is_contiguous():
             raise ValueError("RowAdam wants values that are contiguous")
 
     @torch.no_grad()

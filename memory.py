@@ -325,7 +325,8 @@ class ValuePool(nn.Module):
         addition rounds, which loses some precision (bench/README.md)."""
         if self.gradient is None:
             device = self.values.device
-            self.gradient = torch.zeros_like(self.values, requires_grad=False)
+            form = torch.contiguous_format
+            self.gradient = torch.zeros_like(self.values, requires_grad=False, memory_format=form)
             self.touched = torch.zeros(len(self.values), dtype=torch.uint8, device=device)
 
     @torch.no_grad()

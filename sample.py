@@ -45,12 +45,12 @@ def parse(argv):
     add("--dataset", type=dataset_argument, help=questions)
     args = parser.parse_args(argv)
     if args.recall:
-        names = ("start", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        names = ["start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed"]
+        if args.temperature != 0:  # answers are greedy
+            names.append("temperature")
         parser.refuse_given(args, names, "--recall asks a dataset's questions: leave this out")
     else:
         parser.refuse_given(args, ("rows", "dataset"), "needs --recall")
-    if args.temperature == 0:
-        parser.refuse_given(args, ("top_k", "top_p", "seed"), "has no effect at --temperature=0")
     check_limits(parser, args, ("num_samples", "max_new_tokens", "top_k"), low=1)
     check_limits(parser, args, ("temperature", "rows"), low=0)
     check_limits(parser, args, ("top_p",), low=0, high=1)

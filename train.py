@@ -96,8 +96,6 @@ class TrainConfig:
             raise ValueError("--out_dir=: must name a folder; is it an unset variable?")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues the run, --overwrite removes it: give only one")
-        if self.warmup_iters >= self.max_iters:  # the rate would never reach its peak
-            object.__setattr__(self, "warmup_iters", self.max_iters // 10)
         if self.min_lr > self.learning_rate:
             way_out = "give a lower --min_lr; for a constant rate, the same"
             more = f"more than --learning_rate={self.learning_rate:g}"
@@ -105,14 +103,21 @@ class TrainConfig:
             raise ValueError(f"{name}: {more}; {way_out}")
         if 0 < self.mem_decay < 1:
             raise ValueError(f"--mem_decay={self.mem_decay}: must be 0, or at least 1")
-        if self.mem_decay > 0 and self.min_lr > self.mem_learning_rate:
-            more = f"more than --mem_learning_rate={self.mem_learning_rate:g}, which decays to it"
+        if self.mem_decay > 0 and self.min_lr > self.mem_decay * self.mem_learning_rate:
+            more = "more than --mem_decay times --mem_learning_rate, which decays to it"
             raise ValueError(f"--min_lr={self.min_lr:g}: {more}")
         if self.background and not self.init_from:
             raise ValueError("--background needs --init_from, the folder of a run to finetune")
         if self.init_from and Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             way_out = "--init_from names the same folder; give another one"
             raise ValueError(f"--out_dir={self.out_dir}: {way_out}")
+
+    @property
+    def warmup(self):
+        """Steps of the warmup: a tenth of a run in which warmup_iters would not reach the peak."""
+        if self.warmup_iters >= self.max_iters:
+            return self.max_iters // 10
+        return self.warmup_iters
 
 
 @dataclass
@@ -152,9 +157,9 @@ def make_optimizers(model, config):
 
 def learning_rate(config, it, largest):
     """Linear warmup to the largest rate, then cosine decay to min_lr at max_iters. it: from 0."""
-    if it < config.warmup_iters:
-        return largest * (it + 1) / (config.warmup_iters + 1)
-    progress = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    if it < config.warmup:
+        return largest * (it + 1) / (config.warmup + 1)
+    progress = (it - config.warmup) / (config.max_iters - config.warmup)
     return config.min_lr + (largest - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -389,8 +394,7 @@ def end_early(run, bar, number):
 def prepare(given, ranks):
     """Check everything that can be wrong, and return a Run. given: options of the command line.
     An earlier run stays untouched until all checks have passed."""
-    options = complete_options(given)
-    config, model_config = make_configs(options, TrainConfig, GPTConfig)
+    config, model_config = make_configs(complete_options(given), TrainConfig, GPTConfig)
     check_processes(config, model_config, ranks.world)
     device = choose_device(config.device, ranks.local)
     ranks.make_groups(processes_per_table(config, model_config))
@@ -414,7 +418,7 @@ def prepare(given, ranks):
     ranks.wait()
     model = make_model(config, model_config, device, ranks)
     run = Run(config, model, make_optimizers(model, config), data, device, ranks)
-    run.notes = [note_on_warmup(options, config), note_on_unused(given, model)]
+    run.notes = [note_on_warmup(config), note_on_unused(given, model)]
     if config.init_from:
         add_background(run, check=not config.resume)
     if config.resume:
@@ -454,8 +458,10 @@ def continue_run(run, path, folder):
     if checkpoint["fingerprint"] != run.data["fingerprint"]:
         what = f"{folder} is not what {name} was trained on"
         raise ValueError(f"--dataset={run.config.dataset}: {what}")
-    if checkpoint["background"] != run.data.get("old", {}).get("fingerprint", ""):
-        what = f"not what {name} was evaluated on before"
+    before = checkpoint["background"]
+    if before and "old" in run.data and run.data["old"]["fingerprint"] != before:
+        way_out = "restore it, or do without one: --background="
+        what = f"not what {name} was evaluated on; {way_out}"
         raise ValueError(f"--background={run.config.background}: {what}")
     run.step = checkpoint["iter"]
     run.seconds = checkpoint["seconds"]

@@ -57,7 +57,7 @@ class Run:
         self.words = [f"--preset={preset}", f"--dataset={args.dataset}", f"--seed={seed}"]
         self.words += [f"--{name}={option_text(value)}" for name, value in args.given.items()]
         self.config, self.model_config = make_configs(options, TrainConfig, GPTConfig)
-        self.note = note_on_warmup(options, self.config)
+        self.note = note_on_warmup(self.config)
         self.process = None
 
     def steps(self):

@@ -44,6 +44,8 @@ def apply_deltas(model, path, files):
     for file in files:
         if Path(file).is_dir():
             file = Path(file, "delta.pt")
+        if "," in str(file) and not Path(file).exists():
+            raise FileNotFoundError(f"no delta {file}; give --delta again for each file")
         known[weights_hash(model.state_dict())] = name
         name = f"{path} with {file}"
         delta = read_tensors(Path(file), "delta", FORMAT)

@@ -49,7 +49,9 @@ class Parser(ArgumentParser):
     def refuse(self, word):
         """Exit with 2 on an unknown option, and name a similar one."""
         hint = "--help lists all"
-        similar = get_close_matches(word.partition("=")[0], self.names, n=1)
+        name = word.partition("=")[0]
+        similar = [known for known in self.names if known.startswith(name) and len(name) > 2]
+        similar += get_close_matches(name, self.names, n=1)
         if similar:
             hint = f"did you mean {similar[0]}?"
         self.error(f"there is no option {word}; {hint}")

@@ -121,13 +121,12 @@ class Clock:
         line["tokens_per_s"] = (self.run.step - self.first_step) * self.tokens / seconds
 
 
-def note_on_warmup(options, config):
-    """Say that config has shortened a warmup. options: before that"""
-    asked = options.get("warmup_iters", type(config).warmup_iters)
-    if asked == config.warmup_iters:
+def note_on_warmup(config):
+    """Say that a warmup is shortened, or return "". config: a TrainConfig"""
+    if config.warmup == config.warmup_iters:
         return ""
-    too_long = f"--warmup_iters={asked} does not fit in --max_iters={config.max_iters}"
-    return f"{too_long}: it is {config.warmup_iters} in this run"
+    too_long = f"--warmup_iters={config.warmup_iters} does not fit in {config.max_iters} steps"
+    return f"{too_long}: the warmup has {config.warmup}"
 
 
 def note_on_unused(given, model):

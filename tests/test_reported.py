@@ -18,6 +18,7 @@ import pytest
 import torch
 from test_openwebtext import pack
 
+import kernels
 import sample
 import train
 from bench import compare, curves
@@ -30,6 +31,7 @@ from edit.delta import weights_hash
 from helpers import (
     ROOT,
     SMALL,
+    SYSTEMS,
     contents,
     load,
     log_of,
@@ -383,21 +385,35 @@ def test_preparing_a_large_text_takes_little_memory(gpt2, tmp_path):
 
 def test_a_warmup_longer_than_the_run_is_shortened_and_said(facts, tmp_path, capsys):
     """Row 4. min_lr above learning_rate: test_jobs.py"""
-    options = [*SMALL, f"--dataset={facts}", f"--out_dir={tmp_path / 'out'}", "--max_iters=20"]
-    train_here(*options, "--warmup_iters=30", "--eval_interval=20", "--learning_rate=1e-3")
-    said = capsys.readouterr().out
-    assert "--warmup_iters=30 does not fit in --max_iters=20: it is 2 in this run" in said
-    rates = [line["lr"] for line in log_of(tmp_path / "out")]
-    assert max(rates) == rates[2] == 1e-3 and rates[0] < rates[1] < rates[2]
-    assert load(tmp_path / "out" / "ckpt.pt")["train_config"]["warmup_iters"] == 2
+    out = tmp_path / "out"
+    options = [*SMALL, f"--dataset={facts}", f"--out_dir={out}", "--max_iters=20"]
+    for warmup in (30, 20):  # in 20 steps, the rate of the last one would be 20/21 of the largest
+        train_here(
+            *options,
+            f"--warmup_iters={warmup}",
+            "--eval_interval=20",
+            "--learning_rate=1e-3",
+            "--overwrite",
+        )
+        said = capsys.readouterr().out
+        assert f"--warmup_iters={warmup} does not fit in 20 steps: the warmup has 2" in said
+        rates = [line["lr"] for line in log_of(out)]
+        assert max(rates) == rates[2] == 1e-3 and rates[0] < rates[1] < rates[2]
+    assert load(out / "ckpt.pt")["train_config"]["warmup_iters"] == 20  # for a longer run
+    train_here("--resume", f"--out_dir={out}", "--max_iters=80", "--eval_interval=80")
+    assert log_of(out)[20]["lr"] == pytest.approx(1e-3)
+    capsys.readouterr()
     train_here(*options, "--overwrite", "--warmup_iters=19", "--eval_interval=20")
     assert "--warmup_iters" not in capsys.readouterr().out
+    assert log_of(out)[-1]["lr"] == pytest.approx(4e-3)
 
 
 def test_a_resumed_run_says_that_its_warmup_is_shortened(out, capsys):
     """Row 4."""
     train_here("--resume", f"--out_dir={out}", "--max_iters=8", "--warmup_iters=5000")
-    assert "--warmup_iters=5000 does not fit in --max_iters=8: it is 0" in capsys.readouterr().out
+    assert (
+        "--warmup_iters=5000 does not fit in 8 steps: the warmup has 0" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -406,7 +422,7 @@ def test_a_resumed_run_says_that_its_warmup_is_shortened(out, capsys):
         (["--mem_decay=0.5"], "--mem_decay=0.5: must be 0, or at least 1"),
         (
             ["--mem_decay=1", "--min_lr=1e-4", "--mem_learning_rate=1e-5"],
-            "--min_lr=0.0001: more than --mem_learning_rate=1e-05",
+            "--min_lr=0.0001: more than --mem_decay times --mem_learning_rate",
         ),
         (["--warmup_iters=-1"], "--warmup_iters=-1: must be at least 0"),
     ],
@@ -535,6 +551,10 @@ def test_a_path_may_have_a_comma(finished, new, tmp_path, capsys):
     command = re.search(r"Next: python sample.py (.*)", capsys.readouterr().out)[1]
     sample.main(shlex.split(command))
     assert "of 18" in capsys.readouterr().out
+    two = f"--delta={folder}/delta.pt,{folder}/delta.pt"
+    assert "give --delta again for each file" in refusal(
+        sample.main, [f"--out_dir={finished}", two], capsys
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
@@ -654,6 +674,7 @@ def test_an_empty_name_is_not_the_default(finished, capsys):
         (sample.main, "--temprature=1", "did you mean --temperature?"),
         (inspect_slots.main, "--rowz=1", "did you mean --rows?"),
         (facts_prepare.main, "--peeple=1", "did you mean --people?"),
+        (facts_prepare.main, "--bio=2", "did you mean --biographies?"),
         (text_prepare.main, "--fil=x", "did you mean --file?"),  # not taken for --file
     ],
 )
@@ -736,9 +757,8 @@ def test_the_background_of_a_resumed_run_is_the_same(facts, finished, new, tmp_p
     background = f"--background={tmp_path / 'facts'}"
     train_here(f"--init_from={finished}", f"--dataset={new}", out, background, "--max_iters=2")
     resume = ["--resume", out, "--max_iters=4"]
-    for other in (f"--background={new}", "--background="):
-        said = refusal(train.main, [*resume, other], capsys)
-        assert f"{other}: not what the run in {tmp_path / 'tuned'} was evaluated on" in said
+    said = refusal(train.main, [*resume, f"--background={new}"], capsys)
+    assert f"--background={new}: not what the run in {tmp_path / 'tuned'} was evaluated on" in said
     before = contents(tmp_path / "tuned")
     content = bytearray((tmp_path / "facts" / "val.bin").read_bytes())
     content[-2] ^= 1
@@ -748,6 +768,9 @@ def test_the_background_of_a_resumed_run_is_the_same(facts, finished, new, tmp_p
     content[-2] ^= 1
     (tmp_path / "facts" / "val.bin").write_bytes(content)
     train_here(*resume)
+    shutil.rmtree(tmp_path / "facts")  # one can do without it
+    train_here("--resume", out, "--max_iters=6", "--background=")
+    assert "old_val_loss" not in log_of(tmp_path / "tuned")[-1]
 
 
 def test_the_questions_of_a_background_are_the_same(facts, finished, new, tmp_path, capsys):
@@ -1182,6 +1205,25 @@ def test_a_prompt_that_is_none_is_refused(prompt, words):
         GPT(config).generate(prompt, 3)
 
 
+def test_the_constant_rate_that_is_advised_is_accepted(facts, tmp_path):
+    """Row 4: for UltraMem, too, whose values have a rate of their own."""
+    options = [
+        *SMALL,
+        *SYSTEMS["ultramem"],
+        f"--dataset={facts}",
+        f"--out_dir={tmp_path}",
+        "--mem_learning_rate=2e-3",
+    ]
+    train_here(*options)
+    train_here(
+        "--resume",
+        f"--out_dir={tmp_path}",
+        "--max_iters=6",
+        "--learning_rate=4e-3",
+        "--min_lr=4e-3",
+    )
+
+
 def test_people_are_compared_with_those_that_the_model_knows(finished, facts, tmp_path, capsys):
     """Row 20: not with those of a background, which may be another one, or none."""
     for people in (9, 10):
@@ -1371,10 +1413,22 @@ def test_moments_of_another_table_are_refused():
             other.load_state_dict(saved)
 
 
-def test_values_that_are_not_contiguous_are_refused():
+def test_values_that_are_not_contiguous_are_refused(monkeypatch):
     """Row 22's neighbour: the optimiser's kernel writes to wrong places."""
     pool = ValuePool(16, 8)
     pool.values = torch.nn.Parameter(torch.randn(8, 16).t())
+    optimizer = RowAdam(pool)  # on a CPU they will do
+    collecting_lookup(
+        pool.values,
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.ones(2, 3),
+        pool.gradient,
+        pool.touched,
+    ).sum().backward()
+    before = pool.values.detach().clone()
+    optimizer.step()
+    assert (before != pool.values).any(dim=1).tolist() == [True] + [False] * 15
+    monkeypatch.setattr(kernels, "uses_triton", lambda tensor: True)
     with pytest.raises(ValueError, match="contiguous"):
         RowAdam(pool)
     pool = ValuePool(16, 8)
