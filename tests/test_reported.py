@@ -1394,17 +1394,17 @@ def test_an_accumulator_of_peer_that_does_not_fit_is_refused():
         dot(pool, indices, torch.ones(2, 8))
 
 
+def read_row_0(pool):
+    indices = torch.zeros(2, 3, dtype=torch.int64)
+    weights = torch.ones(2, 3)
+    return collecting_lookup(pool.values, indices, weights, pool.gradient, pool.touched)
+
+
 def test_moments_of_another_table_are_refused():
     """Row 22's neighbour."""
     pool = ValuePool(16, 8)
     optimizer = RowAdam(pool)
-    collecting_lookup(
-        pool.values,
-        torch.zeros(2, 3, dtype=torch.int64),
-        torch.ones(2, 3),
-        pool.gradient,
-        pool.touched,
-    ).sum().backward()
+    read_row_0(pool).sum().backward()
     optimizer.step()
     saved = optimizer.state_dict()
     for shape in ((32, 4), (8, 8)):
@@ -1418,13 +1418,7 @@ def test_values_that_are_not_contiguous_are_refused(monkeypatch):
     pool = ValuePool(16, 8)
     pool.values = torch.nn.Parameter(torch.randn(8, 16).t())
     optimizer = RowAdam(pool)  # on a CPU they will do
-    collecting_lookup(
-        pool.values,
-        torch.zeros(2, 3, dtype=torch.int64),
-        torch.ones(2, 3),
-        pool.gradient,
-        pool.touched,
-    ).sum().backward()
+    read_row_0(pool).sum().backward()
     before = pool.values.detach().clone()
     optimizer.step()
     assert (before != pool.values).any(dim=1).tolist() == [True] + [False] * 15
