@@ -346,10 +346,11 @@ def report(run, line, evaluating):
 def check_finite(number, what, run):
     if not math.isfinite(number):
         diverged = f"is {number} at step {run.step}: training has diverged"
-        way_out = f"Try a smaller --learning_rate (now {run.config.learning_rate:g})"
-        if isinstance(run.config, TrainConfig):  # and not that of an update
-            memory = f"--mem_learning_rate (now {run.config.mem_learning_rate:g})"
-            way_out += f" or {memory}, or a longer --warmup_iters"
+        c = run.config
+        way_out = "Try a smaller --learning_rate"
+        if isinstance(c, TrainConfig):  # and not that of an update
+            way_out += f" (now {c.learning_rate:g}) or --mem_learning_rate"
+            way_out += f" (now {c.mem_learning_rate:g}), or a longer --warmup_iters"
         raise UserError(f"the {what} {diverged}. {way_out}")
 
 

@@ -20,8 +20,14 @@ import torch
 from runtime.files import atomic_write, explain_errors, remove_temporary_files, write_file
 
 FORMAT = "nanomem-5"
-FIELDS = {"iter": int, "seconds": float, "separator": int, "fingerprint": str, "background": str}
-FIELDS["meta"] = dict
+FIELDS = {
+    "iter": int,
+    "seconds": float,
+    "separator": int,
+    "fingerprint": str,
+    "background": str,
+    "meta": dict,
+}
 DAMAGE = "it was edited or damaged, or is from another version"
 
 

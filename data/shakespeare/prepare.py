@@ -8,7 +8,8 @@
     ... --questions mine.tsv      questions to measure recall: prompt, tab, answer
 
 A text is UTF-8. A byte order mark is dropped; line ends CR LF and CR become LF. Without --encoding,
-each byte is a token, and a file that is not UTF-8 is taken as it is. Train with --dataset=mine.
+each byte is a token, and a file that is not UTF-8, or holds zeros, is taken as it is. Train with
+--dataset=mine.
 
 With --vocabulary_of, a text too short for that run's model is repeated. Each of its lines is then a
 document of its own, and each repetition has another order. Such a text is also its own validation.
