@@ -7,6 +7,9 @@ The block is Llama's: pre-RMSNorm, rotary positions (arXiv:2104.09864), SwiGLU
     x = x + ffn(norm(x))          SwiGLU. In the blocks config.mem_layers it is a layer of
                                   config.system: Memory+, or another one of systems/
 
+The input of the blocks config.ngram_layers also gets what an n-gram memory (systems/engram.py)
+reads.
+
 Letters: B batch, T time, C model width (n_embd), V vocabulary. memory.py lists the letters of
 the memory."""
 
@@ -23,7 +26,8 @@ from runtime.checkpoint import DAMAGE, checkpoint_file, read_checkpoint
 from runtime.files import UserError, explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
-from systems import SYSTEMS, SystemOptions, check_system
+from systems import NGRAMS, SYSTEMS, SystemOptions, check_system
+from systems.engram import last_tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class GPTConfig(SystemOptions):
     """Shape of a model. Raises ValueError, naming the option, if it cannot be built."""
 
     vocab_size: int = option(50257, "size of the vocabulary; train.py takes it from the dataset", 1)
+    separator: int = option(0, "token between documents; train.py takes it from the dataset")
     block_size: int = option(1024, "longest context, in tokens", 1)
     n_layer: int = option(12, "blocks", 1, 10_000)
     n_head: int = option(12, "attention heads", 1)
@@ -79,15 +84,20 @@ class GPTConfig(SystemOptions):
             layers = spread_evenly(self.mem_count, self.n_layer)
         self.set("mem_layers", tuple(layers))
         self.set("mem_count", len(layers))
+        self.set("ngram_layers", tuple(sorted(set(self.ngram_layers))))
+        if self.ngram_width == 0:
+            rows = (self.ngram_order - 1) * self.ngram_heads
+            self.set("ngram_width", max(1, self.n_embd // rows))
 
     def set(self, name, value):
         object.__setattr__(self, name, value)  # the way to fill in a frozen dataclass
 
     def check_layers(self):
-        for i in self.mem_layers:
-            if not 0 <= i < self.n_layer:
-                blocks = f"--n_layer={self.n_layer} has blocks 0 to {self.n_layer - 1}"
-                raise ValueError(f"--mem_layers: there is no block {i}; {blocks}")
+        for name in ("mem_layers", "ngram_layers"):
+            for i in getattr(self, name):
+                if not 0 <= i < self.n_layer:
+                    blocks = f"--n_layer={self.n_layer} has blocks 0 to {self.n_layer - 1}"
+                    raise ValueError(f"--{name}: there is no block {i}; {blocks}")
 
 
 def spread_evenly(count, n_layer):
@@ -195,6 +205,10 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.attn = Attention(config)
         self.skip = None  # a layer whose output GPT adds after a later block
+        self.ngram = None  # a layer whose output GPT adds before this block
+        if i in config.ngram_layers:
+            number = config.ngram_layers.index(i)
+            self.ngram = NGRAMS[config.ngram](config, number)
         if layer is None:
             self.ffn = SwiGLU(config.n_embd, config.n_ffn)
         elif config.mem_skip == 0:  # an option of UltraMem; 0 in other systems
@@ -210,6 +224,8 @@ class Block(nn.Module):
         self.ffn.initialize(residual)
         if self.skip is not None:
             self.skip.initialize(residual)
+        if self.ngram is not None:
+            self.ngram.initialize(residual)
 
     def forward(self, x, pool, cos, sin, cache=None, start=0):
         """x (B, T, C) -> (B, T, C), auxiliary loss"""
@@ -223,6 +239,14 @@ def run_layer(layer, x, pool):
     if layer.uses_pool:
         return layer.with_loss(x, pool)
     return layer.with_loss(x)
+
+
+@dataclass
+class Cache:
+    """What GPT keeps of earlier positions while it generates text."""
+
+    attention: torch.Tensor  # (n_layer, 2, B, heads, block_size, C/heads), keys and values
+    tokens: torch.Tensor  # (B, block_size), for n-grams
 
 
 class GPT(nn.Module):
@@ -242,6 +266,9 @@ class GPT(nn.Module):
         self.pool = None
         if config.mem_layers and SYSTEMS[config.system].uses_pool:
             self.pool = make_pool(config, group, replicas)
+        self.ngram_pool = None
+        if config.ngram_layers:
+            self.ngram_pool = NGRAMS[config.ngram].make_pool(config)
         if not config.mem_shared:
             for number, i in enumerate(config.mem_layers):
                 self.blocks[i].ffn.first_row = number * self.pool.slots
@@ -283,8 +310,14 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.initialize(residual)
         self.norm.reset_parameters()
-        if self.pool is not None:
-            self.pool.initialize()
+        for pool in self.pools().values():
+            pool.initialize()
+
+    def pools(self):
+        """The tables of values that the model has, each with an optimiser of its own: {"mem": of
+        memory layers, "ngram": of n-gram memories}"""
+        pools = {"mem": self.pool, "ngram": self.ngram_pool}
+        return {name: pool for name, pool in pools.items() if pool is not None}
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), cross-entropy in nats or None.
@@ -319,21 +352,37 @@ class GPT(nn.Module):
         cos = self.cos[start:end]
         sin = self.sin[start:end]
         x = self.embedding(idx)
+        tokens = None
+        if self.ngram_pool is not None:
+            tokens = self.ngram_tokens(idx, cache, start)
         auxiliary = 0.0
         skips = {}  # {block: output to add after it}
         for i, block in enumerate(self.blocks):
+            if block.ngram is not None:
+                x = x + block.ngram(x, tokens, self.ngram_pool)
             if block.skip is not None:
                 y, loss = run_layer(block.skip, block.attn_norm(x), self.pool)
                 skips[i + self.config.mem_skip] = y
                 auxiliary = auxiliary + loss
             block_cache = None
             if cache is not None:
-                block_cache = cache[i]
+                block_cache = cache.attention[i]
             x, loss = block(x, self.pool, cos, sin, block_cache, start)
             auxiliary = auxiliary + loss
             if i in skips:
                 x = x + skips[i]
         return self.norm(x), auxiliary
+
+    def ngram_tokens(self, idx, cache, start):
+        """idx (B, T) -> (B, T, N), each token and the N - 1 before it, the latest first"""
+        c = self.config
+        tokens = idx
+        if cache is not None:
+            end = start + idx.size(1)
+            cache.tokens[:, start:end] = idx
+            tokens = cache.tokens[:, max(0, start - c.ngram_order + 1) : end]
+        found = last_tokens(tokens, c.ngram_order, c.separator, pad=c.vocab_size)
+        return found[:, -idx.size(1) :]
 
     def logits(self, x):
         """x (..., C) -> (..., V)"""
@@ -383,14 +432,15 @@ class GPT(nn.Module):
             raise ValueError(f"idx has ids {idx.min()} to {idx.max()}; the last token is {last}")
 
     def make_cache(self, idx):
-        """Make a cache for the keys and values of all blocks, in attention's precision."""
+        """Make a Cache with room for a block. Keys and values are in attention's precision."""
         c = self.config
         device = idx.device.type
         dtype = self.embedding.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
-        return torch.zeros(shape, dtype=dtype, device=idx.device)
+        attention = torch.zeros(shape, dtype=dtype, device=idx.device)
+        return Cache(attention, tokens=idx.new_zeros(len(idx), c.block_size))
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) -> (B, T + max_new_tokens). Options as in stream()."""
@@ -422,11 +472,11 @@ class GPT(nn.Module):
 
     def parameter_groups(self):
         """Lists of parameters by role: {"matrices", "norm_weights", "pool"}. Each parameter is in
-        one of them. Matrices (embedding, projections, sub-keys) get weight decay. The pool has
-        its own optimiser."""
+        one of them. Matrices (embedding, projections, sub-keys) get weight decay. Pools have
+        optimisers of their own."""
         groups = {"matrices": [], "norm_weights": [], "pool": []}
         for name, parameter in self.named_parameters():
-            if name == "pool.values":
+            if name in ("pool.values", "ngram_pool.values"):
                 groups["pool"].append(parameter)
             elif parameter.ndim == 1:
                 groups["norm_weights"].append(parameter)
@@ -435,12 +485,12 @@ class GPT(nn.Module):
         return groups
 
     def parameter_counts(self):
-        """{"dense", "pool"}: parameters in the network, and in the whole table beside it."""
-        dense = sum(p.numel() for p in self.parameters())
-        if self.pool is None:
-            return {"dense": dense, "pool": 0}
-        dense -= self.pool.values.numel()  # of this process; others may have other columns
-        return {"dense": dense, "pool": len(self.pool.values) * self.pool.dim}
+        """{"dense", "pool"}: parameters in the network, and in the whole tables beside it."""
+        counts = {"dense": sum(p.numel() for p in self.parameters()), "pool": 0}
+        for pool in self.pools().values():
+            counts["dense"] -= pool.values.numel()  # of this process; others may have other columns
+            counts["pool"] += len(pool.values) * pool.dim
+        return counts
 
     def flops_per_token(self, T):
         """{"attention", "ffn", "memory", "head"}: forward FLOPs per token in a sequence of T: 2
@@ -454,27 +504,32 @@ class GPT(nn.Module):
                 flops["ffn"] += block.ffn.flops()
             else:
                 flops["memory"] += block.ffn.flops()
-            if block.skip is not None:
-                flops["memory"] += block.skip.flops()
+            for layer in (block.skip, block.ngram):
+                if layer is not None:
+                    flops["memory"] += layer.flops()
         flops["head"] = 2 * self.embedding.weight.numel()
         return flops
 
     def describe(self):
         """One line: parameters, memory, FLOPs."""
         c = self.config
-        counts = self.parameter_counts()
-        text = f"{counts['dense']:,} parameters"
+        text = f"{self.parameter_counts()['dense']:,} parameters"
         blocks = ", ".join(map(str, c.mem_layers))
         if self.pool is not None:
             slots = self.pool.slots
             if not c.mem_shared:
                 slots *= c.mem_count
-            width = counts["pool"] // slots
-            text += f" + {counts['pool']:,} in the memory"
-            text += f" ({slots:,} slots of width {width}, read in block {blocks})"
+            numbers = len(self.pool.values) * self.pool.dim
+            text += f" + {numbers:,} in the memory"
+            text += f" ({slots:,} slots of width {numbers // slots}, read in block {blocks})"
         elif c.mem_layers and c.system == "moe":
             experts = f"of {c.moe_experts} experts in block {blocks}"
             text += f" ({experts} a token uses {c.moe_topk})"
+        if self.ngram_pool is not None:
+            rows, width = self.ngram_pool.values.shape
+            blocks = ", ".join(map(str, c.ngram_layers))
+            text += f" + {rows * width:,} of n-grams"
+            text += f" ({rows:,} rows of width {width}, added before block {blocks})"
         flops = sum(self.flops_per_token(c.block_size).values())
         return f"{text}; {flops / 1e6:.3f} MFLOPs a token forward"
 

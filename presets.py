@@ -51,6 +51,12 @@ PRESETS["facts-ultramem"] = dict(
     system="ultramem", mem_layers=(1,), mem_keys=180, mem_heads=2, mem_topk=32, mem_value_dim=32,
     mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
 )  # fmt: skip
+PRESETS["facts-engram"] = dict(
+    dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
+    learning_rate=4e-3, mem_learning_rate=2e-2,
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=176,
+    ngram_layers=(1,),
+)  # fmt: skip
 
 # bytes of tinyshakespeare, or of any text
 PRESETS["shakespeare-memory"] = dict(
@@ -95,6 +101,12 @@ PRESETS["shakespeare-ultramem"] = dict(
     n_layer=4, n_head=4, n_embd=128, block_size=128, n_ffn=216,
     system="ultramem", mem_count=1, mem_keys=180, mem_topk=16, mem_value_dim=64,
     mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
+)  # fmt: skip
+PRESETS["shakespeare-engram"] = dict(
+    dataset="shakespeare", batch_size=16,
+    learning_rate=2e-3, mem_learning_rate=3e-3,
+    n_layer=4, n_head=4, n_embd=128, block_size=128, n_ffn=328,
+    ngram_layers=(1,),
 )  # fmt: skip
 
 # GPT-2's size on OpenWebText, read once: 18,000 steps of 491,520 tokens, on one large GPU

@@ -11,6 +11,7 @@ Options are the fields of TrainConfig and of GPTConfig (model.py). A preset (pre
 some of their defaults.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -140,7 +141,7 @@ class Run:
 
 
 def make_optimizers(model, config):
-    """Return AdamW for the network and RowAdam for the pool. RowAdam updates only the rows that a
+    """Return AdamW for the network and a RowAdam for each pool. RowAdam updates only the rows that a
     step has read. eps only guards against 0 / 0: with half a million tokens per step, a row's
     gradient is 1e-9, below the usual eps."""
     groups = model.parameter_groups()
@@ -150,9 +151,10 @@ def make_optimizers(model, config):
         {"params": groups["norm_weights"], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(network, config.learning_rate, betas, eps=1e-15, fused=True)
-    if model.pool is None:
-        return [adamw]
-    return [adamw, RowAdam(model.pool, config.mem_learning_rate, betas, seed=config.seed)]
+    optimizers = [adamw]
+    for pool in model.pools().values():
+        optimizers.append(RowAdam(pool, config.mem_learning_rate, betas, seed=config.seed))
+    return optimizers
 
 
 def learning_rate(config, it, largest):
@@ -250,15 +252,16 @@ def recall(model, questions, separator):
 
 
 def evaluate(model, data, config, device):
-    """Return losses, recall if the dataset has questions, and how evenly a memory is used."""
+    """Return losses, recall if the dataset has questions, and how evenly memories are used."""
     result = {"train_loss": mean_loss(model, data["train_eval"], config, device)}
-    if model.pool is None:
+    with contextlib.ExitStack() as recording:
+        usages = {}
+        for name, pool in model.pools().items():
+            usages[name] = recording.enter_context(pool.record_usage())
         result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
-    else:
-        with model.pool.record_usage() as usage:
-            result["val_loss"] = mean_loss(model, data["val_eval"], config, device)
-        for name, value in usage.summary().items():
-            result[f"mem_{name}"] = value
+    for name, usage in usages.items():
+        for measure, value in usage.summary().items():
+            result[f"{name}_{measure}"] = value
     if not math.isfinite(result["val_loss"]):
         return result  # report() raises an error
     if data["questions"]:
@@ -404,7 +407,9 @@ def prepare(given, ranks):
         find_folder(config.dataset)  # generates the facts if they are missing
     ranks.wait()
     folder = find_folder(config.dataset)
-    model_config = replace(model_config, vocab_size=Dataset(folder).vocab_size)
+    dataset = Dataset(folder)
+    sizes = {"vocab_size": dataset.vocab_size, "separator": dataset.separator}
+    model_config = replace(model_config, **sizes)
     data = open_dataset(folder, model_config.block_size, config.seed)
     if config.init_from and not config.resume:
         check_suits(read_checkpoint(config.init_from), data, "dataset", config)
@@ -471,7 +476,7 @@ def continue_run(run, path, folder):
         raise ValueError(f"{name} is complete at step {run.step}; {way_out}")
     old_config = TrainConfig(**checkpoint["train_config"])
     run.notes.append(note_on_schedule(old_config, run.config, run.step))
-    restore_optimizers(path, run.optimizers, run.model.pool)
+    restore_optimizers(path, run.optimizers)
 
 
 def add_background(run, check=True):

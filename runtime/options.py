@@ -92,7 +92,7 @@ def parse_command_line(argv, description, classes, presets=()):
         parser.add_argument("--preset", choices=presets, help=help, metavar="NAME")
     for config_class in classes:
         for f in fields(config_class):
-            if f.name != "vocab_size":  # the dataset sets it
+            if f.name not in ("vocab_size", "separator"):  # the dataset sets them
                 add_option(parser, f)
     given, unknown = parser.parse_known_args(argv)
     if presets:

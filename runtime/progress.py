@@ -132,15 +132,17 @@ def note_on_warmup(config):
 def note_on_unused(given, model):
     """Name the given options that have no effect on a model, or return "" """
     names = []
-    if model.pool is None:
+    if not model.pools():
         names += [name for name in given if name.startswith("mem_")]
+    if model.ngram_pool is None:
+        names += [name for name in given if name.startswith("ngram")]
     if not model.config.mem_layers:
         names += [name for name in given if name.startswith("moe_")]
         names += [name for name in given if name in ("system", "memory_parallel")]
     unused = [f"--{name}" for name in names if name not in ("mem_count", "mem_layers")]
     if not unused:
         return ""
-    return f"Without effect, because this model has no memory: {', '.join(unused)}"
+    return f"Without effect in this model: {', '.join(unused)}"
 
 
 def announce(run, tokens):
@@ -188,8 +190,8 @@ def size_of_checkpoint(model):
     """Weights, and two moments in float32: "16 MB" """
     counts = model.parameter_counts()
     size = 12 * counts["dense"]
-    if model.pool is not None:
-        size += (model.pool.values.itemsize + 8) * counts["pool"]
+    for pool in model.pools().values():
+        size += (pool.values.itemsize + 8) * len(pool.values) * pool.dim
     return f"{size / 1e6:,.0f} MB"
 
 
@@ -201,6 +203,9 @@ def summarize(run, tokens, result):
     if run.model.pool is not None:
         usage = "{mem_used:.1%} of slots read; the busiest 1% get {mem_top1:.1%} of reads"
         print(f"  memory       {usage.format(**result)}")
+    if run.model.ngram_pool is not None:
+        usage = "{ngram_used:.1%} of rows read; the busiest 1% get {ngram_top1:.1%} of reads"
+        print(f"  n-grams      {usage.format(**result)}")
     print(f"  written to   {run.config.out_dir}/ckpt.pt, log.jsonl")
     command = ["sample.py", f"--out_dir={run.config.out_dir}"]
     if "recall" in result:

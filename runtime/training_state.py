@@ -13,21 +13,24 @@ from runtime.sharded_pool import own_columns, whole_table
 def whole_state(model, optimizers):
     """Return state_dicts of a model and its optimisers. All ranks must call this. Rank 0 gets
     the whole table if processes share it."""
-    pool = model.pool
     weights = model.state_dict()
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    if pool is not None:
-        weights["pool.values"] = whole_table(pool, weights["pool.values"])
-        moments = dict(states[1]["state"][0])  # a copy: the optimiser keeps its own
-        moments["means"] = whole_table(pool, moments["means"])
-        moments["squares"] = whole_table(pool, moments["squares"])
-        states[1]["state"] = {0: moments}
+    if model.pool is not None:
+        weights["pool.values"] = whole_table(model.pool, weights["pool.values"])
+    states = []
+    for optimizer in optimizers:
+        state = optimizer.state_dict()
+        if isinstance(optimizer, RowAdam):
+            moments = dict(state["state"][0])  # a copy: the optimiser keeps its own
+            moments["means"] = whole_table(optimizer.pool, moments["means"])
+            moments["squares"] = whole_table(optimizer.pool, moments["squares"])
+            state["state"] = {0: moments}
+        states.append(state)
     return weights, states
 
 
-def restore_optimizers(path, optimizers, pool):
-    """Load the optimisers' moments from a checkpoint. Rates and decays stay as they are. pool: the
-    model's, or None. Raises ValueError if the saved state is wrong."""
+def restore_optimizers(path, optimizers):
+    """Load the optimisers' moments from a checkpoint. Rates and decays stay as they are. Raises
+    ValueError if the saved state is wrong."""
     checkpoint = read_checkpoint(path, tensors=True)
     with explain_errors(f"{path}: its optimisers have a wrong state", "continue from another one"):
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -36,7 +39,7 @@ def restore_optimizers(path, optimizers, pool):
                 names = ("means", "squares")
                 for state in saved["state"].values():
                     for name in names:
-                        state[name] = own_columns(pool, state[name])
+                        state[name] = own_columns(optimizer.pool, state[name])
             saved["param_groups"] = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(saved)
             for group in optimizer.param_groups:

@@ -15,10 +15,13 @@ A system is a module that replaces a block's feed-forward network. GPT uses thes
 A subclass of MemoryPlus has all of these, and overrides what is different: retrieve() finds
 slots and weights, read() turns a token's values into one vector, combine() applies gate and
 output matrix. A system with its own options also adds them to the bases of SystemOptions.
-presets.py has presets of each system, in each family of runs."""
+presets.py has presets of each system, in each family of runs.
+
+N-gram memories (engram.py) replace nothing: they add to the input of a block, beside any system."""
 
 from dataclasses import dataclass, fields
 
+from systems.engram import NGRAMS, NgramOptions
 from systems.memory_plus import MemoryOptions, MemoryPlus
 from systems.moe import MoE, MoEOptions
 from systems.peer import PEER
@@ -33,7 +36,7 @@ SYSTEMS = {
 
 
 @dataclass(frozen=True)
-class SystemOptions(UltraMemOptions, MoEOptions, MemoryOptions):
+class SystemOptions(NgramOptions, UltraMemOptions, MoEOptions, MemoryOptions):
     """The options that only one system has."""
 
 
@@ -49,3 +52,8 @@ def check_system(config):
                 raise ValueError(f"--{f.name}={value}: only --system={name} has it")
     if config.mem_layers:
         SYSTEMS[config.system].check(config)
+    if config.ngram == "bigram":
+        for name in ("ngram_order", "ngram_heads"):
+            value = getattr(config, name)
+            if value != getattr(NgramOptions, name):
+                raise ValueError(f"--{name}={value}: only --ngram=engram has it")

@@ -1025,7 +1025,7 @@ def test_options_without_effect_are_named(facts, tmp_path, capsys, options, unus
     if unused is None:
         assert "Without effect" not in said
     else:
-        assert f"Without effect, because this model has no memory: {unused}\n" in said
+        assert f"Without effect in this model: {unused}\n" in said
 
 
 def test_a_run_and_an_update_do_not_replace_each_other(finished, new, taught, tmp_path, capsys):
