@@ -26,8 +26,8 @@ from runtime.checkpoint import DAMAGE, checkpoint_file, read_checkpoint
 from runtime.files import UserError, explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
-from systems import NGRAMS, SYSTEMS, SystemOptions, check_system
-from systems.engram import last_tokens
+from systems import SYSTEMS, SystemOptions, check_system
+from systems.engram import NGRAMS, last_tokens
 
 
 @dataclass(frozen=True)

@@ -136,14 +136,16 @@ class Sampler:
             yield
 
     def stream(self, ids, **options):
-        """Yield the text of each new token. options: those of GPT.stream"""
+        """Yield each new token and its text. The last text may have no token, None. options: those
+        of GPT.stream"""
         prompt = torch.tensor([ids], device=self.device)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may split a character
         for token in self.model.stream(prompt, **options):
-            yield decoder.decode(self.encoding.decode_single_token_bytes(token.item()))
+            text = decoder.decode(self.encoding.decode_single_token_bytes(token.item()))
+            yield token.item(), text
         rest = decoder.decode(b"", final=True)
         if rest:
-            yield rest
+            yield None, rest
 
 
 def read_text(start):
@@ -167,7 +169,7 @@ def print_samples(sampler, ids, args):
         if number > 0:
             print(f"\n{'-' * 40}")
         print(sampler.encoding.decode(ids[1:]), end="", flush=True)
-        for text in sampler.stream(
+        for _, text in sampler.stream(
             ids,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,

@@ -141,8 +141,8 @@ class Run:
 
 
 def make_optimizers(model, config):
-    """Return AdamW for the network and a RowAdam for each pool. RowAdam updates only the rows that a
-    step has read. eps only guards against 0 / 0: with half a million tokens per step, a row's
+    """Return AdamW for the network and a RowAdam for each pool, which updates only the rows that
+    a step has read. eps only guards against 0 / 0: with half a million tokens per step, a row's
     gradient is 1e-9, below the usual eps."""
     groups = model.parameter_groups()
     betas = (config.beta1, config.beta2)

@@ -1,12 +1,13 @@
 """Show what a model reads in its memory. For each new token, print the slots with the largest
-weights and the passages of the training data that read these slots most.
+weights and the passages of the training data that read these slots most. For an n-gram memory,
+print its gate, and which n-grams read the same row.
 
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in"
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in" --json | head -1
     python edit/inspect_slots.py --recall      which other facts share the slots of each question
 
-The first call reads the training data once, and saves the result in readers.pt beside the
-checkpoint.
+The first call reads the training data once, and saves the readers of slots in readers.pt beside
+the checkpoint.
 """
 
 import json
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from edit.ngrams import NgramInspector
 from edit.readers import Reads, open_readers, passage
 from runtime.arguments import Parser, dataset_argument
 from runtime.files import fail, ignore_stream_errors, print_strictly
@@ -51,45 +53,76 @@ def parse(argv):
 # --- a text ---------------------------------------------------------------------------
 
 
-def inspect_text(sampler, readers, ids, train_ids, args):
-    """Continue ids greedily, and print what each new token read. train_ids: token ids of the
-    training data"""
-    reads = Reads(sampler.model.config)
-    sampler.model.pool.usage = reads
+def open_inspectors(sampler, dataset):
+    """An inspector of each memory that the model has. They record what the model reads."""
+    inspectors = []
+    if sampler.model.pool is not None:
+        inspectors.append(SlotInspector(sampler, dataset))
+    if sampler.model.ngram_pool is not None:
+        inspectors.append(NgramInspector(sampler, dataset))
+    return inspectors
+
+
+def inspect_text(sampler, inspectors, ids, args):
+    """Continue ids greedily, and print what each new token read."""
     if not args.json:
         print(sampler.encoding.decode(ids[1:]), end="")
-    for text in sampler.stream(ids, max_new_tokens=args.max_new_tokens, temperature=0):
-        found = []
-        for block, layer in zip(sampler.model.config.mem_layers, reads.last_token(), strict=True):
-            for slot, share in zip(*layer, strict=True):
-                passages = []
-                for position in readers.positions[slot].tolist():
-                    if position >= 0:
-                        passages.append(passage(train_ids, position, sampler.encoding))
-                found.append({"block": block, "slot": slot, "share": share, "readers": passages})
+    for token, text in sampler.stream(ids, max_new_tokens=args.max_new_tokens, temperature=0):
+        if token is None:  # half a character at the end
+            break
+        line = {"token": text}
+        if not args.json:
+            print(f"\n\n{text!r}", end="")
+        for inspector in inspectors:
+            found = inspector.reads_of_last_token(ids)
+            line[inspector.name] = found
+            if not args.json:
+                inspector.print(found)
         if args.json:
-            print(json.dumps({"token": text, "reads": found}))
-        else:
-            print_reads(text, found)
-    sampler.model.pool.usage = None
+            print(json.dumps(line))
+        ids = [*ids, token]
     if not args.json:
         print()
 
 
-def print_reads(text, found):
-    print(f"\n\n{text!r}", end="")
-    shown = defaultdict(int)  # slots of each block
-    for read in found:
-        shown[read["block"]] += 1
-        if shown[read["block"]] > SHOWN_SLOTS:
-            continue
-        place = f"block {read['block']}, slot {read['slot']:,}"
-        print(f"\n  {place}, {read['share']:.1%} of weights, read by", end="")
-        lines = [f"{before} →{after}".strip("\n") for before, after in read["readers"]]
-        if not lines:
-            print(" nobody", end="")
-        for line in list(dict.fromkeys(lines))[:SHOWN_PASSAGES]:
-            print(f"\n      {line}", end="")
+class SlotInspector:
+    """Shows the slots that memory layers read, and which passages of the training data read them
+    most."""
+
+    name = "reads"
+
+    def __init__(self, sampler, dataset):
+        self.encoding = sampler.encoding
+        self.blocks = sampler.model.config.mem_layers
+        files = (sampler.path, sampler.model, dataset, sampler.context)
+        self.readers, self.train_ids = open_readers(*files)
+        self.reads = Reads(sampler.model.config)
+        sampler.model.pool.usage = self.reads
+
+    def reads_of_last_token(self, ids):
+        found = []
+        for block, layer in zip(self.blocks, self.reads.last_token(), strict=True):
+            for slot, share in zip(*layer, strict=True):
+                passages = []
+                for position in self.readers.positions[slot].tolist():
+                    if position >= 0:
+                        passages.append(passage(self.train_ids, position, self.encoding))
+                found.append({"block": block, "slot": slot, "share": share, "readers": passages})
+        return found
+
+    def print(self, found):
+        shown = defaultdict(int)  # slots of each block
+        for read in found:
+            shown[read["block"]] += 1
+            if shown[read["block"]] > SHOWN_SLOTS:
+                continue
+            place = f"block {read['block']}, slot {read['slot']:,}"
+            print(f"\n  {place}, {read['share']:.1%} of weights, read by", end="")
+            lines = [f"{before} →{after}".strip("\n") for before, after in read["readers"]]
+            if not lines:
+                print(" nobody", end="")
+            for line in list(dict.fromkeys(lines))[:SHOWN_PASSAGES]:
+                print(f"\n      {line}", end="")
 
 
 # --- all questions --------------------------------------------------------------------
@@ -187,10 +220,12 @@ def main(argv):
     args = parse(argv)
     try:
         sampler = Sampler(args)
-        if sampler.model.pool is None:
+        if not sampler.model.pools():
             raise ValueError(f"the model in {sampler.path} has no memory")
         dataset = sampler.open_dataset(args.dataset)
         if args.recall:
+            if sampler.model.pool is None:
+                raise ValueError(f"--recall: the model in {sampler.path} has no memory layers")
             sampler.apply(args.delta)
             questions = dataset.questions()
             if not questions:
@@ -202,10 +237,10 @@ def main(argv):
             return
         ids = sampler.encode(args.start)
         # before the delta: an update changes what slots hold, not who reads them
-        readers, train_ids = open_readers(sampler.path, sampler.model, dataset, sampler.context)
+        inspectors = open_inspectors(sampler, dataset)
         sampler.apply(args.delta)
         with sampler.generating():
-            inspect_text(sampler, readers, ids, train_ids, args)
+            inspect_text(sampler, inspectors, ids, args)
     except (Exception, KeyboardInterrupt) as error:
         fail(error)
 

@@ -21,7 +21,7 @@ N-gram memories (engram.py) replace nothing: they add to the input of a block, b
 
 from dataclasses import dataclass, fields
 
-from systems.engram import NGRAMS, NgramOptions
+from systems.engram import NgramOptions
 from systems.memory_plus import MemoryOptions, MemoryPlus
 from systems.moe import MoE, MoEOptions
 from systems.peer import PEER

@@ -57,24 +57,26 @@ def read_rows(pool, rows):
 
 
 class Engram(nn.Module):
-    """number: of this layer among the model's; each has its own rows of the pool."""
+    """number: of this layer among the model's. Each has its own rows of the pool."""
 
     def __init__(self, config, number):
         super().__init__()
         C = config.n_embd
-        N = config.ngram_order
-        primes = table_sizes(config)
-        first_row = number * sum(primes)
-        ends = torch.tensor(primes).cumsum(0)
+        primes = torch.tensor(table_sizes(config))  # (M,)
+        first_row = number * primes.sum()
+        offsets = first_row + primes.cumsum(0) - primes  # first row of each table
+        width = len(primes) * config.ngram_width  # of e
+        self.orders = range(2, config.ngram_order + 1)
+        self.J = config.ngram_heads
         self.largest = (2**63 - 1) // config.vocab_size  # so that products fit int64
-        self.key = nn.Linear(len(primes) * config.ngram_width, C, bias=False)
-        self.value = nn.Linear(len(primes) * config.ngram_width, C, bias=False)
+        self.key = nn.Linear(width, C, bias=False)
+        self.value = nn.Linear(width, C, bias=False)
         self.key_norm = nn.RMSNorm(C, eps=1e-6)
         self.query_norm = nn.RMSNorm(C, eps=1e-6)
-        self.register_buffer("multipliers", torch.empty(N, dtype=torch.int64))  # in checkpoints
-        primes = torch.tensor(primes)
-        self.register_buffer("primes", primes.view(N - 1, -1), persistent=False)
-        self.register_buffer("offsets", first_row + ends - primes, persistent=False)
+        multipliers = torch.empty(config.ngram_order, dtype=torch.int64)
+        self.register_buffer("multipliers", multipliers)  # checkpoints hold them
+        self.register_buffer("primes", primes.view(-1, self.J), persistent=False)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     @staticmethod
     def make_pool(config):
@@ -105,7 +107,7 @@ class Engram(nn.Module):
         terms = tokens * self.multipliers
         mix = terms[..., 0]
         tables = []
-        for n in range(2, len(self.multipliers) + 1):
+        for n in self.orders:
             mix = mix ^ terms[..., n - 1]
             tables.append(mix.unsqueeze(-1) % self.primes[n - 2])  # (B, T, J)
         return torch.cat(tables, dim=-1) + self.offsets
@@ -125,9 +127,13 @@ class BigramHash(nn.Module):
     """h = h + strength * E[row] * signs. row: a hash of the last two tokens, the last row at the
     start of a document. The signs, fixed random ones, tell apart most bigrams that share a row."""
 
+    orders = (2,)
+    J = 1
+
     def __init__(self, config, number):
         super().__init__()
         self.C = config.n_embd
+        self.R = config.ngram_rows
         self.pad = config.vocab_size
         self.strength = nn.Parameter(torch.empty(1))
 
@@ -140,19 +146,19 @@ class BigramHash(nn.Module):
 
     def forward(self, h, tokens, pool):
         """h (B, T, C), tokens (B, T, N) from last_tokens -> (B, T, C), to add to h"""
-        rows = self.rows(tokens, pool.slots)  # (B, T, 1)
+        rows = self.rows(tokens)  # (B, T, 1)
         e = read_rows(pool, rows).squeeze(2)  # (B, T, C)
         if pool.usage is not None:
             pool.usage.add(rows, torch.ones(rows.shape, device=rows.device))
         signs = pool.signs[(tokens[..., 0] ^ tokens[..., 1]) % len(pool.signs)]
         return self.strength * (e * signs).to(h.dtype)
 
-    def rows(self, tokens, R):
+    def rows(self, tokens):
         """tokens (B, T, N) -> rows of the pool (B, T, 1)"""
         now = tokens[..., 0:1]
         before = tokens[..., 1:2]
-        rows = ((36313 * now) ^ (27191 * before)) % (R - 1)
-        return rows.masked_fill(before == self.pad, R - 1)
+        rows = ((36313 * now) ^ (27191 * before)) % (self.R - 1)
+        return rows.masked_fill(before == self.pad, self.R - 1)
 
     def flops(self):
         return 2 * self.C

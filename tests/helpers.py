@@ -25,6 +25,9 @@ SYSTEMS = {  # options of a model of at least two blocks
     "peer": ["--system=peer", "--mem_gate=false"],
     "ultramem": ["--system=ultramem", "--mem_gate=false", "--mem_softmax=false", "--mem_rank=2", "--mem_cores=2", "--mem_expand=4",
                  "--mem_layers=0", "--mem_skip=1", "--mem_value_dim=16", "--mem_decay=4"],
+    "engram": ["--mem_layers=", "--ngram_layers=0,1", "--ngram_rows=99", "--ngram_heads=2"],
+    "bigram": ["--mem_layers=", "--ngram_layers=0,1", "--ngram=bigram", "--ngram_rows=99"],
+    "both": ["--ngram_layers=1", "--ngram_rows=99", "--ngram_heads=2"],
 }  # fmt: skip
 
 

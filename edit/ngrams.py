@@ -1,0 +1,99 @@
+"""Which n-grams read a row of an n-gram memory (systems/engram.py). edit/inspect_slots.py shows
+them. Rows depend on tokens alone, so this needs no forward pass.
+
+Of several heads only the first is shown. Letters: T time, N longest n-gram."""
+
+import numpy as np
+import torch
+
+from data.dataset import open_dataset
+from systems.engram import last_tokens
+
+MOST_TOKENS = 2**22  # of the training data to search, at most
+PIECE = 2**16  # tokens that are hashed at a time
+SHOWN_NGRAMS = 4  # that read a row
+
+
+class NgramInspector:
+    """Shows the rows that n-gram memories read, and which n-grams of the training data read them.
+    It records gates while it is the pool's `usage`."""
+
+    name = "ngrams"
+
+    def __init__(self, sampler, dataset):
+        self.encoding = sampler.encoding
+        self.config = sampler.model.config
+        self.device = sampler.device
+        self.layers = {i: sampler.model.blocks[i].ngram for i in self.config.ngram_layers}
+        windows = open_dataset(dataset.folder, self.config.block_size, 0)["train_eval"]
+        self.read_training_data(windows.ids[:MOST_TOKENS])
+        self.gates = []  # of the last token, for each layer
+        sampler.model.ngram_pool.usage = self
+
+    def read_training_data(self, ids):
+        """Keep its n-grams (T, N), the latest token first, and the rows (T, orders) of a layer."""
+        before = self.config.ngram_order - 1
+        ngrams = []
+        rows = {i: [] for i in self.layers}
+        for start in range(0, len(ids), PIECE):
+            first = max(0, start - before)
+            tokens = self.ngrams_of(ids[first : start + PIECE])[start - first :]
+            ngrams.append(tokens.cpu().numpy().astype(np.int32))
+            for i, layer in self.layers.items():
+                rows[i].append(self.rows_of(layer, tokens))
+        self.ngrams = np.concatenate(ngrams)
+        self.rows = {i: np.concatenate(pieces) for i, pieces in rows.items()}
+
+    def ngrams_of(self, ids):
+        """Token ids (T,) -> (T, N), the latest first"""
+        c = self.config
+        tokens = torch.from_numpy(np.array(ids, dtype=np.int64)).to(self.device)
+        return last_tokens(tokens.unsqueeze(0), c.ngram_order, c.separator, pad=c.vocab_size)[0]
+
+    def rows_of(self, layer, tokens):
+        """(T, N) -> the rows of the first head (T, orders)"""
+        return layer.rows(tokens)[:, :: layer.J].cpu().numpy()
+
+    def add(self, rows, gates):
+        """The layers call this in turn: gates (B, T, M)"""
+        self.gates.append(gates[0, -1, 0].item())
+
+    def reads_of_last_token(self, ids):
+        """What the last of these token ids has read: for each layer and order, the n-gram, its row,
+        and the n-grams of the training data that read this row"""
+        found = []
+        tokens = self.ngrams_of(ids[-self.config.ngram_order :])[-1:]  # (1, N)
+        for (block, layer), gate in zip(self.layers.items(), self.gates, strict=True):
+            rows = self.rows_of(layer, tokens)[0]
+            for column, n in enumerate(layer.orders):
+                read = {"block": block, "gate": gate, "ngram": self.text(tokens[0, :n])}
+                read["row"] = int(rows[column])
+                reads_row = self.rows[block][:, column] == rows[column]
+                read["readers"] = self.count(self.ngrams[reads_row, :n])
+                found.append(read)
+        self.gates = []
+        return found
+
+    def count(self, ngrams):
+        """N-grams (P, n) -> [text, count] of each, most frequent first"""
+        distinct, counts = np.unique(ngrams, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [[self.text(distinct[i]), int(counts[i])] for i in order]
+
+    def text(self, tokens):
+        """An n-gram, the latest token first -> its text"""
+        ids = [int(token) for token in tokens if token != self.config.vocab_size]
+        return self.encoding.decode(ids[::-1])
+
+    def print(self, found):
+        block = None
+        for read in found:
+            if read["block"] != block:
+                block = read["block"]
+                print(f"\n  before block {block}, gate {read['gate']:.2f}", end="")
+            readers = [f"{text!r} ({count:,})" for text, count in read["readers"]]
+            shown = ", ".join(readers[:SHOWN_NGRAMS]) or "nobody"
+            more = len(readers) - SHOWN_NGRAMS
+            if more > 0:
+                shown += f", and {more:,} more"
+            print(f"\n      {read['ngram']!r} reads row {read['row']:,}, read by {shown}", end="")
