@@ -105,7 +105,7 @@ PRESETS["shakespeare-ultramem"] = dict(
 PRESETS["shakespeare-engram"] = dict(
     dataset="shakespeare", batch_size=16,
     learning_rate=2e-3, mem_learning_rate=3e-3,
-    n_layer=4, n_head=4, n_embd=128, block_size=128, n_ffn=328,
+    n_layer=4, n_head=4, n_embd=128, block_size=128, n_ffn=320,
     ngram_layers=(1,),
 )  # fmt: skip
 
@@ -160,6 +160,13 @@ PRESETS["gpt2-ultramem"] = dict(
     system="ultramem", mem_count=3, mem_keys=1448, mem_value_dim=384, mem_dtype="bfloat16",
     mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
 )  # fmt: skip
+PRESETS["gpt2-engram"] = dict(
+    dataset="openwebtext", batch_size=32, gradient_accumulation_steps=15,
+    max_iters=18000, warmup_iters=700, eval_interval=1000, eval_iters=50,
+    min_lr=6e-5, beta2=0.95, mem_learning_rate=3e-3,
+    n_layer=12, n_head=12, n_embd=768, block_size=1024, n_ffn=1968,
+    ngram_layers=(1, 6), ngram_rows=524288, mem_dtype="bfloat16",
+)  # fmt: skip
 
 # OpenWebText for a card of 24 GB: 1.05e9 tokens
 PRESETS["gpt2-small-memory"] = dict(
@@ -211,4 +218,11 @@ PRESETS["gpt2-small-ultramem"] = dict(
     n_layer=8, n_head=8, n_embd=512, block_size=512, n_ffn=864,
     system="ultramem", mem_count=2, mem_keys=724, mem_value_dim=256, mem_dtype="bfloat16",
     mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
+)  # fmt: skip
+PRESETS["gpt2-small-engram"] = dict(
+    dataset="openwebtext", batch_size=32, gradient_accumulation_steps=8,
+    max_iters=8000, warmup_iters=400, eval_interval=500, eval_iters=50,
+    learning_rate=1e-3, min_lr=1e-4, beta2=0.95, mem_learning_rate=5e-3,
+    n_layer=8, n_head=8, n_embd=512, block_size=512, n_ffn=1304,
+    ngram_layers=(1, 4), ngram_rows=131072, mem_dtype="bfloat16",
 )  # fmt: skip

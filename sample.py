@@ -98,7 +98,7 @@ class Sampler:
     def apply(self, deltas):
         """Apply the files of --delta, one after another."""
         if deltas and self.model.pool is None:
-            raise ValueError(f"--delta={deltas[0]}: the model in {self.path} has no memory")
+            raise ValueError(f"--delta={deltas[0]}: the model in {self.path} has no memory layers")
         apply_deltas(self.model, self.path, deltas)
 
     def open_dataset(self, name):

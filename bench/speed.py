@@ -146,9 +146,8 @@ class Training:
             self.run_model = torch.compile(self.model)
         self.optimizers = train.make_optimizers(self.model, self.config)
         self.network = [p for group in self.optimizers[0].param_groups for p in group["params"]]
-        if self.model.pool is not None:  # names for the profiler
-            pool = self.model.pool
-            row_adam = self.optimizers[1]
+        for row_adam in self.optimizers[1:]:  # names for the profiler
+            pool = row_adam.pool
             pool.take_gradient = record_function("take_gradient")(pool.take_gradient)
             row_adam.update = record_function("RowAdam.update")(row_adam.update)
 

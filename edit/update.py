@@ -229,7 +229,8 @@ def prepare(config, checkpoint):
     model = GPT.from_checkpoint(path, device)
     if model.pool is None:
         way_out = "python train.py --init_from=RUN --dataset=NEW changes all weights of a model"
-        raise ValueError(f"--init_from={config.init_from}: the model has no memory; {way_out}")
+        what = f"--init_from={config.init_from}: the model has no memory layers"
+        raise ValueError(f"{what}; {way_out}")
     if config.slots > model.pool.slots:
         most = f"{config.init_from} has only {model.pool.slots:,} slots"
         raise ValueError(f"--slots={config.slots}: {most}")

@@ -17,7 +17,7 @@ import sample
 import train
 from data.dataset import Dataset, make_encoding, open_dataset
 from data.facts.prepare import MOVES, make_people
-from edit import inspect_slots, readers, update
+from edit import inspect_slots, ngrams, readers, update
 from edit.delta import apply_deltas, save_delta, weights_hash
 from helpers import (
     SMALL,
@@ -690,3 +690,126 @@ def test_who_shares_the_slot_that_a_fact_reads_most_is_what_one_counts_by_hand()
     assert mass == pytest.approx(
         {"person": 0.3 / 0.8, "attribute": 0.5 / 0.8 + 0.6 / 0.9, "neither": 0.3 / 0.9}
     )
+
+
+# --- n-grams ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["engram", "bigram", "both"])
+def ngram_run(request, facts, tmp_path_factory):
+    """The folder of a run, and the orders of its n-grams."""
+    out = tmp_path_factory.mktemp("run") / request.param
+    train_here(*SMALL, f"--dataset={facts}", f"--out_dir={out}", *SYSTEMS[request.param])
+    return out, (2,) if request.param == "bigram" else (2, 3)
+
+
+def ngrams_by_loops(ids, n, separator):
+    """The n-gram that ends at each token of a text."""
+    found = []
+    for t in range(len(ids)):
+        gram = [ids[t]]
+        while len(gram) < n and len(gram) <= t and gram[0] != separator:
+            gram.insert(0, ids[t - len(gram)])
+        found.append(tuple(gram))
+    return found
+
+
+def test_inspect_shows_which_ngrams_read_a_row(ngram_run, facts, capsys, monkeypatch):
+    monkeypatch.setattr(ngrams, "PIECE", 100)
+    out, orders = ngram_run
+    inspect_slots.main(
+        [f"--out_dir={out}", "--json", "--start=B was born in", "--max_new_tokens=3"]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = open_model(out)
+    c = model.config
+    encoding = make_encoding(read_checkpoint(out / "ckpt.pt")["vocabulary"])
+    train_ids = Dataset(facts).tokens("train").tolist()
+    ids = [c.separator, *encoding.encode("B was born in")]
+    assert len(lines) == 3
+    for line in lines:
+        assert ("reads" in line) == (model.pool is not None)
+        found = line["ngrams"]
+        assert [read["block"] for read in found] == [i for i in c.ngram_layers for _ in orders]
+        gates = gates_of(model, ids)
+        for read, n in zip(found, orders * len(c.ngram_layers), strict=True):
+            gram = ngrams_by_loops(ids, n, c.separator)[-1]
+            assert read["ngram"] == encoding.decode(gram)
+            assert read["gate"] == pytest.approx(gates[read["block"]], rel=1e-5)
+            layer = model.blocks[read["block"]].ngram
+            row = first_row(layer, gram, n, c)
+            assert read["row"] == row
+            every = Counter(ngrams_by_loops(train_ids, n, c.separator))
+            want = {}
+            for other, count in every.items():
+                if first_row(layer, other, n, c) == row:
+                    want[encoding.decode(other)] = want.get(encoding.decode(other), 0) + count
+            assert dict(read["readers"]) == want
+            counts = [count for _, count in read["readers"]]
+            assert counts == sorted(counts, reverse=True)
+        ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        assert encoding.decode(ids[-1:]) == line["token"]
+
+
+def first_row(layer, gram, n, config):
+    """The row of an n-gram in the first head's table, in whole numbers of Python."""
+    tokens = [*reversed(gram)] + [config.vocab_size] * (n - len(gram))
+    if config.ngram == "bigram":
+        if len(gram) == 1:
+            return config.ngram_rows - 1
+        return ((36313 * tokens[0]) ^ (27191 * tokens[1])) % (config.ngram_rows - 1)
+    m = layer.multipliers.tolist()
+    mix = 0
+    for k in range(n):
+        mix ^= m[k] * tokens[k]
+    head = (n - 2) * config.ngram_heads
+    return layer.offsets[head].item() + mix % layer.primes[n - 2, 0].item()
+
+
+def gates_of(model, ids):
+    """{block: gate of the last token}, from what the layers' parts return"""
+    gates = {}
+    hooks = []
+    for i in model.config.ngram_layers:
+        layer = model.blocks[i].ngram
+        gates[i] = 1.0
+        if model.config.ngram == "engram":
+            gate = layer.gate
+
+            def see(h, key, i=i, gate=gate):
+                a = gate(h, key)
+                gates[i] = a[0, -1, 0].item()
+                return a
+
+            layer.gate = see
+            hooks.append(layer)
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for layer in hooks:
+        del layer.gate
+    return gates
+
+
+def test_inspect_prints_ngrams_for_people(ngram_run, capsys):
+    out, orders = ngram_run
+    inspect_slots.main([f"--out_dir={out}", "--start=B was born in", "--max_new_tokens=1"])
+    said = capsys.readouterr().out
+    assert "before block 1, gate " in said
+    assert " born in' reads row " in said and ", read by '" in said and "' born in' (29)" in said
+    assert (" was born in' reads row " in said) == (3 in orders)
+    assert ("slot " in said) == (out.name == "both")
+
+
+def test_only_memory_layers_have_slots_to_ask_for_and_to_update(ngram_run, new, tmp_path, capsys):
+    out, _ = ngram_run
+    if out.name == "both":
+        before, after = teach(out, new, tmp_path / "new", "--slots=40")
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"pool.values"}
+        inspect_slots.main([f"--out_dir={out}", "--recall", "--rows=3"])
+        return
+    said = refusal(inspect_slots.main, [f"--out_dir={out}", "--recall"], capsys)
+    assert "--recall" in said and "no memory layers" in said
+    given = [f"--init_from={out}", f"--dataset={new}", f"--out_dir={tmp_path / 'no'}"]
+    said = refusal(update.main, given, capsys)
+    assert f"init_from={out}" in said and "no memory layers" in said
