@@ -19,6 +19,9 @@ from runtime.options import make_configs
 from train import TrainConfig
 
 
+VOCABULARIES = {"shakespeare": 256, "out/docs": 4097}  # tokens
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A run without its seed."""
@@ -44,18 +47,36 @@ class Experiment:
             return 0
         return int(name[1] or 2000)
 
-    def size(self):
-        """Parameters, and forward FLOPs per token, both in millions."""
-        vocabulary = 256
-        if "facts" in self.options["dataset"]:
-            vocabulary = 1712
+    def model(self):
+        """The model, without weights."""
+        name = self.options["dataset"]
+        vocabulary = 1712
+        if "facts" not in name:
+            vocabulary = VOCABULARIES[name]
         options = {**self.options, "vocab_size": vocabulary}
+        options.pop("program", None)
         _, config = make_configs(options, TrainConfig, GPTConfig)
         with torch.device("meta"):
-            model = GPT(config, initialize=False)
+            return GPT(config, initialize=False)
+
+    def size(self):
+        """Parameters, and forward FLOPs per token, both in millions."""
+        model = self.model()
         parameters = sum(model.parameter_counts().values())
-        flops = sum(model.flops_per_token(config.block_size).values())
+        flops = sum(model.flops_per_token(model.config.block_size).values())
         return parameters / 1e6, flops / 1e6
+
+    def bytes_read(self):
+        """Bytes of values that a token reads, with Memory+ and n-grams."""
+        model = self.model()
+        c = model.config
+        total = 0
+        if model.pool is not None:
+            total += len(c.mem_layers) * c.mem_heads * c.mem_topk * model.pool.values[0].nbytes
+        for i in c.ngram_layers:
+            layer = model.blocks[i].ngram
+            total += len(layer.orders) * layer.J * model.ngram_pool.values[0].nbytes
+        return total
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,7 @@ class Part:
     rows: dict  # {label: Experiment}
     compared: bool = True  # with the first row, in a column of differences
     bits: bool = False  # a column with the known facts in bits
+    reads: bool = False  # columns on the values that are read
 
     def runs(self):
         """{command: (experiment, seed)}, all rows of a seed together."""
@@ -82,17 +104,27 @@ def command_line(program, options):
     return " ".join([*words, "--seed={seed}"])
 
 
-def training(preset, **given):
+def training(preset, program="train.py", **given):
     """A preset with other options over it. The command omits options with the preset's value, so
     that parts share runs."""
     options = PRESETS[preset]
     changes = {name: value for name, value in given.items() if options.get(name) != value}
-    command = command_line("train.py", {"preset": preset, **changes})
+    command = command_line(program, {"preset": preset, **changes})
+    if program != "train.py":
+        given = {"program": program, **given}
     return Experiment(command, {**options, **given})
 
 
 def facts(system, **given):
     return training(f"facts-{system}", **given)
+
+
+BIGRAM = dict(ngram="bigram", ngram_layers=(0, 1, 2, 3), ngram_rows=16384)  # in presets of engram
+
+
+def docs(system, **given):
+    """Real text: the docstrings of installed packages (bench/docs.py)."""
+    return training(f"shakespeare-{system}", dataset="out/docs", **given)
 
 
 def more_people(system, count, **given):

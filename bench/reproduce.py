@@ -66,6 +66,11 @@ def make_dataset(count):
     start("data/facts/prepare.py", f"--people={count}", f"--out={folder}", "--overwrite")
 
 
+def make_docs():
+    if not (ROOT / "out/docs/meta.json").exists():
+        start("bench/docs.py")
+
+
 def make_base(seed):
     """Train the model that the updates of this seed change, and make the facts to teach it."""
     folder = ROOT / base_folder(seed)
@@ -104,6 +109,8 @@ def run(experiment, seed, identity, gpu=False):
         seconds = re.search(r"in ([\d,]+) s of", done.stdout)[1]
         result["update_seconds"] = float(seconds.replace(",", ""))
         result["bytes"] = bytes_to_keep(folder)
+    else:
+        result["never_read"] = rows_never_read(folder)
     result.update(identity, settings=experiment.settings())
     append_to_file(RESULTS, json.dumps(result) + "\n")
     shutil.rmtree(folder)
@@ -129,6 +136,18 @@ def bytes_to_keep(folder):
     if delta.exists():
         return delta.stat().st_size
     return sum(x.nbytes for x in read_checkpoint(folder, tensors=True)["model"].values())
+
+
+def rows_never_read(folder):
+    """The share of the rows of all tables that have never had a gradient; 0 without a table."""
+    checkpoint = read_checkpoint(folder, tensors=True)
+    never = 0
+    rows = 0
+    for state in checkpoint["optimizers"][1:]:
+        squares = state["state"][0]["squares"]
+        never += (squares == 0).all(1).sum().item()
+        rows += len(squares)
+    return round(never / max(1, rows), 4)
 
 
 def this_machine(gpu):
@@ -231,6 +250,11 @@ def training_row(part, training, lines, first):
     row["MFLOPs a token"] = f"{flops:.3f}"
     row["parameters"] = f"{parameters:.2f}M"
     row["tokens a second"] = f"{speed:,.0f}"
+    if part.reads:
+        row["bytes of values a token reads"] = f"{training.bytes_read():,}"
+        never = [line["never_read"] for line in lines.values() if "never_read" in line]
+        if never:
+            row["rows never read, %"] = f"{100 * statistics.mean(never):.1f}"
     return row
 
 
@@ -355,6 +379,8 @@ def main(argv):
     lock_folder(OUT)
     for count in sorted({experiment.people() for experiment, _ in jobs.values()} - {0}):
         make_dataset(count)
+    if any(experiment.options["dataset"] == "out/docs" for experiment, _ in jobs.values()):
+        make_docs()
     for seed in sorted({seed for experiment, seed in jobs.values() if experiment.is_update()}):
         make_base(seed)
     run_all(jobs, {**machine, "nanomem": commit()}, args.gpu)
