@@ -18,7 +18,6 @@ from presets import PRESETS
 from runtime.options import make_configs
 from train import TrainConfig
 
-
 VOCABULARIES = {"shakespeare": 256, "out/docs": 4097}  # tokens
 
 
