@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import describe_vocabulary, gpt2_encoding, make_encoding, write_dataset
+from data.dataset import check_free, describe_vocabulary, gpt2_encoding, make_encoding
+from data.dataset import write_dataset
 from runtime.arguments import Parser, folder_argument
 from runtime.bars import Bar
 from runtime.files import fail
@@ -59,6 +60,7 @@ def vocabulary():
 
 
 def prepare(folder, overwrite):
+    check_free(folder, overwrite)
     known = set()  # some docstrings are copies
     described = vocabulary()
     encoding = make_encoding(described)
@@ -81,7 +83,7 @@ def prepare(folder, overwrite):
 def main(argv):
     parser = Parser(__doc__)
     out = "folder to write to (default: %(default)s)"
-    parser.add_argument("--out", type=folder_argument, default="out/docs", help=out)
+    parser.add_argument("--out", type=folder_argument, default=Path("out/docs"), help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset there")
     args = parser.parse_args(argv)
     try:

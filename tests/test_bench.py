@@ -1,5 +1,6 @@
 """bench/: the shares of a training step, and parts that fail or hang."""
 
+import inspect
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -7,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd import DeviceType
+from tqdm import tqdm
 
 import kernels
-from bench import gpu, speed
+from bench import all_rows, docs, gpu, speed
 from bench import kernels as bench_kernels
+from data.dataset import Dataset, make_encoding
+from helpers import refusal
+from memory import ValuePool
 from presets import PRESETS
 
 TINY = dict(
@@ -148,3 +153,50 @@ def test_tiles_are_timed_and_kernels_py_chooses_its_own_again(monkeypatch, capsy
     said = capsys.readouterr().out
     assert all(f"| {choose.__name__} |" in said for choose in before)
     assert before == (kernels.forward_tile, kernels.backward_tile, kernels.adam_warps, kernels.select_tile)  # fmt: skip
+
+
+# --- n-grams against memory layers ------------------------------------------------------------------------------------
+
+
+def test_docstrings_become_documents(tmp_path, monkeypatch, gpt2, capsys):
+    """Of a package that is there: those of every twentieth file are for validation, and no text is in both."""
+    monkeypatch.setattr(docs, "PACKAGES", ("tqdm",))
+    docs.main(["--out", str(tmp_path)])
+    dataset = Dataset(tmp_path)
+    encoding = make_encoding(dataset.vocabulary())
+    assert dataset.vocab_size == 4097 and dataset.separator == 4096
+    documents = {}
+    for split in ("train", "val"):
+        text = encoding.decode(dataset.tokens(split).tolist())
+        first, *documents[split] = text.split("<|endoftext|>")
+        assert first == "" and all(len(document) >= 100 for document in documents[split])
+    assert not set(documents["train"]) & set(documents["val"])
+    everything = documents["train"] + documents["val"]
+    assert inspect.cleandoc(tqdm.set_postfix.__doc__) in everything
+    assert (
+        len(everything) == len(set(everything))
+        and f"{len(everything)} docstrings" in capsys.readouterr().out
+    )
+    assert "--overwrite" in refusal(docs.main, ["--out", tmp_path], capsys)
+
+
+def test_adam_on_all_rows_is_pytorchs():
+    """Rows that a step has not read move, too."""
+    torch.manual_seed(0)
+    pool = ValuePool(12, 4)
+    weights = torch.nn.Parameter(pool.values.detach().clone())
+    ours = all_rows.AllRowsAdam(pool, lr=0.1, betas=(0.8, 0.9))
+    pytorchs = torch.optim.Adam([weights], lr=0.1, betas=(0.8, 0.9), eps=1e-15)
+    for step in range(4):
+        rows = torch.randint(12, (3, 2))
+        rows[rows == 5] = 6
+        before = pool.values[2].clone()
+        pool(rows, torch.ones(3, 2)).square().sum().backward()
+        weights.grad = None
+        weights[rows].sum(1).square().sum().backward()
+        ours.step()
+        pytorchs.step()
+        ours.zero_grad()
+        if step > 0 and 2 not in rows:
+            assert not torch.equal(before, pool.values[2])
+    torch.testing.assert_close(pool.values, weights, rtol=1e-4, atol=1e-6)
