@@ -15,8 +15,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import check_free, describe_vocabulary, gpt2_encoding, make_encoding
-from data.dataset import write_dataset
+from data.dataset import (
+    check_free,
+    describe_vocabulary,
+    gpt2_encoding,
+    make_encoding,
+    write_dataset,
+)
 from runtime.arguments import Parser, folder_argument
 from runtime.bars import Bar
 from runtime.files import fail
