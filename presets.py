@@ -54,8 +54,8 @@ PRESETS["facts-ultramem"] = dict(
 PRESETS["facts-engram"] = dict(
     dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
     learning_rate=4e-3, mem_learning_rate=2e-2,
-    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=176,
-    ngram_layers=(1,),
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=168,
+    ngram_layers=(0, 1), ngram_rows=8192,
 )  # fmt: skip
 
 # bytes of tinyshakespeare, or of any text

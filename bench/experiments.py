@@ -118,7 +118,8 @@ def facts(system, **given):
     return training(f"facts-{system}", **given)
 
 
-BIGRAM = dict(ngram="bigram", ngram_layers=(0, 1, 2, 3), ngram_rows=16384)  # in presets of engram
+BIGRAM = dict(ngram="bigram", ngram_layers=(0, 1, 2, 3), ngram_rows=16384)  # over Engram's preset
+HALF_EACH = dict(mem_keys=90, ngram_layers=(0, 1), ngram_rows=4096)  # over the preset of Memory+
 
 
 def docs(system, **given):
@@ -182,6 +183,7 @@ PARTS = {
         "product-key memory": facts("pkm"),
         "PEER": facts("peer"),
         "UltraMem": facts("ultramem"),
+        "Engram": facts("engram"),
         "mixture of experts": facts("moe"),
         "dense": facts("dense"),
     }),
@@ -201,10 +203,29 @@ PARTS = {
         "Memory+": training("shakespeare-memory"),
         "dense": training("shakespeare-dense"),
         "mixture of experts": training("shakespeare-moe"),
+        "Engram": training("shakespeare-engram"),
+        "bigram hash": training("shakespeare-engram", n_ffn=344, **BIGRAM),
+        "Memory+ and Engram": training("shakespeare-memory", n_ffn=304, **HALF_EACH),
     }),
+    "n-grams": Part("more", "rows addressed by content, or by tokens", range(1, 6), {
+        "Memory+": facts("memory"),
+        "Engram": facts("engram"),
+        "bigram hash": facts("engram", n_ffn=184, **BIGRAM),
+        "Memory+ and Engram": facts("memory", n_ffn=168, **HALF_EACH),
+        "dense": facts("dense"),
+    }, reads=True),
+    "docs": Part("more", "real text: docstrings of Python packages", range(1, 6), {
+        "Memory+": docs("memory"),
+        "Engram": docs("engram"),
+        "Engram, Adam on all rows": docs("engram", program="bench/all_rows.py"),
+        "bigram hash": docs("engram", n_ffn=344, **BIGRAM),
+        "Memory+ and Engram": docs("memory", n_ffn=304, **HALF_EACH),
+        "mixture of experts": docs("moe"),
+        "dense": docs("dense"),
+    }, reads=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
-        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
         for rate in (4e-3, 2.5e-3, 6e-3)
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 4), {

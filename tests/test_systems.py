@@ -580,7 +580,7 @@ def test_each_system_learns_the_facts_of_8_people(eight, tmp_path, system):
 SYSTEMS = ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
 VOCABULARIES = {"facts": 1712, "shakespeare": 256, "gpt2": 50257, "gpt2-small": 50257}
 FLOPS = {  # of a token, with each of SYSTEMS, beside the family's memory preset. A width that changes by 8 changes them.
-    "facts": (1, 1.000, 1.996, 1.006, 0.994, 0.999, 1.002, 1.006),
+    "facts": (1, 1.000, 1.996, 1.006, 0.994, 0.999, 1.002, 1.013),
     "shakespeare": (1, 1.030, 1.997, 1.018, 0.983, 0.982, 1.002, 1.025),
     "gpt2": (1, 1.016, 2.001, 1.017, 1.001, 0.985, 1.000, 1.017),
     "gpt2-small": (1, 1.018, 2.001, 1.018, 0.999, 0.976, 0.999, 1.023),
