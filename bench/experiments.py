@@ -127,6 +127,12 @@ def docs(system, **given):
     return training(f"shakespeare-{system}", dataset="out/docs", **given)
 
 
+def apart(system, **given):
+    """Facts with longer sentences (bench/apart.py), of which a run reads as many as the demo."""
+    options = dict(dataset="out/facts-apart", max_iters=4300, eval_interval=4300)
+    return facts(system, **options, **given)
+
+
 def more_people(system, count, **given):
     """Each fact is seen 84 times, three times as often as in the demo."""
     options = {"max_iters": 9 * count // 2, "eval_interval": 3 * count // 4, **given}
@@ -214,6 +220,11 @@ PARTS = {
         "Memory+ and Engram": facts("memory", n_ffn=168, **HALF_EACH),
         "dense": facts("dense"),
     }, reads=True),
+    "names apart": Part("more", "names whose words stand apart", range(1, 4), {
+        "Memory+": apart("memory"),
+        "Engram": apart("engram"),
+        "dense": apart("dense"),
+    }),
     "docs": Part("more", "real text: docstrings of Python packages", range(1, 6), {
         "Memory+": docs("memory"),
         "Engram": docs("engram"),

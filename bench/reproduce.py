@@ -41,6 +41,7 @@ from runtime.files import append_to_file, explain_errors, fail, lock_folder
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "reproduce"
 RESULTS = ROOT / "bench" / "results.jsonl"
+MADE = {"out/docs": "bench/docs.py", "out/facts-apart": "bench/apart.py"}  # datasets and programs
 
 
 # --- runs -----------------------------------------------------------------------------
@@ -66,9 +67,10 @@ def make_dataset(count):
     start("data/facts/prepare.py", f"--people={count}", f"--out={folder}", "--overwrite")
 
 
-def make_docs():
-    if not (ROOT / "out/docs/meta.json").exists():
-        start("bench/docs.py")
+def make_text(name):
+    """Make a dataset of MADE if it is missing."""
+    if name in MADE and not (ROOT / name / "meta.json").exists():
+        start(MADE[name])
 
 
 def make_base(seed):
@@ -379,8 +381,8 @@ def main(argv):
     lock_folder(OUT)
     for count in sorted({experiment.people() for experiment, _ in jobs.values()} - {0}):
         make_dataset(count)
-    if any(experiment.options["dataset"] == "out/docs" for experiment, _ in jobs.values()):
-        make_docs()
+    for name in sorted({experiment.options["dataset"] for experiment, _ in jobs.values()}):
+        make_text(name)
     for seed in sorted({seed for experiment, seed in jobs.values() if experiment.is_update()}):
         make_base(seed)
     run_all(jobs, {**machine, "nanomem": commit()}, args.gpu)

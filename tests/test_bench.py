@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import kernels
-from bench import all_rows, docs, gpu, speed
+from bench import all_rows, apart, docs, gpu, speed
 from bench import kernels as bench_kernels
 from data.dataset import Dataset, make_encoding
 from helpers import refusal
@@ -200,3 +200,21 @@ def test_adam_on_all_rows_is_pytorchs():
         if step > 0 and 2 not in rows:
             assert not torch.equal(before, pool.values[2])
     torch.testing.assert_close(pool.values, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_names_are_put_apart_and_nothing_else_changes(facts, tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "find_folder", lambda name: facts)
+    apart.main(["--out", str(tmp_path)])
+    before = Dataset(facts)
+    after = Dataset(tmp_path)
+    encoding = make_encoding(after.vocabulary())
+    assert after.vocabulary() == before.vocabulary() and after.separator == before.separator
+    for split in ("train", "val"):
+        old = encoding.decode(before.tokens(split).tolist())
+        new = encoding.decode(after.tokens(split).tolist())
+        assert new.replace(",, ", " ") == old and new.count(",, ") == 2 * new.count(".\n")
+        assert all(line.count(",, ") == 2 for line in new.strip().split("\n"))
+    for old, new in zip(before.questions(), after.questions(), strict=True):
+        assert new["prompt"].replace(",, ", " ") == old["prompt"]
+        assert new["prompt"].split(",, ")[2].count(" ") == 3
+        assert new["answer_ids"] == old["answer_ids"]
