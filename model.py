@@ -27,7 +27,7 @@ from runtime.files import UserError, explain_errors
 from runtime.options import check_options, option
 from runtime.sharded_pool import ShardedPool, own_columns
 from systems import SYSTEMS, SystemOptions, check_system
-from systems.engram import NGRAMS, last_tokens
+from systems.engram import NGRAMS, default_ngram_width, make_ngrams
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GPTConfig(SystemOptions):
     """Shape of a model. Raises ValueError, naming the option, if it cannot be built."""
 
     vocab_size: int = option(50257, "size of the vocabulary; train.py takes it from the dataset", 1)
-    separator: int = option(0, "token between documents; train.py takes it from the dataset")
+    separator: int = option(-1, "token before a document, -1: none; from the dataset", -1)
     block_size: int = option(1024, "longest context, in tokens", 1)
     n_layer: int = option(12, "blocks", 1, 10_000)
     n_head: int = option(12, "attention heads", 1)
@@ -85,14 +85,15 @@ class GPTConfig(SystemOptions):
         self.set("mem_layers", tuple(layers))
         self.set("mem_count", len(layers))
         self.set("ngram_layers", tuple(sorted(set(self.ngram_layers))))
-        if self.ngram_width == 0:
-            rows = (self.ngram_order - 1) * self.ngram_heads
-            self.set("ngram_width", max(1, self.n_embd // rows))
+        if self.ngram_layers and self.ngram_width == 0:
+            self.set("ngram_width", default_ngram_width(self))
 
     def set(self, name, value):
         object.__setattr__(self, name, value)  # the way to fill in a frozen dataclass
 
     def check_layers(self):
+        if self.separator >= self.vocab_size:
+            raise ValueError(f"--separator={self.separator}: the vocabulary has {self.vocab_size}")
         for name in ("mem_layers", "ngram_layers"):
             for i in getattr(self, name):
                 if not 0 <= i < self.n_layer:
@@ -205,7 +206,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.attn = Attention(config)
         self.skip = None  # a layer whose output GPT adds after a later block
-        self.ngram = None  # a layer whose output GPT adds before this block
+        self.ngram = None  # a layer whose output GPT adds to the input of this block
         if i in config.ngram_layers:
             number = config.ngram_layers.index(i)
             self.ngram = NGRAMS[config.ngram](config, number)
@@ -246,7 +247,7 @@ class Cache:
     """What GPT keeps of earlier positions while it generates text."""
 
     attention: torch.Tensor  # (n_layer, 2, B, heads, block_size, C/heads), keys and values
-    tokens: torch.Tensor  # (B, block_size), for n-grams
+    tokens: torch.Tensor  # (B, block_size), for n-gram memories
 
 
 class GPT(nn.Module):
@@ -315,7 +316,7 @@ class GPT(nn.Module):
 
     def pools(self):
         """The tables of values that the model has, each with an optimiser of its own: {"mem": of
-        memory layers, "ngram": of n-gram memories}"""
+        memory layers, "ngram": of n-gram memories}. Fields of the log begin with these names."""
         pools = {"mem": self.pool, "ngram": self.ngram_pool}
         return {name: pool for name, pool in pools.items() if pool is not None}
 
@@ -352,14 +353,14 @@ class GPT(nn.Module):
         cos = self.cos[start:end]
         sin = self.sin[start:end]
         x = self.embedding(idx)
-        tokens = None
+        ngrams = None
         if self.ngram_pool is not None:
-            tokens = self.ngram_tokens(idx, cache, start)
+            ngrams = self.ngrams(idx, cache, start)
         auxiliary = 0.0
         skips = {}  # {block: output to add after it}
         for i, block in enumerate(self.blocks):
             if block.ngram is not None:
-                x = x + block.ngram(x, tokens, self.ngram_pool)
+                x = x + block.ngram(x, ngrams, self.ngram_pool)
             if block.skip is not None:
                 y, loss = run_layer(block.skip, block.attn_norm(x), self.pool)
                 skips[i + self.config.mem_skip] = y
@@ -373,7 +374,7 @@ class GPT(nn.Module):
                 x = x + skips[i]
         return self.norm(x), auxiliary
 
-    def ngram_tokens(self, idx, cache, start):
+    def ngrams(self, idx, cache, start):
         """idx (B, T) -> (B, T, N), each token and the N - 1 before it, the latest first"""
         c = self.config
         tokens = idx
@@ -381,8 +382,8 @@ class GPT(nn.Module):
             end = start + idx.size(1)
             cache.tokens[:, start:end] = idx
             tokens = cache.tokens[:, max(0, start - c.ngram_order + 1) : end]
-        found = last_tokens(tokens, c.ngram_order, c.separator, pad=c.vocab_size)
-        return found[:, -idx.size(1) :]
+        ngrams = make_ngrams(tokens, c.ngram_order, c.separator, pad=c.vocab_size)
+        return ngrams[:, -idx.size(1) :]
 
     def logits(self, x):
         """x (..., C) -> (..., V)"""
@@ -485,7 +486,7 @@ class GPT(nn.Module):
         return groups
 
     def parameter_counts(self):
-        """{"dense", "pool"}: parameters in the network, and in the whole tables beside it."""
+        """{"dense", "pool"}: parameters in the network, and in all tables of values."""
         counts = {"dense": sum(p.numel() for p in self.parameters()), "pool": 0}
         for pool in self.pools().values():
             counts["dense"] -= pool.values.numel()  # of this process; others may have other columns
@@ -496,7 +497,7 @@ class GPT(nn.Module):
         """{"attention", "ffn", "memory", "head"}: forward FLOPs per token in a sequence of T: 2
         for each multiply-add of matrix products, attention and lookup. Elementwise products,
         norms, softmax and top-k are not counted. Training costs three times this. Each module
-        counts its own FLOPs."""
+        counts its own FLOPs. An n-gram memory is a memory."""
         flops = {"attention": 0, "ffn": 0, "memory": 0}
         for block in self.blocks:
             flops["attention"] += block.attn.flops(T)

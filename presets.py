@@ -1,8 +1,8 @@
 """The named runs of train.py, --preset=FAMILY-SYSTEM. Each lists what differs from the defaults.
 
 All systems of a family use the same data and number of steps. Their FLOPs per token are within
-3% of the memory preset's (dense2x: twice the FLOPs). moe, pkm, peer and ultramem also have its
-number of parameters, within 5%. tests/test_systems.py checks this.
+3% of the memory preset's (dense2x: twice the FLOPs). moe, pkm, peer, ultramem and engram also have
+its number of parameters, within 5%. tests/test_systems.py checks this.
 """
 
 PRESETS = {}

@@ -48,7 +48,7 @@ from runtime.training_state import restore_optimizers, whole_state
 
 DEFAULT_PRESET = "facts-memory"
 BATCH = "--batch_size (and raise --gradient_accumulation_steps)"
-LESS_MEMORY = f"lower {BATCH}, --block_size, or --mem_keys"
+LESS_MEMORY = f"lower {BATCH}, --block_size, --mem_keys, or --ngram_rows"
 
 
 @dataclass(frozen=True)

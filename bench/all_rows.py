@@ -2,6 +2,8 @@
 torch.optim.Adam would. RowAdam moves only the rows that a step has read.
 
     python bench/all_rows.py --preset=facts-engram      and all other options of train.py
+
+A checkpoint does not say so: give --resume to this program, too.
 """
 
 import sys

@@ -31,7 +31,7 @@ from runtime.arguments import Parser, dataset_argument, path_argument
 from runtime.bars import Bar
 from runtime.checkpoint import read_checkpoint
 from runtime.distributed import handle_stop
-from runtime.files import fail, ignore_stream_errors, lock_folder, write_file
+from runtime.files import explain_errors, fail, ignore_stream_errors, lock_folder, write_file
 from runtime.options import make_configs, parse_command_line
 from runtime.progress import note_on_warmup
 from train import TrainConfig
@@ -86,11 +86,14 @@ class Run:
             was = f"{self.folder} was trained on other data"
             raise ValueError(f"--dataset={self.config.dataset}: {was}; {way_out}")
         saved = {**checkpoint["model_config"], **checkpoint["train_config"]}
+        with explain_errors(f"{self.folder} has no options that fit", way_out):
+            train_config, model_config = make_configs(saved, TrainConfig, GPTConfig)
+        saved = {**asdict(model_config), **asdict(train_config)}
         wanted = {**asdict(self.model_config), **asdict(self.config)}
-        changed = [n for n, x in wanted.items() if n not in FREE and saved.get(n) != x]
+        changed = [n for n, x in wanted.items() if n not in FREE and saved[n] != x]
         if changed:
             asked = ", ".join(f"--{name}={option_text(wanted[name])}" for name in changed)
-            has = ", ".join(f"--{name}={option_text(saved.get(name))}" for name in changed)
+            has = ", ".join(f"--{name}={option_text(saved[name])}" for name in changed)
             raise ValueError(f"{asked}: the run in {self.folder} has {has}; {way_out}")
 
     def start(self, environment):

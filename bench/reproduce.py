@@ -112,7 +112,7 @@ def run(experiment, seed, identity, gpu=False):
         result["update_seconds"] = float(seconds.replace(",", ""))
         result["bytes"] = bytes_to_keep(folder)
     else:
-        result["never_read"] = rows_never_read(folder)
+        result.update(rows_never_read(folder))
     result.update(identity, settings=experiment.settings())
     append_to_file(RESULTS, json.dumps(result) + "\n")
     shutil.rmtree(folder)
@@ -141,7 +141,7 @@ def bytes_to_keep(folder):
 
 
 def rows_never_read(folder):
-    """The share of the rows of all tables that have never had a gradient; 0 without a table."""
+    """{"never_read": the share of the rows of all tables that have never had a gradient}"""
     checkpoint = read_checkpoint(folder, tensors=True)
     never = 0
     rows = 0
@@ -149,7 +149,9 @@ def rows_never_read(folder):
         squares = state["state"][0]["squares"]
         never += (squares == 0).all(1).sum().item()
         rows += len(squares)
-    return round(never / max(1, rows), 4)
+    if rows == 0:
+        return {}
+    return {"never_read": round(never / rows, 4)}
 
 
 def this_machine(gpu):

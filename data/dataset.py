@@ -385,6 +385,9 @@ def check_suits(checkpoint, data, option, config):
     if data["vocabulary"] != checkpoint["vocabulary"]:
         way_out = f"prepare a text with --vocabulary_of={run}"
         raise ValueError(f"--{option}={name}: its vocabulary differs from {run}'s; {way_out}")
+    if data["separator"] != checkpoint["separator"]:
+        theirs = f"its separator is token {data['separator']}"
+        raise ValueError(f"--{option}={name}: {theirs}, {run}'s {checkpoint['separator']}")
     check_people(f"--{option}={name}", data["meta"], checkpoint["meta"])
     trained_on = locate(checkpoint["train_config"]["dataset"])
     is_same = locate(name).resolve() == trained_on.resolve()

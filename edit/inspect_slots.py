@@ -1,6 +1,6 @@
 """Show what a model reads in its memory. For each new token, print the slots with the largest
 weights and the passages of the training data that read these slots most. For an n-gram memory,
-print its gate, and which n-grams read the same row.
+print its gate (of bigrams, their strength), and which n-grams read the same row of its first head.
 
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in"
     python edit/inspect_slots.py --start="Zailam Zimor Rinar was born in" --json | head -1

@@ -1,13 +1,14 @@
 """Which n-grams read a row of an n-gram memory (systems/engram.py). edit/inspect_slots.py shows
 them. Rows depend on tokens alone, so this needs no forward pass.
 
-Of several heads only the first is shown. Letters: T time, N longest n-gram."""
+Of several heads only the first is shown, and of large training data only the beginning is searched.
+Letters: T time, N longest n-gram."""
 
 import numpy as np
 import torch
 
 from data.dataset import open_dataset
-from systems.engram import last_tokens
+from systems.engram import make_ngrams
 
 MOST_TOKENS = 2**22  # of the training data to search, at most
 PIECE = 2**16  # tokens that are hashed at a time
@@ -25,18 +26,18 @@ class NgramInspector:
         self.config = sampler.model.config
         self.device = sampler.device
         self.layers = {i: sampler.model.blocks[i].ngram for i in self.config.ngram_layers}
+        self.gates = []  # of the last token, for each layer
         windows = open_dataset(dataset.folder, self.config.block_size, 0)["train_eval"]
         self.read_training_data(windows.ids[:MOST_TOKENS])
-        self.gates = []  # of the last token, for each layer
         sampler.model.ngram_pool.usage = self
 
     def read_training_data(self, ids):
-        """Keep its n-grams (T, N), the latest token first, and the rows (T, orders) of a layer."""
-        before = self.config.ngram_order - 1
+        """Keep its n-grams (T, N), the latest token first, and {block: their rows (T, orders)}."""
+        history = self.config.ngram_order - 1
         ngrams = []
         rows = {i: [] for i in self.layers}
         for start in range(0, len(ids), PIECE):
-            first = max(0, start - before)
+            first = max(0, start - history)
             tokens = self.ngrams_of(ids[first : start + PIECE])[start - first :]
             ngrams.append(tokens.cpu().numpy().astype(np.int32))
             for i, layer in self.layers.items():
@@ -48,25 +49,28 @@ class NgramInspector:
         """Token ids (T,) -> (T, N), the latest first"""
         c = self.config
         tokens = torch.from_numpy(np.array(ids, dtype=np.int64)).to(self.device)
-        return last_tokens(tokens.unsqueeze(0), c.ngram_order, c.separator, pad=c.vocab_size)[0]
+        ngrams = make_ngrams(tokens.unsqueeze(0), c.ngram_order, c.separator, pad=c.vocab_size)
+        return ngrams[0]
 
     def rows_of(self, layer, tokens):
-        """(T, N) -> the rows of the first head (T, orders)"""
+        """(T, N) -> the rows of the first of J heads, for each order: (T, orders)"""
         return layer.rows(tokens)[:, :: layer.J].cpu().numpy()
 
     def add(self, rows, gates):
-        """The layers call this in turn: gates (B, T, M)"""
+        """The layers call this in turn. gates (B, T, M) are alike for all M rows of a token."""
         self.gates.append(gates[0, -1, 0].item())
 
     def reads_of_last_token(self, ids):
-        """What the last of these token ids has read: for each layer and order, the n-gram, its row,
-        and the n-grams of the training data that read this row"""
+        """What the last of these token ids has read, in one forward pass since the last call: for
+        each layer and order, the n-gram, its row, and which n-grams of the training data read this
+        row"""
         found = []
         tokens = self.ngrams_of(ids[-self.config.ngram_order :])[-1:]  # (1, N)
         for (block, layer), gate in zip(self.layers.items(), self.gates, strict=True):
             rows = self.rows_of(layer, tokens)[0]
             for column, n in enumerate(layer.orders):
-                read = {"block": block, "gate": gate, "ngram": self.text(tokens[0, :n])}
+                read = {"block": block, "gate": gate, "order": n}
+                read["ngram"] = self.text(tokens[0, :n])
                 read["row"] = int(rows[column])
                 reads_row = self.rows[block][:, column] == rows[column]
                 read["readers"] = self.count(self.ngrams[reads_row, :n])
@@ -87,13 +91,19 @@ class NgramInspector:
 
     def print(self, found):
         block = None
+        shown = set()  # rows: layers of bigrams share them
         for read in found:
             if read["block"] != block:
                 block = read["block"]
                 print(f"\n  before block {block}, gate {read['gate']:.2f}", end="")
+            if read["row"] in shown:
+                print(", the same row", end="")
+                continue
+            shown.add(read["row"])
             readers = [f"{text!r} ({count:,})" for text, count in read["readers"]]
-            shown = ", ".join(readers[:SHOWN_NGRAMS]) or "nobody"
+            names = ", ".join(readers[:SHOWN_NGRAMS]) or "nobody"
             more = len(readers) - SHOWN_NGRAMS
             if more > 0:
-                shown += f", and {more:,} more"
-            print(f"\n      {read['ngram']!r} reads row {read['row']:,}, read by {shown}", end="")
+                names += f", and {more:,} more"
+            place = f"{read['ngram']!r} reads row {read['row']:,} of {read['order']}-grams"
+            print(f"\n      {place}, read by {names}", end="")

@@ -87,6 +87,8 @@ def check_memory(model, device):
         sizes = f"{needs / 2**30:,.1f} GiB with gradients and moments"
         limit = f"but {device} has {have / 2**30:,.1f}"
         way_out = f"train one with less than --mem_keys={model.config.mem_keys} or --n_embd"
+        if model.ngram_pool is not None:
+            way_out += f", or with less than --ngram_rows={model.config.ngram_rows}"
         raise ValueError(f"the model does not fit: {sizes}, {limit}; {way_out}")
 
 

@@ -12,6 +12,7 @@ from runtime.bars import Bar
 from runtime.distributed import rank_from_environment
 
 LONG = 3600  # seconds; longer training on a CPU gets a hint
+TABLE_OPTIONS = ("mem_dtype", "mem_learning_rate", "mem_decay")
 SHORTER = (
     "Lower values make it shorter: --max_iters, --batch_size, --gradient_accumulation_steps, "
     "--block_size, --n_layer, --n_embd; for evaluations, --eval_iters"
@@ -132,14 +133,17 @@ def note_on_warmup(config):
 def note_on_unused(given, model):
     """Name the given options that have no effect on a model, or return "" """
     names = []
-    if not model.pools():
+    if model.pool is None:
         names += [name for name in given if name.startswith("mem_")]
+    if model.ngram_pool is not None:  # these are for all tables
+        names = [name for name in names if name not in TABLE_OPTIONS]
     if model.ngram_pool is None:
         names += [name for name in given if name.startswith("ngram")]
     if not model.config.mem_layers:
         names += [name for name in given if name.startswith("moe_")]
         names += [name for name in given if name in ("system", "memory_parallel")]
-    unused = [f"--{name}" for name in names if name not in ("mem_count", "mem_layers")]
+    removed = ("mem_count", "mem_layers", "ngram_layers")  # given to remove the layers
+    unused = [f"--{name}" for name in names if name not in removed]
     if not unused:
         return ""
     return f"Without effect in this model: {', '.join(unused)}"
@@ -188,8 +192,11 @@ def least_seconds(run, tokens):
 
 def size_of_checkpoint(model):
     """Weights, and two moments in float32: "16 MB" """
-    counts = model.parameter_counts()
-    size = 12 * counts["dense"]
+    size = 12 * model.parameter_counts()["dense"]
+    parameters = dict(model.named_parameters())
+    for name, x in model.state_dict().items():
+        if name not in parameters:  # random numbers that belong to the model
+            size += x.nbytes
     for pool in model.pools().values():
         size += (pool.values.itemsize + 8) * len(pool.values) * pool.dim
     return f"{size / 1e6:,.0f} MB"

@@ -21,7 +21,7 @@ N-gram memories (engram.py) replace nothing: they add to the input of a block, b
 
 from dataclasses import dataclass, fields
 
-from systems.engram import NgramOptions
+from systems.engram import NgramOptions, check_ngrams
 from systems.memory_plus import MemoryOptions, MemoryPlus
 from systems.moe import MoE, MoEOptions
 from systems.peer import PEER
@@ -37,7 +37,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class SystemOptions(NgramOptions, UltraMemOptions, MoEOptions, MemoryOptions):
-    """The options that only one system has."""
+    """The options that only one system has, and those of n-gram memories."""
 
 
 def check_system(config):
@@ -52,8 +52,5 @@ def check_system(config):
                 raise ValueError(f"--{f.name}={value}: only --system={name} has it")
     if config.mem_layers:
         SYSTEMS[config.system].check(config)
-    if config.ngram == "bigram":
-        for name in ("ngram_order", "ngram_heads"):
-            value = getattr(config, name)
-            if value != getattr(NgramOptions, name):
-                raise ValueError(f"--{name}={value}: only --ngram=engram has it")
+    if config.ngram_layers:
+        check_ngrams(config)

@@ -1,22 +1,24 @@
-"""N-gram memories: tables whose rows are addressed by the last few tokens, not by the hidden state.
+"""N-gram memories: tables whose rows are chosen by the last few tokens, not by the hidden state.
 
-Engram (arXiv:2601.07372) reads J rows for each order n = 2..N of n-grams that end at token t:
+Engram (arXiv:2601.07372) reads J rows for each order n = 2..N of n-grams that end at token t. Table
+(n, j) of a layer has p_{n,j} rows. All p are distinct primes, and m are fixed odd numbers:
 
-    mix_n      = m_0 x_t  xor  m_1 x_{t-1}  xor ... (n terms)      x token ids, m fixed odd numbers
-    row_{n,j}  = mix_n mod p_{n,j}, in table (n, j)                p distinct primes, its rows
-    e          = the (N - 1) J rows, concatenated
-    g          = <RMSNorm(W_k e), RMSNorm(h)> / sqrt(C)            does the row suit its context?
-    a          = sigmoid(sign(g) sqrt(|g|))
-    h          = h + a W_v e                                       before a block's attention
+    mix_n   = m_0 x_t  xor  m_1 x_{t-1}  xor ...  m_{n-1} x_{t-n+1}       x token ids
+    rows    = mix_n mod p_{n,j}, for each n and j
+    e       = the values of these M = (N - 1) J rows, concatenated
+    g       = <RMSNorm(W_k e), RMSNorm(h)> / sqrt(C)                do they suit the context?
+    a       = sigmoid(sign(g) sqrt(|g|))                            gate
+    h       = h + a W_v e                                           before a block's attention
 
-Not here: token ids merged by their spelling, and a convolution after the gate. The bigram hash of
-GPT-2 speedruns is the smallest form: one row for each token, and a learned strength.
+Each layer has tables of its own, all in one pool. Not here: token ids merged by their spelling, and
+a convolution after the gate. The bigram hash of GPT-2 speedruns is the smallest form: one table for
+all layers, one row for each token, and a learned strength instead of a gate.
 
-Rows are known before the forward pass, so they can be fetched early. But they see no more than N
-tokens, and not across the start of a document. Rows of product keys see all that h contains.
+The tokens alone determine the rows, so a program could fetch them before the forward pass (this one
+does not). The hash sees N tokens, and none before the start of their document. Attention can carry
+what the rows hold to later tokens. Product keys choose rows by h, with all that it holds.
 
-Letters: B batch, T time, C model width, V vocabulary, w width of a row, M = (N - 1) J rows of a
-token."""
+Letters: B batch, T time, C model width, w width of a row."""
 
 import math
 from dataclasses import dataclass
@@ -32,17 +34,58 @@ from runtime.options import option
 
 @dataclass(frozen=True)
 class NgramOptions:
+    """mem_dtype, mem_learning_rate and mem_decay hold for n-gram memories, too."""
+
     ngram_layers: tuple[int, ...] = option((), "blocks to which an n-gram memory adds, as in 1,2")
     ngram: str = option("engram", "kind of n-gram memory", choices=("engram", "bigram"))
-    ngram_rows: int = option(16384, "rows of a table; engram has one for each order and head", 2)
+    ngram_rows: int = option(
+        16384, "rows of a table, at least. engram: (N - 1) J for each layer", 2
+    )
     ngram_order: int = option(3, "engram: longest n-gram N", 2)
-    ngram_heads: int = option(8, "engram: rows J for each order", 1)
+    ngram_heads: int = option(8, "engram: rows J for each order", 1, 1000)
     ngram_width: int = option(0, "engram: width of a row; 0: n_embd / ((N - 1) J)")
 
 
-def last_tokens(tokens, order, separator, pad):
+def default_ngram_width(config):
+    if config.ngram == "bigram":
+        return config.n_embd
+    return max(1, config.n_embd // ((config.ngram_order - 1) * config.ngram_heads))
+
+
+def check_ngrams(config):
+    """Raises ValueError for options that do not fit together."""
+    c = config
+    rows = c.ngram_rows
+    if c.ngram == "engram":
+        rows *= len(c.ngram_layers) * (c.ngram_order - 1) * c.ngram_heads
+    if rows >= 2**31:
+        raise ValueError(f"--ngram_rows={c.ngram_rows}: {rows:,} rows in all, 2^31 or more")
+    if c.ngram == "bigram":
+        wanted = {"ngram_order": NgramOptions.ngram_order, "ngram_heads": NgramOptions.ngram_heads}
+        wanted["ngram_width"] = c.n_embd
+        for name, value in wanted.items():
+            if getattr(c, name) != value:
+                raise ValueError(f"--{name}={getattr(c, name)}: only --ngram=engram has it")
+    elif c.ngram_order > max(2, c.block_size // 2):
+        context = f"a text that exceeds --block_size={c.block_size} keeps only half of it"
+        raise ValueError(f"--ngram_order={c.ngram_order}: {context}")
+
+
+def table_sizes(config):
+    """The (N - 1) J smallest primes that are at least ngram_rows."""
+    primes = []
+    candidate = config.ngram_rows
+    while len(primes) < (config.ngram_order - 1) * config.ngram_heads:
+        if all(candidate % d != 0 for d in range(2, math.isqrt(candidate) + 1)):
+            primes.append(candidate)
+        candidate += 1
+    return primes
+
+
+def make_ngrams(tokens, order, separator, pad):
     """tokens (B, T) -> (B, T, order): each token and those before it, the latest first. pad stands
     for tokens before the first one, and before a separator, which starts a document."""
+    tokens = tokens.long()
     columns = [tokens]
     for _ in range(order - 1):
         shifted = F.pad(columns[-1][:, :-1], (1, 0), value=pad)  # one token earlier
@@ -51,31 +94,31 @@ def last_tokens(tokens, order, separator, pad):
 
 
 def read_rows(pool, rows):
-    """rows (B, T, M) -> their values (B, T, M, w): a lookup of bags of one row with weight 1."""
+    """rows (B, T, M) -> their values (B, T, M, w). For the lookup, each row is a sum of one row."""
     ones = torch.ones(rows.numel(), 1, device=rows.device)
     return pool.lookup(rows.view(-1, 1), ones).view(*rows.shape, -1)
 
 
 class Engram(nn.Module):
-    """number: of this layer among the model's. Each has its own rows of the pool."""
+    """config: a GPTConfig; number: 0 for the first such layer of a model, 1 for the next, ..."""
 
     def __init__(self, config, number):
         super().__init__()
         C = config.n_embd
         primes = torch.tensor(table_sizes(config))  # (M,)
-        first_row = number * primes.sum()
-        offsets = first_row + primes.cumsum(0) - primes  # first row of each table
-        width = len(primes) * config.ngram_width  # of e
-        self.orders = range(2, config.ngram_order + 1)
+        first_row = number * primes.sum()  # of this layer in the pool
+        offsets = first_row + primes.cumsum(0) - primes  # of its tables, (M,)
+        width = len(primes) * config.ngram_width
         self.J = config.ngram_heads
-        self.largest = (2**63 - 1) // config.vocab_size  # so that products fit int64
+        self.orders = range(2, config.ngram_order + 1)
+        self.largest = (2**63 - 1) // config.vocab_size  # multiplier: the largest id is the pad
         self.key = nn.Linear(width, C, bias=False)
         self.value = nn.Linear(width, C, bias=False)
         self.key_norm = nn.RMSNorm(C, eps=1e-6)
         self.query_norm = nn.RMSNorm(C, eps=1e-6)
         multipliers = torch.empty(config.ngram_order, dtype=torch.int64)
         self.register_buffer("multipliers", multipliers)  # checkpoints hold them
-        self.register_buffer("primes", primes.view(-1, self.J), persistent=False)
+        self.register_buffer("primes", primes.view(-1, self.J), persistent=False)  # (N - 1, J)
         self.register_buffer("offsets", offsets, persistent=False)
 
     @staticmethod
@@ -87,24 +130,24 @@ class Engram(nn.Module):
     def initialize(self, residual):
         """Draw the weights. W_v is 0, so that the layer adds nothing at first."""
         half = torch.randint((self.largest + 1) // 2, self.multipliers.shape)
-        self.multipliers.copy_(2 * half + 1)
+        self.multipliers.copy_(2 * half + 1)  # odd: a hash by an even one would lose a bit
         initialize_linear(self.key)
         nn.init.zeros_(self.value.weight)
         self.key_norm.reset_parameters()
         self.query_norm.reset_parameters()
 
-    def forward(self, h, tokens, pool):
-        """h (B, T, C), tokens (B, T, N) from last_tokens -> (B, T, C), to add to h"""
-        rows = self.rows(tokens)  # (B, T, M)
+    def forward(self, h, ngrams, pool):
+        """h (B, T, C), ngrams (B, T, N) from make_ngrams -> (B, T, C), to add to h"""
+        rows = self.rows(ngrams)  # (B, T, M)
         e = read_rows(pool, rows).flatten(2).to(h.dtype)  # (B, T, M * w)
         gate = self.gate(h, self.key(e))  # (B, T, 1)
         if pool.usage is not None:
             pool.usage.add(rows, gate.expand(rows.shape))
-        return gate * self.value(e)
+        return (gate * self.value(e)).to(h.dtype)
 
-    def rows(self, tokens):
-        """tokens (B, T, N) -> rows of the pool (B, T, M), all orders of n-grams and heads"""
-        terms = tokens * self.multipliers
+    def rows(self, ngrams):
+        """ngrams (B, T, N) -> rows of the pool (B, T, M): J of order 2, then J of order 3, ..."""
+        terms = ngrams * self.multipliers
         mix = terms[..., 0]
         tables = []
         for n in self.orders:
@@ -114,9 +157,10 @@ class Engram(nn.Module):
 
     def gate(self, h, key):
         """h, key (B, T, C) -> a in the text above, (B, T, 1)"""
-        agreement = widen(self.key_norm(key)) * widen(self.query_norm(h))
+        agreement = self.key_norm(widen(key)) * self.query_norm(widen(h))
         g = agreement.sum(-1, keepdim=True) / math.sqrt(h.size(-1))
-        return (g.sign() * g.abs().clamp(min=1e-6).sqrt()).sigmoid()
+        root = g.abs().clamp(min=1e-6).sqrt()  # at 0 it would have no gradient
+        return (g.sign() * root).sigmoid()
 
     def flops(self):
         """Forward FLOPs per token: two matrices, and the lookup."""
@@ -124,17 +168,20 @@ class Engram(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """h = h + strength * E[row] * signs. row: a hash of the last two tokens, the last row at the
-    start of a document. The signs, fixed random ones, tell apart most bigrams that share a row."""
+    """h = h + strength * E[row] * signs. The last two tokens choose the row, and the signs, -1 or
+    1. At the start of a document or of a window, it is the last row. Signs tell apart most bigrams
+    that share a row.
 
-    orders = (2,)
+    config: a GPTConfig. number is not used: all layers read the same rows."""
+
     J = 1
+    orders = (2,)
 
     def __init__(self, config, number):
         super().__init__()
         self.C = config.n_embd
         self.R = config.ngram_rows
-        self.pad = config.vocab_size
+        self.pad = config.vocab_size  # as in make_ngrams
         self.strength = nn.Parameter(torch.empty(1))
 
     @staticmethod
@@ -144,28 +191,29 @@ class BigramHash(nn.Module):
     def initialize(self, residual):
         nn.init.constant_(self.strength, 0.1)
 
-    def forward(self, h, tokens, pool):
-        """h (B, T, C), tokens (B, T, N) from last_tokens -> (B, T, C), to add to h"""
-        rows = self.rows(tokens)  # (B, T, 1)
+    def forward(self, h, ngrams, pool):
+        """h (B, T, C), ngrams (B, T, N) from make_ngrams -> (B, T, C), to add to h"""
+        rows = self.rows(ngrams)  # (B, T, 1)
         e = read_rows(pool, rows).squeeze(2)  # (B, T, C)
         if pool.usage is not None:
-            pool.usage.add(rows, torch.ones(rows.shape, device=rows.device))
-        signs = pool.signs[(tokens[..., 0] ^ tokens[..., 1]) % len(pool.signs)]
-        return self.strength * (e * signs).to(h.dtype)
+            pool.usage.add(rows, self.strength.expand(rows.shape))
+        signs = pool.signs[(ngrams[..., 0] ^ ngrams[..., 1]) % len(pool.signs)]
+        return (self.strength * e * signs).to(h.dtype)
 
-    def rows(self, tokens):
-        """tokens (B, T, N) -> rows of the pool (B, T, 1)"""
-        now = tokens[..., 0:1]
-        before = tokens[..., 1:2]
+    def rows(self, ngrams):
+        """ngrams (B, T, N) -> rows of the pool (B, T, 1)"""
+        now = ngrams[..., 0:1]
+        before = ngrams[..., 1:2]
         rows = ((36313 * now) ^ (27191 * before)) % (self.R - 1)
         return rows.masked_fill(before == self.pad, self.R - 1)
 
     def flops(self):
+        """Forward FLOPs per token: the lookup."""
         return 2 * self.C
 
 
 class BigramPool(ValuePool):
-    """A table that all layers share. signs (8192, C) are 1 and -1."""
+    """The rows E, and 8,192 rows of signs. E is 0 at first."""
 
     def __init__(self, rows, dim, dtype):
         super().__init__(rows, dim, dtype, initialize=False)
@@ -178,14 +226,3 @@ class BigramPool(ValuePool):
 
 
 NGRAMS = {"engram": Engram, "bigram": BigramHash}
-
-
-def table_sizes(config):
-    """The M smallest primes that are at least ngram_rows."""
-    primes = []
-    candidate = config.ngram_rows
-    while len(primes) < (config.ngram_order - 1) * config.ngram_heads:
-        if all(candidate % d != 0 for d in range(2, math.isqrt(candidate) + 1)):
-            primes.append(candidate)
-        candidate += 1
-    return primes

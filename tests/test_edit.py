@@ -772,8 +772,9 @@ def gates_of(model, ids):
     hooks = []
     for i in model.config.ngram_layers:
         layer = model.blocks[i].ngram
-        gates[i] = 1.0
-        if model.config.ngram == "engram":
+        if model.config.ngram == "bigram":
+            gates[i] = layer.strength.item()
+        else:
             gate = layer.gate
 
             def see(h, key, i=i, gate=gate):

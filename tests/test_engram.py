@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 
 from kernels import RowAdam
 from model import GPT, GPTConfig
-from systems.engram import NGRAMS, last_tokens, table_sizes
+from systems.engram import NGRAMS, make_ngrams, table_sizes
 
 SEPARATOR = 7
 DENSE = GPTConfig(vocab_size=50, block_size=16, n_layer=3, n_head=2, n_embd=16, separator=SEPARATOR)
@@ -49,7 +50,7 @@ def history(ids, t, N, pad):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_last_tokens_stop_at_the_start_of_a_document():
+def test_make_ngrams_stop_at_the_start_of_a_document():
     tokens = torch.tensor([[3, 4, SEPARATOR, 5, 6, 8]])
     pad = 50
     want = [
@@ -60,9 +61,9 @@ def test_last_tokens_stop_at_the_start_of_a_document():
         [6, 5, SEPARATOR],
         [8, 6, 5],
     ]
-    assert last_tokens(tokens, 3, SEPARATOR, pad)[0].tolist() == want
+    assert make_ngrams(tokens, 3, SEPARATOR, pad)[0].tolist() == want
     random = text()
-    found = last_tokens(random, 4, SEPARATOR, pad)
+    found = make_ngrams(random, 4, SEPARATOR, pad)
     for b, ids in enumerate(random.tolist()):
         for t in range(len(ids)):
             assert found[b, t].tolist() == history(ids, t, 4, pad)
@@ -125,7 +126,7 @@ def test_no_row_depends_on_a_later_token_or_an_earlier_document(config):
     layer = GPT(config).blocks[2].ngram
 
     def rows(tokens):
-        return layer.rows(last_tokens(tokens, config.ngram_order, SEPARATOR, config.vocab_size))
+        return layer.rows(make_ngrams(tokens, config.ngram_order, SEPARATOR, config.vocab_size))
 
     tokens = text()
     before = rows(tokens)
@@ -222,7 +223,7 @@ def test_a_layer_equals_loops(config, loops):
     want.backward(grad)
 
     h.requires_grad_()
-    tokens = last_tokens(ids, config.ngram_order, SEPARATOR, config.vocab_size)
+    tokens = make_ngrams(ids, config.ngram_order, SEPARATOR, config.vocab_size)
     got = layer(h, tokens, pool)
     got.backward(grad)
     gradient = pool.take_gradient()
@@ -242,7 +243,7 @@ def test_a_layer_equals_loops(config, loops):
 @BOTH_KINDS
 def test_it_is_added_before_the_attention_of_its_block(config):
     model, idx = make(config), text()
-    tokens = last_tokens(idx, config.ngram_order, SEPARATOR, config.vocab_size)
+    tokens = make_ngrams(idx, config.ngram_order, SEPARATOR, config.vocab_size)
     x = model.embedding(idx)
     for i, block in enumerate(model.blocks):
         if i in (0, 2):
@@ -291,13 +292,76 @@ def test_counts_by_hand():
 def test_multipliers_and_signs_are_kept(tmp_path):
     """Other ones would read other rows."""
     for config, name in ((ENGRAM, "blocks.2.ngram.multipliers"), (BIGRAM, "ngram_pool.signs")):
-        model = GPT(config)
+        model = make(config, torch.float32)
         torch.save(model.state_dict(), tmp_path / "weights.pt")
         torch.manual_seed(3)
-        other = GPT(config)
+        other = GPT(config)  # as another seed draws it
         assert not torch.equal(other.state_dict()[name], model.state_dict()[name])
         other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
         assert torch.equal(other(text())[0], model(text())[0])
+        other.get_buffer(name)[0] *= -1
+        assert not torch.equal(other(text())[0], model(text())[0])
+
+
+@BOTH_KINDS
+def test_usage_counts_rows_by_their_gates(config):
+    model = make(config)
+    with model.ngram_pool.record_usage() as usage:
+        model(text())
+    reads = torch.zeros(len(model.ngram_pool.values))
+    mass = torch.zeros(len(reads))
+    tokens = make_ngrams(text(), config.ngram_order, SEPARATOR, config.vocab_size)
+    x = model.embedding(text())
+    for block in model.blocks:
+        if block.ngram is not None:
+            rows = block.ngram.rows(tokens)
+            if config is ENGRAM:
+                e = model.ngram_pool.values[rows].flatten(2)
+                gate = block.ngram.gate(x, block.ngram.key(e)).expand(rows.shape)
+                assert 0 < gate.min() < 0.4 and 0.6 < gate.max() < 1
+            else:
+                gate = block.ngram.strength.expand(rows.shape)
+            reads.index_put_((rows,), torch.ones(rows.shape), accumulate=True)
+            mass.index_put_((rows,), gate.abs().float(), accumulate=True)
+            x = x + block.ngram(x, tokens, model.ngram_pool)
+        x, _ = block(x, None, model.cos[:12], model.sin[:12])
+    assert torch.equal(usage.reads, reads)
+    torch.testing.assert_close(usage.mass, mass)
+
+
+def test_a_row_of_zeros_has_a_finite_gradient():
+    """Its key is 0, and so is its agreement with h, where a square root has no derivative."""
+    model = make(ENGRAM, torch.float32)
+    model.ngram_pool.collect_gradients()
+    with torch.no_grad():
+        model.ngram_pool.values.zero_()
+    model(text(), text())[1].backward()
+    assert all(
+        p.grad.isfinite().all() for n, p in model.named_parameters() if n != "ngram_pool.values"
+    )
+    assert model.ngram_pool.take_gradient().values().isfinite().all()
+
+
+@BOTH_KINDS
+def test_a_model_in_bfloat16_and_ids_in_int32(config):
+    """float16-like weights throughout, as who loads a model to generate text may want; and ids whose products pass 2^31."""
+    model = make(replace(config, vocab_size=100_000), torch.float32)
+    model.ngram_pool.requires_grad_(False)
+    idx = text(vocabulary=100_000)
+    want = model(idx)[0]
+    assert torch.equal(model(idx.int())[0], want)
+    got = model.bfloat16()(idx)[0]
+    assert got.dtype == torch.bfloat16
+    assert F.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.99
+
+
+@BOTH_KINDS
+def test_bfloat16_autocast_says_nothing(config, recwarn):
+    model = make(config, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(text())[0]
+    assert not [w for w in recwarn if "dtype" in str(w.message)]
+    assert F.cosine_similarity(got.flatten(), model(text())[0].flatten(), dim=0) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -306,7 +370,12 @@ def test_multipliers_and_signs_are_kept(tmp_path):
         (dict(ngram_layers=(3,)), ["ngram_layers", "no block 3", "0 to 2"]),
         (dict(ngram_order=1), ["ngram_order=1", "at least 2"]),
         (dict(ngram="trigram"), ["ngram=trigram", "engram, bigram"]),
-        (dict(ngram="bigram", ngram_heads=4), ["ngram_heads=4", "ngram=engram"]),
+        (dict(ngram="bigram", ngram_heads=4, ngram_width=0), ["ngram_heads=4", "ngram=engram"]),
+        (dict(ngram="bigram"), ["ngram_width=3", "ngram=engram"]),
+        (dict(ngram_order=9), ["ngram_order=9", "block_size=16", "half"]),
+        (dict(ngram_heads=1000), ["ngram_heads=1000", "below 1000"]),
+        (dict(ngram_rows=2**26), ["ngram_rows=67108864", "2,147,483,648 rows"]),
+        (dict(separator=50), ["separator=50", "vocabulary has 50"]),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options, words):

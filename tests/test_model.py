@@ -48,8 +48,20 @@ ALL = pytest.mark.parametrize("config", SYSTEMS.values(), ids=SYSTEMS)
 
 
 def make(config, seed=0):
+    """A model in which n-gram memories add something, too: at first they add 0."""
     torch.manual_seed(seed)
-    return GPT(config).eval()
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if starts_at_0(model, name):
+                parameter.normal_()
+    return model
+
+
+def starts_at_0(model, name):
+    """So that an n-gram memory adds nothing at first."""
+    bigram = model.config.ngram == "bigram" and name == "ngram_pool.values"
+    return bigram or name.endswith("ngram.value.weight")
 
 
 def collecting(model):
@@ -95,19 +107,9 @@ def test_every_parameter_is_initialised(config):
             assert parameter.ndim == 1 or parameter.std() > 0, name
 
 
-def starts_at_0(model, name):
-    """So that an n-gram memory adds nothing at first."""
-    bigram = model.config.ngram == "bigram" and name == "ngram_pool.values"
-    return bigram or name.endswith("ngram.value.weight")
-
-
 @ALL
 def test_every_parameter_receives_a_gradient(config):
     model = make(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if starts_at_0(model, name):
-                parameter.normal_()
     for name, gradient in gradients_of(model, tokens(8, 24), tokens(8, 24, 1)).items():
         assert gradient is not None and gradient.norm() > 0, name
 
