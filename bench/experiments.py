@@ -209,9 +209,6 @@ PARTS = {
         "Memory+": training("shakespeare-memory"),
         "dense": training("shakespeare-dense"),
         "mixture of experts": training("shakespeare-moe"),
-        "Engram": training("shakespeare-engram"),
-        "bigram hash": training("shakespeare-engram", n_ffn=344, **BIGRAM),
-        "Memory+ and Engram": training("shakespeare-memory", n_ffn=304, **HALF_EACH),
     }),
     "n-grams": Part("more", "rows addressed by content, or by tokens", range(1, 6), {
         "Memory+": facts("memory"),
@@ -219,6 +216,13 @@ PARTS = {
         "bigram hash": facts("engram", n_ffn=184, **BIGRAM),
         "Memory+ and Engram": facts("memory", n_ffn=168, **HALF_EACH),
         "dense": facts("dense"),
+    }, reads=True),
+    "n-grams of bytes": Part("more", "tinyshakespeare", range(1, 6), {
+        "Memory+": training("shakespeare-memory"),
+        "Engram": training("shakespeare-engram"),
+        "bigram hash": training("shakespeare-engram", n_ffn=344, **BIGRAM),
+        "Memory+ and Engram": training("shakespeare-memory", n_ffn=304, **HALF_EACH),
+        "dense": training("shakespeare-dense"),
     }, reads=True),
     "names apart": Part("more", "names whose words stand apart", range(1, 4), {
         "Memory+": apart("memory"),

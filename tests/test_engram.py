@@ -1,6 +1,9 @@
 """N-gram memories: rows against numbers by hand, layers against float64 programs of loops, and what they can and cannot learn."""
 
+import json
 import math
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +11,8 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+import train
+from helpers import SMALL, refusal, train_here
 from kernels import RowAdam
 from model import GPT, GPTConfig
 from systems.engram import NGRAMS, make_ngrams, table_sizes
@@ -420,3 +425,36 @@ def test_it_remembers_what_follows_two_tokens_together_and_not_apart(kind):
         targets[:, -1:] = answer
         losses[name] = loss_after_training(config, texts, targets, 120)
     assert losses["together"] < 0.3 and losses["apart"] > 1, losses  # knowing nothing: log 42 = 3.7
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_as_large_as_announced(facts, tmp_path, capsys):
+    """With all that it holds: signs are numbers, too."""
+    options = ["--n_embd=256", "--ngram=bigram", "--ngram_rows=3000", "--ngram_layers=0,1"]
+    train_here(*SMALL, "--mem_layers=", *options, f"--dataset={facts}", f"--out_dir={tmp_path}")
+    announced = re.search(r"a checkpoint of (\d+) MB", capsys.readouterr().out)[1]
+    size = (tmp_path / "ckpt.pt").stat().st_size
+    signs = 8192 * 256
+    assert abs(size - int(announced) * 1e6) < 0.6e6 < signs
+
+
+def test_a_table_that_does_not_fit_is_named(tmp_path, capsys, facts):
+    options = ["--ngram_layers=0", "--ngram_rows=100000000", "--ngram_width=64"]
+    given = [*SMALL, *options, f"--dataset={facts}", f"--out_dir={tmp_path}"]
+    said = refusal(train.main, given, capsys)
+    assert "does not fit" in said and "less than --ngram_rows=100000000" in said
+
+
+def test_a_dataset_with_another_separator_is_refused(finished, facts, tmp_path, capsys):
+    """N-grams would run across its documents."""
+    other = tmp_path / "other"
+    shutil.copytree(facts, other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"separator": 5}))
+    given = [f"--init_from={finished}", f"--dataset={other}", f"--out_dir={tmp_path / 'out'}"]
+    said = refusal(train.main, given, capsys)
+    assert (
+        f"--dataset={other}: its separator is token 5" in said and not (tmp_path / "out").exists()
+    )

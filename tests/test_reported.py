@@ -1008,6 +1008,9 @@ def test_the_log_of_an_update_has_the_rate_that_moves_the_values(
         ),
         (["--system=moe", "--mem_layers=1", "--mem_keys=7", "--moe_topk=2"], "--mem_keys"),
         (["--mem_layers=1", "--mem_keys=16", "--mem_topk=4"], None),
+        (["--mem_layers=1", "--mem_keys=16", "--mem_topk=4", "--ngram_order=2"], "--ngram_order"),
+        (["--ngram_layers=1", "--mem_gate=false", "--mem_learning_rate=1e-3"], "--mem_gate"),
+        (["--ngram_layers=", "--ngram=bigram"], "--ngram"),
     ],
 )
 def test_options_without_effect_are_named(facts, tmp_path, capsys, options, unused):
