@@ -665,6 +665,7 @@ def test_readers_that_cannot_be_kept_are_shown_all_the_same(two_layers, tmp_path
     assert not (out / "readers.pt").exists()
 
 
+@pytest.mark.slow
 def test_inspect_on_a_terminal(finished, facts):
     arguments = [f"--out_dir={finished}", "--start=Once", "--max_new_tokens=2", "--device=cpu"]
     process = start_program("edit/inspect_slots.py", *arguments)
