@@ -6,10 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from bench import draw, experiments, reproduce
 from bench.experiments import PARTS, Part, training
-from tests.helpers import SMALL, prepare, start, wait_until
+from data.dataset import open_dataset
+from model import GPT
+from systems.engram import make_ngrams
+from tests.helpers import SMALL, prepare, start, train_here, wait_until
 
 
 def small_options(facts):
@@ -208,3 +212,29 @@ def test_numbers_written_into_the_pictures_are_those_of_the_results():
     assert len(falls) == 2
     for options, percent in falls.items():
         assert f"{curves[options][-1][1]:.0%}" == percent
+
+
+def test_bytes_that_a_token_reads_are_those_by_hand():
+    rows = PARTS["n-grams"].rows
+    wanted = {
+        "Memory+": 3 * 4 * 16 * 64 * 4,  # layers, heads, slots, width, bytes
+        "Engram": 2 * 2 * 8 * 4 * 4,  # layers, orders, heads, width, bytes
+        "bigram hash": 4 * 64 * 4,
+        "Memory+ and Engram": 3 * 4 * 16 * 64 * 4 + 2 * 2 * 8 * 4 * 4,
+        "dense": 0,
+    }
+    assert {label: row.bytes_read() for label, row in rows.items()} == wanted
+
+
+def test_rows_that_no_step_has_read_are_counted(facts, tmp_path):
+    """Against the rows of the windows that were read. In the first step no row has a gradient: W_v is 0."""
+    options = [*SMALL, "--mem_layers=", "--ngram_layers=0", "--ngram_rows=200", "--ngram_heads=2"]
+    train_here(*options, f"--dataset={facts}", f"--out_dir={tmp_path}")
+    config = GPT.from_checkpoint(tmp_path).config
+    layer = GPT.from_checkpoint(tmp_path).blocks[0].ngram
+    batches = open_dataset(facts, 32, 1)["train"]
+    tokens = torch.from_numpy(batches.windows(range(2, 8))[:, :-1])  # steps 2 to 4, of two windows
+    rows = layer.rows(make_ngrams(tokens, 3, config.separator, config.vocab_size))
+    share = 1 - len(rows.unique()) / (211 + 223 + 227 + 229)
+    assert 0 < share < 1
+    assert reproduce.rows_never_read(tmp_path) == {"never_read": round(share, 4)}
