@@ -240,7 +240,7 @@ PARTS = {
     }, reads=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
-        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
+        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
         for rate in (4e-3, 2.5e-3, 6e-3)
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 4), {

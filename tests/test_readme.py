@@ -278,9 +278,10 @@ def lines_of(part, label, found):
 def test_the_tables_are_those_of_the_results():
     found = results()
     parts = ["headline", "systems", "layers", "slots", "text", "capacity", "rates", "new people"]
+    parts.append("n-grams")
     rows = [row for part in parts for row in reproduce.table(part, found).splitlines()[4:]]
     rows = {row for row in rows if "not measured" not in row}
-    assert len(rows) == 5 + 4 + 9 + 6 + 3 + 3 + 21 + 4
+    assert len(rows) == 5 + 5 + 9 + 6 + 3 + 3 + 21 + 4 + 5
     assert not [row for row in rows if BENCH.count(f"\n{row}\n") != 1]  # nothing twice
 
 
@@ -289,6 +290,7 @@ SYSTEMS = {  # row of the README: label in the results
     "[PKM](https://arxiv.org/abs/1907.05242), one layer": "product-key memory",
     "[PEER](https://arxiv.org/abs/2407.04153)": "PEER",
     "[UltraMem](https://arxiv.org/abs/2411.12364), one layer": "UltraMem",
+    "[Engram](https://arxiv.org/abs/2601.07372), n-grams": "Engram",
     "[mixture of experts](https://arxiv.org/abs/1701.06538)": "mixture of experts",
     "dense": "dense",
 }  # fmt: skip
@@ -368,6 +370,7 @@ def sentences():
     old = reproduce.with_error(lost, ".1f")
     seconds_of_update = statistics.median(line["update_seconds"] for line in update)
     assert (len(text), len(update)) == (5, 2)
+    bytes_read = {label: row.bytes_read() for label, row in PARTS["n-grams"].rows.items()}
     return [
         f"recalls {mean_recall(eight['Memory+']):.0f}% of 12,000 made-up facts",
         f"tokens, dense recalls {mean_recall(eight['dense']):.0f}%",
@@ -384,6 +387,7 @@ def sentences():
         f"It recalls {without['one layer']} points less than three layers on one pool",
         f"without qk-norm recall {without['no qk-norm']} points less",
         f"with a third of the slots each, {without['three layers, each with a third of the slots']}.",
+        f"reads {bytes_read['Engram']:,} bytes of values a token, not {bytes_read['Memory+']:,}",
         f"{reproduce.with_error(nats, '.3f')} nats a byte (five seeds)",
         f"In {seconds_of_update:.0f} s on a CPU, the update ({update[0]['bytes'] / 1e6:.1f} MB) teaches {new}% of 600 new facts",
         f"costs {old} points of old recall (two seeds",
@@ -472,6 +476,8 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         for label in PARTS[part].rows:
             for line in lines_of(part, label, runs):
                 seconds[line["command"]] = line["seconds"]
+    names = ("Engram", "Memory+", "dense")
+    ngrams, five, plain_dense = [mean_recall(lines_of("n-grams", name, runs)) for name in names]
     text = joined(BENCH)
     for sentence in (
         f"Memory+ recalls {recall / dense:.1f} times as much as dense at equal FLOPs and tokens, "
@@ -489,5 +495,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"without both, Memory+ loses {lost['neither']}",
         f"recall rises by {', '.join(steps[:-1])} and {steps[-1]} points",
         f"{sum(seconds.values()) / 2 / 3600:.1f} hours on the EPYC",
+        f"**Engram recalls {ngrams / plain_dense:.1f} times as much as dense,** "
+        f"and Memory+ {five / plain_dense:.1f} times",
     ):
         assert sentence in text, sentence
