@@ -55,20 +55,24 @@ def default_ngram_width(config):
 def check_ngrams(config):
     """Raises ValueError for options that do not fit together."""
     c = config
-    rows = c.ngram_rows
-    if c.ngram == "engram":
-        rows *= len(c.ngram_layers) * (c.ngram_order - 1) * c.ngram_heads
-    if rows >= 2**31:
-        raise ValueError(f"--ngram_rows={c.ngram_rows}: {rows:,} rows in all, 2^31 or more")
     if c.ngram == "bigram":
-        wanted = {"ngram_order": NgramOptions.ngram_order, "ngram_heads": NgramOptions.ngram_heads}
-        wanted["ngram_width"] = c.n_embd
-        for name, value in wanted.items():
-            if getattr(c, name) != value:
-                raise ValueError(f"--{name}={getattr(c, name)}: only --ngram=engram has it")
-    elif c.ngram_order > max(2, c.block_size // 2):
+        check_bigram(c)
+        return
+    if c.ngram_order > max(2, c.block_size // 2):
         context = f"a text that exceeds --block_size={c.block_size} keeps only half of it"
         raise ValueError(f"--ngram_order={c.ngram_order}: {context}")
+    rows = len(c.ngram_layers) * (c.ngram_order - 1) * c.ngram_heads * c.ngram_rows
+    if rows >= 2**31:
+        raise ValueError(f"--ngram_rows={c.ngram_rows}: {rows:,} rows in all, 2^31 or more")
+
+
+def check_bigram(config):
+    if config.ngram_order != NgramOptions.ngram_order:
+        raise ValueError(f"--ngram_order={config.ngram_order}: only --ngram=engram has it")
+    if config.ngram_heads != NgramOptions.ngram_heads:
+        raise ValueError(f"--ngram_heads={config.ngram_heads}: only --ngram=engram has it")
+    if config.ngram_width != config.n_embd:
+        raise ValueError(f"--ngram_width={config.ngram_width}: only --ngram=engram has it")
 
 
 def table_sizes(config):
