@@ -3,7 +3,7 @@ torch.optim.Adam would. RowAdam moves only the rows that a step has read.
 
     python bench/all_rows.py --preset=facts-engram      and all other options of train.py
 
-A checkpoint does not say so: give --resume to this program, too.
+Checkpoints do not record this: resume with this program, not with train.py.
 """
 
 import sys
@@ -26,6 +26,6 @@ class AllRowsAdam(RowAdam):
 
 
 if __name__ == "__main__":
-    train.RowAdam = AllRowsAdam
+    train.RowAdam = AllRowsAdam  # make_optimizers takes it
     ignore_stream_errors()
     train.main(sys.argv[1:])

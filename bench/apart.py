@@ -1,5 +1,5 @@
 """Make the facts anew, with two commas between the words of a name: "Zailam,, Zimor,, Rinar was
-born in". Then no trigram holds two words of a name, so none says whom a sentence is about.
+born in". Then no trigram holds two words of a name, so none is a name.
 
     python bench/apart.py               data/facts to out/facts-apart
 """
@@ -18,8 +18,8 @@ from runtime.files import fail
 def put_apart(ids, separator, sentence_end, comma):
     """Token ids -> the same with two commas after the first and the second word of a sentence."""
     starts = np.flatnonzero((ids[:-1] == separator) | (ids[:-1] == sentence_end)) + 1
-    starts = starts[ids[starts] != separator]  # the end of a biography
-    places = np.concatenate([starts + 1, starts + 2]).repeat(2)
+    starts = starts[ids[starts] != separator]  # which is no sentence
+    places = np.concatenate([starts + 1, starts + 2]).repeat(2)  # two commas at each
     return np.insert(ids, places, comma)
 
 

@@ -2,8 +2,9 @@
 
     python bench/docs.py               torch, numpy, sympy and networkx, to out/docs
 
-PyTorch needs these packages, so they are there. Every docstring is a document. Those of every
-twentieth file are for validation. Tokens are the first 4,096 of GPT-2's, which spell any text.
+They are there: requirements.txt brings them. The text depends on their versions. Every docstring is
+a document. Those of every twentieth file are for validation. Tokens are the first 4,096 of GPT-2's,
+which spell any text.
 """
 
 import ast
@@ -27,7 +28,7 @@ from runtime.bars import Bar
 from runtime.files import fail
 
 PACKAGES = ("torch", "numpy", "sympy", "networkx")
-VOCABULARY = 4096  # tokens, without the separator
+VOCABULARY = 4096  # tokens; also the id of the separator, which follows them
 SHORTEST = 100  # characters of a docstring
 
 
@@ -45,7 +46,7 @@ def docstrings(file):
         warnings.simplefilter("ignore")  # on the file's own errors
         try:
             tree = ast.parse(file.read_bytes())
-        except SyntaxError:  # for another version of Python
+        except SyntaxError:  # written for another Python
             return []
     texts = []
     for node in ast.walk(tree):
@@ -66,7 +67,7 @@ def vocabulary():
 
 def prepare(folder, overwrite):
     check_free(folder, overwrite)
-    known = set()  # some docstrings are copies
+    known = set()  # copies are left out
     described = vocabulary()
     encoding = make_encoding(described)
     splits = {"train": [], "val": []}

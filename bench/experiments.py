@@ -128,7 +128,7 @@ def docs(system, **given):
 
 
 def apart(system, **given):
-    """Facts with longer sentences (bench/apart.py), of which a run reads as many as the demo."""
+    """Facts with longer sentences (bench/apart.py): more steps read as many as the demo does."""
     options = dict(dataset="out/facts-apart", max_iters=4300, eval_interval=4300)
     return facts(system, **options, **given)
 

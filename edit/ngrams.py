@@ -1,7 +1,7 @@
 """Which n-grams read a row of an n-gram memory (systems/engram.py). edit/inspect_slots.py shows
 them. Rows depend on tokens alone, so this needs no forward pass.
 
-Of several heads only the first is shown, and of large training data only the beginning is searched.
+Only the first of several heads is shown, and the first MOST_TOKENS of the training data are searched.
 Letters: T time, N longest n-gram."""
 
 import numpy as np
@@ -26,7 +26,7 @@ class NgramInspector:
         self.config = sampler.model.config
         self.device = sampler.device
         self.layers = {i: sampler.model.blocks[i].ngram for i in self.config.ngram_layers}
-        self.gates = []  # of the last token, for each layer
+        self.gates = []  # of the last token in the last pass, one a layer
         windows = open_dataset(dataset.folder, self.config.block_size, 0)["train_eval"]
         self.read_training_data(windows.ids[:MOST_TOKENS])
         sampler.model.ngram_pool.usage = self
@@ -37,7 +37,7 @@ class NgramInspector:
         ngrams = []
         rows = {i: [] for i in self.layers}
         for start in range(0, len(ids), PIECE):
-            first = max(0, start - history)
+            first = max(0, start - history)  # with the tokens before the piece
             tokens = self.ngrams_of(ids[first : start + PIECE])[start - first :]
             ngrams.append(tokens.cpu().numpy().astype(np.int32))
             for i, layer in self.layers.items():
@@ -57,13 +57,13 @@ class NgramInspector:
         return layer.rows(tokens)[:, :: layer.J].cpu().numpy()
 
     def add(self, rows, gates):
-        """The layers call this in turn. gates (B, T, M) are alike for all M rows of a token."""
+        """The layers call this in turn. gates (B, T, M), of bigrams the strength, are equal for all
+        M rows of a token."""
         self.gates.append(gates[0, -1, 0].item())
 
     def reads_of_last_token(self, ids):
-        """What the last of these token ids has read, in one forward pass since the last call: for
-        each layer and order, the n-gram, its row, and which n-grams of the training data read this
-        row"""
+        """What the last of these token ids has read, by layer and order: the n-gram, its row, and
+        which n-grams of the training data read this row. Call it after each forward pass."""
         found = []
         tokens = self.ngrams_of(ids[-self.config.ngram_order :])[-1:]  # (1, N)
         for (block, layer), gate in zip(self.layers.items(), self.gates, strict=True):
@@ -91,7 +91,7 @@ class NgramInspector:
 
     def print(self, found):
         block = None
-        shown = set()  # rows: layers of bigrams share them
+        shown = set()  # rows; bigram layers share them
         for read in found:
             if read["block"] != block:
                 block = read["block"]

@@ -1,7 +1,8 @@
 """N-gram memories: tables whose rows are chosen by the last few tokens, not by the hidden state.
 
 Engram (arXiv:2601.07372) reads J rows for each order n = 2..N of n-grams that end at token t. Table
-(n, j) of a layer has p_{n,j} rows. All p are distinct primes, and m are fixed odd numbers:
+(n, j) of a layer has p_{n,j} rows. The p are distinct primes, the same in each layer. The m are odd
+numbers that each layer draws once:
 
     mix_n   = m_0 x_t  xor  m_1 x_{t-1}  xor ...  m_{n-1} x_{t-n+1}       x token ids
     rows    = mix_n mod p_{n,j}, for each n and j
@@ -12,13 +13,14 @@ Engram (arXiv:2601.07372) reads J rows for each order n = 2..N of n-grams that e
 
 Each layer has tables of its own, all in one pool. Not here: token ids merged by their spelling, and
 a convolution after the gate. The bigram hash of GPT-2 speedruns is the smallest form: one table for
-all layers, one row for each token, and a learned strength instead of a gate.
+all layers, of which a token reads one row, and a learned strength instead of a gate. RowAdam trains
+the rows, AdamW all else.
 
 The tokens alone determine the rows, so a program could fetch them before the forward pass (this one
-does not). The hash sees N tokens, and none before the start of their document. Attention can carry
-what the rows hold to later tokens. Product keys choose rows by h, with all that it holds.
+does not). The hash sees at most N tokens of one document. Product keys choose by h, which can hold
+more. But attention can carry what a row holds to later tokens.
 
-Letters: B batch, T time, C model width, w width of a row."""
+Letters: B batch, T time, C model width, w width of a row, R rows of the bigram table E."""
 
 import math
 from dataclasses import dataclass
@@ -38,9 +40,7 @@ class NgramOptions:
 
     ngram_layers: tuple[int, ...] = option((), "blocks to which an n-gram memory adds, as in 1,2")
     ngram: str = option("engram", "kind of n-gram memory", choices=("engram", "bigram"))
-    ngram_rows: int = option(
-        16384, "rows of a table, at least. engram: (N - 1) J for each layer", 2
-    )
+    ngram_rows: int = option(16384, "rows of a table, at least; engram: (N-1) J tables a layer", 2)
     ngram_order: int = option(3, "engram: longest n-gram N", 2)
     ngram_heads: int = option(8, "engram: rows J for each order", 1, 1000)
     ngram_width: int = option(0, "engram: width of a row; 0: n_embd / ((N - 1) J)")
@@ -58,6 +58,7 @@ def check_ngrams(config):
     if c.ngram == "bigram":
         check_bigram(c)
         return
+    # generation goes on with half a block, which must hold an n-gram
     if c.ngram_order > max(2, c.block_size // 2):
         context = f"a text that exceeds --block_size={c.block_size} keeps only half of it"
         raise ValueError(f"--ngram_order={c.ngram_order}: {context}")
@@ -67,6 +68,7 @@ def check_ngrams(config):
 
 
 def check_bigram(config):
+    """Options that have no effect must be the defaults."""
     if config.ngram_order != NgramOptions.ngram_order:
         raise ValueError(f"--ngram_order={config.ngram_order}: only --ngram=engram has it")
     if config.ngram_heads != NgramOptions.ngram_heads:
@@ -88,17 +90,20 @@ def table_sizes(config):
 
 def make_ngrams(tokens, order, separator, pad):
     """tokens (B, T) -> (B, T, order): each token and those before it, the latest first. pad stands
-    for tokens before the first one, and before a separator, which starts a document."""
+    for tokens of an earlier document, or before all. A separator is the first token of its
+    document."""
     tokens = tokens.long()
     columns = [tokens]
     for _ in range(order - 1):
-        shifted = F.pad(columns[-1][:, :-1], (1, 0), value=pad)  # one token earlier
+        # one token earlier; pads of the last column move along
+        shifted = F.pad(columns[-1][:, :-1], (1, 0), value=pad)
         columns.append(shifted.masked_fill(tokens == separator, pad))
     return torch.stack(columns, dim=-1)
 
 
 def read_rows(pool, rows):
-    """rows (B, T, M) -> their values (B, T, M, w). For the lookup, each row is a sum of one row."""
+    """rows (B, T, M) -> their values (B, T, M, w). The pool sums rows by weight: here one row, with
+    weight 1."""
     ones = torch.ones(rows.numel(), 1, device=rows.device)
     return pool.lookup(rows.view(-1, 1), ones).view(*rows.shape, -1)
 
@@ -110,18 +115,19 @@ class Engram(nn.Module):
         super().__init__()
         C = config.n_embd
         primes = torch.tensor(table_sizes(config))  # (M,)
-        first_row = number * primes.sum()  # of this layer in the pool
-        offsets = first_row + primes.cumsum(0) - primes  # of its tables, (M,)
+        first_row = number * primes.sum()  # where this layer's rows start in the pool
+        offsets = first_row + primes.cumsum(0) - primes  # where each of its tables starts, (M,)
         width = len(primes) * config.ngram_width
         self.J = config.ngram_heads
         self.orders = range(2, config.ngram_order + 1)
-        self.largest = (2**63 - 1) // config.vocab_size  # multiplier: the largest id is the pad
-        self.key = nn.Linear(width, C, bias=False)
-        self.value = nn.Linear(width, C, bias=False)
+        # a larger multiplier could overflow int64: the pad's id is vocab_size
+        self.largest = (2**63 - 1) // config.vocab_size
+        self.key = nn.Linear(width, C, bias=False)  # W_k
+        self.value = nn.Linear(width, C, bias=False)  # W_v
         self.key_norm = nn.RMSNorm(C, eps=1e-6)
         self.query_norm = nn.RMSNorm(C, eps=1e-6)
         multipliers = torch.empty(config.ngram_order, dtype=torch.int64)
-        self.register_buffer("multipliers", multipliers)  # checkpoints hold them
+        self.register_buffer("multipliers", multipliers)  # random, so checkpoints hold them
         self.register_buffer("primes", primes.view(-1, self.J), persistent=False)  # (N - 1, J)
         self.register_buffer("offsets", offsets, persistent=False)
 
@@ -132,9 +138,10 @@ class Engram(nn.Module):
         return ValuePool(rows, config.ngram_width, dtype, initialize=False)
 
     def initialize(self, residual):
-        """Draw the weights. W_v is 0, so that the layer adds nothing at first."""
+        """Draw the weights. W_v is 0, so that the layer adds nothing at first, whatever residual
+        is."""
         half = torch.randint((self.largest + 1) // 2, self.multipliers.shape)
-        self.multipliers.copy_(2 * half + 1)  # odd: a hash by an even one would lose a bit
+        self.multipliers.copy_(2 * half + 1)
         initialize_linear(self.key)
         nn.init.zeros_(self.value.weight)
         self.key_norm.reset_parameters()
@@ -145,7 +152,7 @@ class Engram(nn.Module):
         rows = self.rows(ngrams)  # (B, T, M)
         e = read_rows(pool, rows).flatten(2).to(h.dtype)  # (B, T, M * w)
         gate = self.gate(h, self.key(e))  # (B, T, 1)
-        if pool.usage is not None:
+        if pool.usage is not None:  # for statistics, or edit/inspect_slots.py
             pool.usage.add(rows, gate.expand(rows.shape))
         return (gate * self.value(e)).to(h.dtype)
 
@@ -163,7 +170,7 @@ class Engram(nn.Module):
         """h, key (B, T, C) -> a in the text above, (B, T, 1)"""
         agreement = self.key_norm(widen(key)) * self.query_norm(widen(h))
         g = agreement.sum(-1, keepdim=True) / math.sqrt(h.size(-1))
-        root = g.abs().clamp(min=1e-6).sqrt()  # at 0 it would have no gradient
+        root = g.abs().clamp(min=1e-6).sqrt()  # at 0 its gradient is infinite
         return (g.sign() * root).sigmoid()
 
     def flops(self):
@@ -172,20 +179,20 @@ class Engram(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """h = h + strength * E[row] * signs. The last two tokens choose the row, and the signs, -1 or
-    1. At the start of a document or of a window, it is the last row. Signs tell apart most bigrams
-    that share a row.
+    """h = h + strength * E[row] * signs. The last two tokens choose the row and its signs, -1 or 1.
+    Most bigrams that share a row have other signs. The first token of a document or window has the
+    last row.
 
-    config: a GPTConfig. number is not used: all layers read the same rows."""
+    config: a GPTConfig; number: without effect, as all layers share the table"""
 
-    J = 1
+    J = 1  # J and orders: for edit/ngrams.py, as in Engram
     orders = (2,)
 
     def __init__(self, config, number):
         super().__init__()
         self.C = config.n_embd
         self.R = config.ngram_rows
-        self.pad = config.vocab_size  # as in make_ngrams
+        self.pad = config.vocab_size  # as GPT gives to make_ngrams
         self.strength = nn.Parameter(torch.empty(1))
 
     @staticmethod
