@@ -1,7 +1,7 @@
 """Which n-grams read a row of an n-gram memory (systems/engram.py). edit/inspect_slots.py shows
 them. Rows depend on tokens alone, so this needs no forward pass.
 
-Only the first of several heads is shown, and the first MOST_TOKENS of the training data are searched.
+Only the first of several heads is shown. Only MOST_TOKENS of the training data are searched.
 Letters: T time, N longest n-gram."""
 
 import numpy as np
