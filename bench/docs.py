@@ -73,7 +73,9 @@ def prepare(folder, overwrite):
     splits = {"train": [], "val": []}
     characters = 0
     for number, file in enumerate(Bar(source_files(), "docstrings", unit="file")):
-        split = splits["val" if number % 20 == 0 else "train"]
+        split = splits["train"]
+        if number % 20 == 0:
+            split = splits["val"]
         for text in docstrings(file):
             if text not in known:
                 known.add(text)
