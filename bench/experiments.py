@@ -124,7 +124,10 @@ HALF_EACH = dict(mem_keys=90, ngram_layers=(0, 1), ngram_rows=4096)  # over the 
 
 def docs(system, **given):
     """Real text: the docstrings of installed packages (bench/docs.py)."""
-    return training(f"shakespeare-{system}", dataset="out/docs", **given)
+    options = {"dataset": "out/docs", "learning_rate": 6e-3, "max_iters": 600, **given}
+    if system != "dense":
+        options["mem_learning_rate"] = 2e-2
+    return training(f"shakespeare-{system}", **options)
 
 
 def apart(system, **given):
@@ -220,7 +223,6 @@ PARTS = {
     "n-grams of bytes": Part("more", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
         "Engram": training("shakespeare-engram"),
-        "bigram hash": training("shakespeare-engram", n_ffn=344, **BIGRAM),
         "Memory+ and Engram": training("shakespeare-memory", n_ffn=304, **HALF_EACH),
         "dense": training("shakespeare-dense"),
     }, reads=True),
@@ -235,8 +237,8 @@ PARTS = {
         "Engram, Adam on all rows": docs("engram", program="bench/all_rows.py"),
         "bigram hash": docs("engram", n_ffn=344, **BIGRAM),
         "Memory+ and Engram": docs("memory", n_ffn=304, **HALF_EACH),
-        "mixture of experts": docs("moe"),
         "dense": docs("dense"),
+        "dense, same time (640 steps)": docs("dense", max_iters=640),
     }, reads=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
