@@ -278,10 +278,10 @@ def lines_of(part, label, found):
 def test_the_tables_are_those_of_the_results():
     found = results()
     parts = ["headline", "systems", "layers", "slots", "text", "capacity", "rates", "new people"]
-    parts.append("n-grams")
+    parts += ["n-grams", "names apart", "docs", "n-grams of bytes"]
     rows = [row for part in parts for row in reproduce.table(part, found).splitlines()[4:]]
     rows = {row for row in rows if "not measured" not in row}
-    assert len(rows) == 5 + 5 + 9 + 6 + 3 + 3 + 21 + 4 + 5
+    assert len(rows) == 5 + 5 + 9 + 6 + 3 + 3 + 21 + 4 + 5 + 3 + 7 + 4
     assert not [row for row in rows if BENCH.count(f"\n{row}\n") != 1]  # nothing twice
 
 
@@ -318,6 +318,14 @@ def points_lost(part, label, found):
 def differences(some, others):
     """Recall of some lines minus that of others, each seed, in percent."""
     return [100 * (a["recall"] - b["recall"]) for a, b in zip(some, others, strict=True)]
+
+
+def nats_above(part, label, other, found):
+    """Validation loss of a row minus that of another one, in nats, with its standard error."""
+    lines = lines_of(part, label, found)
+    others = lines_of(part, other, found)
+    above = [a["val_loss"] - b["val_loss"] for a, b in zip(lines, others, strict=True)]
+    return reproduce.with_error(above, ".3f")
 
 
 def lines_of_eight_seeds(name):
@@ -362,8 +370,7 @@ def sentences():
     for label in PARTS["layers"].rows:
         without[label] = reproduce.with_error(points_lost("layers", label, runs), ".0f")
     text = lines_of("text", "Memory+", runs)
-    other = lines_of("text", "dense", runs)
-    nats = [b["val_loss"] - a["val_loss"] for a, b in zip(text, other, strict=True)]
+    nats = nats_above("text", "dense", "Memory+", runs)
     update = lines_of("new people", "65,536 slots", runs)
     new = reproduce.with_error([100 * line["recall"] for line in update], ".0f")
     lost = [100 * (line["curve"][0][-2] - line["curve"][-1][-2]) for line in update]
@@ -390,7 +397,7 @@ def sentences():
         f"with a third of the slots each, {without['three layers, each with a third of the slots']}.",
         f"reads {bytes_read['Engram']:,} bytes of values a token, not {bytes_read['Memory+']:,}. "
         f"Seeds 1 to 5: {reproduce.with_error(ngrams, '.0f')}%",
-        f"{reproduce.with_error(nats, '.3f')} nats a byte (five seeds)",
+        f"{nats} nats a byte (five seeds)",
         f"In {seconds_of_update:.0f} s on a CPU, the update ({update[0]['bytes'] / 1e6:.1f} MB) teaches {new}% of 600 new facts",
         f"costs {old} points of old recall (two seeds",
         "100 new people by changing 65,536 slots",
@@ -480,6 +487,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
                 seconds[line["command"]] = line["seconds"]
     names = ("Engram", "Memory+", "dense")
     ngrams, five, plain_dense = [mean_recall(lines_of("n-grams", name, runs)) for name in names]
+    same_time = "dense, same time (640 steps)"
     text = joined(BENCH)
     for sentence in (
         f"Memory+ recalls {recall / dense:.1f} times as much as dense at equal FLOPs and tokens, "
@@ -499,5 +507,10 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"{sum(seconds.values()) / 2 / 3600:.1f} hours on the EPYC",
         f"**Engram recalls {ngrams / plain_dense:.1f} times as much as dense,** "
         f"and Memory+ {five / plain_dense:.1f} times",
+        f"Engram's loss is {nats_above('docs', 'Memory+', 'Engram', runs)} nats below that of Memory+",
+        f"Memory+ beats dense by {nats_above('docs', 'dense', 'Memory+', runs)} nats",
+        f"dense draws level or is ahead ({nats_above('docs', 'Memory+', same_time, runs)})",
+        f"Engram is {nats_above('docs', same_time, 'Engram', runs)} better than dense in the same time",
+        f"lowers Engram's loss by {nats_above('docs', 'Engram', 'Engram, Adam on all rows', runs)} nats",
     ):
         assert sentence in text, sentence
