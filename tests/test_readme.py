@@ -509,8 +509,8 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"and Memory+ {five / plain_dense:.1f} times",
         f"Engram's loss is {nats_above('docs', 'Memory+', 'Engram', runs)} nats below that of Memory+",
         f"Memory+ beats dense by {nats_above('docs', 'dense', 'Memory+', runs)} nats",
-        f"dense draws level or is ahead ({nats_above('docs', 'Memory+', same_time, runs)})",
-        f"Engram is {nats_above('docs', same_time, 'Engram', runs)} better than dense in the same time",
+        f"dense is {nats_above('docs', 'Memory+', same_time, runs)} better than Memory+, "
+        f"and Engram {nats_above('docs', same_time, 'Engram', runs)} better than dense",
         f"lowers Engram's loss by {nats_above('docs', 'Engram', 'Engram, Adam on all rows', runs)} nats",
     ):
         assert sentence in text, sentence
