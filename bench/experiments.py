@@ -223,7 +223,6 @@ PARTS = {
     "n-grams of bytes": Part("more", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
         "Engram": training("shakespeare-engram"),
-        "Memory+ and Engram": training("shakespeare-memory", n_ffn=304, **HALF_EACH),
         "dense": training("shakespeare-dense"),
     }, reads=True),
     "names apart": Part("more", "names whose words stand apart", range(1, 4), {
