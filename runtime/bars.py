@@ -9,6 +9,10 @@ class Bar(tqdm):
     """A tqdm bar on standard error. If that is no terminal, it writes a line every ten seconds:
     a file keeps every state of a bar."""
 
+    # of a bar that Ctrl-C has kept from starting: there is nothing to close
+    in_file = False
+    disable = True
+
     def __init__(self, *args, **settings):
         self.in_file = not sys.stderr.isatty()
         if self.in_file:

@@ -896,6 +896,12 @@ def test_a_bar_on_a_terminal_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_bar_that_ctrl_c_keeps_from_starting_is_quiet():
+    """Row 12. Python calls __del__ without __init__, and prints what it raises."""
+    bar = Bar.__new__(Bar)
+    bar.__del__()
+
+
 def train_with_hangup_ignored(*arguments):
     """As nohup starts a program."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
