@@ -186,7 +186,7 @@ HEADLINE = {
 }
 PARTS = {
     "headline": Part(
-        "cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 4), HEADLINE),
+        "cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), HEADLINE),
     "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 4), {
         "Memory+": facts("memory"),
         "product-key memory": facts("pkm"),
