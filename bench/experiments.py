@@ -177,6 +177,7 @@ def update(kind, slots, **given):
 
 
 COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
+THREE_PKM = facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288)
 HEADLINE = {
     "Memory+": facts("memory"),
     "dense": facts("dense"),
@@ -187,26 +188,42 @@ HEADLINE = {
 PARTS = {
     "headline": Part(
         "cpu", "Memory+ against dense, at equal FLOPs and seconds", range(1, 9), HEADLINE),
-    "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 4), {
+    "systems": Part("cpu", "all kinds of layers at equal FLOPs and parameters", range(1, 6), {
         "Memory+": facts("memory"),
-        "product-key memory": facts("pkm"),
+        "product-key memory, one layer": facts("pkm"),
+        "product-key memory, three layers": THREE_PKM,
         "PEER": facts("peer"),
         "UltraMem": facts("ultramem"),
         "Engram": facts("engram"),
         "mixture of experts": facts("moe"),
         "dense": facts("dense"),
     }),
-    "layers": Part("cpu", "layers on one pool, and the parts of Memory+", range(1, 4), {
-        "three layers (Memory+)": facts("memory"),  # n_ffn keeps the FLOPs equal
-        "two layers": facts("memory", mem_layers=(1, 3), n_ffn=176),
+    "layers": Part("cpu", "number and place of layers, and their pools", range(1, 6), {
+        "three layers on one pool (Memory+)": facts("memory"),  # n_ffn keeps the FLOPs equal
+        "two layers on one pool": facts("memory", mem_layers=(1, 3), n_ffn=176),
         "one layer": facts("memory", mem_layers=(2,), n_ffn=184),
+        "none (dense)": facts("dense"),
         "three layers, each with a third of the slots": facts(
             "memory", mem_shared=False, mem_keys=74, n_ffn=264),
+        "two layers, each with half of the slots": facts(
+            "memory", mem_layers=(1, 3), mem_shared=False, mem_keys=90, n_ffn=200),
+        "three layers on one pool, in blocks 0, 1, 2": facts("memory", mem_layers=(0, 1, 2)),
+        "three layers on one pool, in blocks 0, 2, 3": facts("memory", mem_layers=(0, 2, 3)),
+        "one layer, in block 1": facts("memory", mem_layers=(1,), n_ffn=184),
+        "one layer, in block 3": facts("memory", mem_layers=(3,), n_ffn=184),
+    }),
+    "parts": Part("cpu", "the parts of Memory+", range(1, 6), {
+        "Memory+": facts("memory"),  # n_ffn keeps the FLOPs equal
         "no gate, no output matrix": facts("memory", mem_gate=False, n_ffn=288),
         "no qk-norm": facts("memory", mem_qk_norm=False),
-        "neither": facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288),
-        "product-key memory, one layer": facts("pkm"),
-        "no memory layer (dense)": facts("dense"),
+        "neither (product-key memory)": THREE_PKM,
+        "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
+        "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
+        "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
+        "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
+        "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
+        "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
+        "values' rate on a cosine": facts("memory", mem_decay=1.0),
     }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
@@ -241,10 +258,19 @@ PARTS = {
     }, reads=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         f"{system}, {rate:g}": facts(system, learning_rate=rate)
-        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem")
+        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
         for rate in (4e-3, 2.5e-3, 6e-3)
     }, compared=False),
-    "slots": Part("cpu", "more slots", range(1, 4), {
+    "UltraMem": Part("more", "UltraMem's values' rate, blocks and skip", range(1, 2), {
+        "2e-3 and 4 times that at first": facts("ultramem"),
+        "8e-3 and 4 times that at first": facts("ultramem", mem_learning_rate=8e-3),
+        "5e-3, constant": facts("ultramem", mem_learning_rate=5e-3, mem_decay=0.0),
+        "2e-2, constant": facts("ultramem", mem_learning_rate=2e-2, mem_decay=0.0),
+        "added two blocks later": facts("ultramem", mem_skip=2),
+        "in block 2": facts("ultramem", mem_layers=(2,)),
+        "in blocks 0 and 1": facts("ultramem", mem_layers=(0, 1), n_ffn=56),
+    }, compared=False),
+    "slots": Part("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
         "256 slots": facts("memory", mem_keys=16, n_ffn=384),  # n_ffn keeps the FLOPs equal
         "1,024 slots": facts("memory", mem_keys=32, n_ffn=352),
@@ -252,7 +278,7 @@ PARTS = {
         "36,864 slots": facts("memory", mem_keys=192, n_ffn=32),
         "36,864 slots, 7% more FLOPs": facts("memory", mem_keys=192),
     }),
-    "capacity": Part("more", "more people, each fact 84 times", range(1, 4), {
+    "capacity": Part("more", "more people, each fact 84 times", range(1, 3), {
         f"{name}, {count:,} people": more_people(system, count)
         for count in (1000, 2000, 4000, 8000) for name, system in COMPARED.items()
     }, compared=False, bits=True),
@@ -260,21 +286,6 @@ PARTS = {
         f"dense, {rate:g}": more_people("dense", 4000, learning_rate=rate)
         for rate in (4e-3, 2.5e-3, 1.5e-3)
     }, compared=False),
-    "ablations": Part("more", "options of Memory+; n_ffn keeps the FLOPs equal", range(1, 6), {
-        "Memory+": facts("memory"),
-        "in blocks 0, 1 and 2": facts("memory", mem_layers=(0, 1, 2)),
-        "in blocks 0, 2 and 3": facts("memory", mem_layers=(0, 2, 3)),
-        "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
-        "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
-        "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
-        "keys of width 16": facts("memory", mem_key_dim=16, n_ffn=352),
-        "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
-        "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
-        "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
-        "values' rate on a cosine": facts("memory", mem_decay=1.0),
-        "values' rate falling faster (UltraMem)": facts(
-            "memory", mem_learning_rate=5e-3, mem_decay=4.0),
-    }),
     "constant rates": Part("more", "a constant rate for the network, too", range(1, 3), {
         f"{name}, {schedule}": facts(system, **given)
         for name, system in {**COMPARED, "dense, twice the FLOPs": "dense2x"}.items()
