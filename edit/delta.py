@@ -38,8 +38,10 @@ def save_delta(path, values, rows, base, base_name):
 def apply_deltas(model, path, files):
     """Write the rows of deltas into a model's table, one delta after another. files: their paths,
     or the folders of updates. Each must belong to the model's checkpoint, path, or to a result of
-    the earlier deltas. Raises FileNotFoundError or ValueError, naming the file."""
+    the earlier deltas. Returns the numbers of all rows that were written, increasing,
+    int64, on the CPU. Raises FileNotFoundError or ValueError, naming the file."""
     known = {}  # {weights_hash: name}
+    written = [torch.empty(0, dtype=torch.int64)]
     name = str(path)
     for file in files:
         if Path(file).is_dir():
@@ -59,6 +61,8 @@ def apply_deltas(model, path, files):
         with explain_errors(f"{file} is damaged", "give another one"):
             check_rows(delta["rows"], delta["values"], table)
         table[delta["rows"].to(table.device)] = delta["values"].to(table.device)
+        written.append(delta["rows"])
+    return torch.cat(written).unique()
 
 
 def check_delta(delta):

@@ -5,7 +5,7 @@
 
 choose_slots picks the slots that the new data need more than the old data do (Lin et al. 2025,
 arXiv:2510.15103). The changed rows are written to delta.pt. The model's own checkpoint stays as it
-is.
+is. --delta continues from an earlier update; the new delta.pt then contains both.
 """
 
 import math
@@ -22,7 +22,7 @@ import torch
 
 import train
 from data.dataset import check_suits, find_folder, open_dataset
-from edit.delta import save_delta, weights_hash
+from edit.delta import apply_deltas, save_delta, weights_hash
 from kernels import RowAdam
 from model import GPT
 from runtime.bars import Bar
@@ -43,6 +43,7 @@ class UpdateConfig:
     init_from: str = option("", "folder of the run to update")
     dataset: str = option("", "new data to learn: a folder in data/, or a path")
     background: str = option("", "data not to forget; default: the run's dataset; empty: none")
+    delta: str = option("", "earlier update to start from: a delta.pt, or its folder")
     out_dir: str = option("", "folder for delta.pt and the log; default: out/DATASET")
     overwrite: bool = option(False, "replace the update in out_dir")
     slots: int = option(0, "number of slots to change; 0: all")
@@ -51,7 +52,8 @@ class UpdateConfig:
         "auto", "auto: sgd; in bfloat16: rowadam", choices=("auto", "sgd", "rowadam")
     )
     learning_rate: float = option(0.0, "0: 1 for sgd, the run's rate for rowadam", below=1e31)
-    batch_size: int = option(8, "sequences per step", 1)
+    batch_size: int = option(8, "sequences of new data per step", 1)
+    rehearse: int = option(0, "sequences of --background per step, beside the new ones")
     max_iters: int = option(200, "number of steps", 1)
     eval_interval: int = option(50, "steps between evaluations", 1)
     eval_iters: int = option(20, "batches per estimate of the loss", 1)
@@ -69,9 +71,19 @@ class UpdateConfig:
             raise ValueError(f"--choose_by={self.choose_by}: without --slots, all slots can change")
         if self.slots > 0 and not self.background:
             raise ValueError(f"--slots={self.slots}: --background must name the data not to forget")
+        if self.rehearse > 0 and not self.background:
+            raise ValueError(f"--rehearse={self.rehearse}: --background must name the old data")
         if Path(self.init_from).resolve() == Path(self.out_dir).resolve():
             way_out = "--init_from names the same folder; give another one"
             raise ValueError(f"--out_dir={self.out_dir}: {way_out}")
+        out_dir = Path(self.out_dir).resolve()
+        if self.delta and Path(self.delta).resolve() in (out_dir, out_dir / "delta.pt"):
+            raise ValueError(f"--out_dir={self.out_dir}: --delta is in it; give another folder")
+
+    @property
+    def sequences(self):
+        """Sequences per step, new and old ones."""
+        return self.batch_size + self.rehearse
 
 
 # --- which slots ----------------------------------------------------------------------
@@ -172,11 +184,24 @@ def make_optimizer(run, train_config):
         if pool.values.dtype == torch.bfloat16:
             name = "rowadam"  # its stochastic rounding keeps small updates
     if name == "sgd":
-        tokens = config.batch_size * run.model.config.block_size
+        tokens = config.sequences * run.model.config.block_size
         return RowSGD(pool, config.learning_rate or 1.0, tokens)
     betas = (train_config["beta1"], train_config["beta2"])
     rate = config.learning_rate or train_config["mem_learning_rate"]
     return RowAdam(pool, rate, betas, seed=config.seed)
+
+
+def batches_to_learn(run):
+    """Yield the inputs and targets of each step: new sequences and, with --rehearse, old ones."""
+    config = run.config
+    numbers = range(config.max_iters)
+    new = train.batches(run.data["train"], numbers, config.batch_size, run.device)
+    if config.rehearse == 0:
+        yield from new
+        return
+    old = train.batches(run.data["old"]["train"], numbers, config.rehearse, run.device)
+    for (inputs, targets), (old_inputs, old_targets) in zip(new, old, strict=True):
+        yield torch.cat((inputs, old_inputs)), torch.cat((targets, old_targets))
 
 
 def update(run, rows, optimizer):
@@ -187,9 +212,8 @@ def update(run, rows, optimizer):
     may_change[rows] = 1
     context = precision(config.dtype, run.device)
     bar = Progress(run)
-    clock = Clock(run, config.batch_size * run.model.config.block_size)
-    numbers = range(config.max_iters)
-    for inputs, targets in train.batches(run.data["train"], numbers, config.batch_size, run.device):
+    clock = Clock(run, config.sequences * run.model.config.block_size)
+    for inputs, targets in batches_to_learn(run):
         # forward, backward, step
         with context:
             _, loss = run.model(inputs, targets)
@@ -216,7 +240,7 @@ def update(run, rows, optimizer):
 
 
 def prepare(config, checkpoint):
-    """Check everything that can be wrong, and return a train.Run."""
+    """Check the options, and return a train.Run."""
     path = Path(config.init_from, "ckpt.pt")
     if "RANK" in os.environ:
         raise ValueError("an update takes one process: start it with python, not with torchrun")
@@ -238,12 +262,15 @@ def prepare(config, checkpoint):
     model.pool.values.requires_grad_(True)
     run = train.Run(config, model, [], data, device, Ranks(timeout=600, parent=os.getppid()))
     train.add_background(run)
+    return run
+
+
+def occupy_folder(config):
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(out_dir)
     check_unoccupied(out_dir, "delta.pt", config.overwrite)
     clear_run(out_dir)
-    return run
 
 
 def complete_options(given):
@@ -263,6 +290,10 @@ def run_update(given):
     config = make_configs(options, UpdateConfig)[0]
     run = prepare(config, checkpoint)
     base = weights_hash(run.model.state_dict())
+    changed = torch.empty(0, dtype=torch.int64)
+    if config.delta:
+        changed = apply_deltas(run.model, f"{config.init_from}/ckpt.pt", [config.delta])
+    occupy_folder(config)
     optimizer = make_optimizer(run, checkpoint["train_config"])
     train.report(run, {"iter": 0, "tokens": 0, "seconds": 0.0}, evaluating=True)
     began = time.perf_counter()
@@ -275,13 +306,14 @@ def run_update(given):
     largest = run.model.pool.values.detach().norm(math.inf).item()
     train.check_finite(largest, "largest value", run)
     path = Path(config.out_dir, "delta.pt")
-    save_delta(path, run.model.pool.values, rows, base, f"{config.init_from}/ckpt.pt")
+    changed = torch.cat((changed, rows.cpu())).unique()
+    save_delta(path, run.model.pool.values, changed, base, f"{config.init_from}/ckpt.pt")
     summarize(run, result, len(rows))
 
 
 def summarize(run, result, rows):
     c = run.config
-    tokens = run.step * c.batch_size * run.model.config.block_size
+    tokens = run.step * c.sequences * run.model.config.block_size
     print(f"\n{run.step:,} steps, {tokens:,} tokens in {run.seconds:.0f} s of updating")
     print(f"  {rows:,} of {len(run.model.pool.values):,} rows of the memory could change")
     print_results(run, result)

@@ -243,14 +243,23 @@ def test_all_rows_or_all_weights_can_change_and_the_log_tells_of_old_and_new(
         assert first["old_val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_sgd_moves_a_value_by_the_gradient_of_the_sum_over_tokens(finished, new, tmp_path):
-    options = ["--learning_rate=0.5", "--max_iters=1", "--seed=7"]
+@pytest.mark.parametrize("rehearse", [0, 3])
+def test_sgd_moves_a_value_by_the_gradient_of_the_sum_over_tokens(
+    finished, facts, new, tmp_path, rehearse
+):
+    options = ["--learning_rate=0.5", "--max_iters=1", "--seed=7", f"--rehearse={rehearse}"]
     before, after = teach(finished, new, tmp_path / "out", *options)
     model = open_model(finished)
     model.pool.lookup = partial(lookup, model.pool.values)  # autograd's own gradient
-    ids = torch.from_numpy(open_dataset(new, 32, 7)["train"].windows(range(2)))
+    ids = open_dataset(new, 32, 7)["train"].windows(range(2))
+    if rehearse > 0:
+        old = open_dataset(facts, 32, 7)["train"].windows(range(rehearse))
+        ids = np.concatenate((ids, old))
+    ids = torch.from_numpy(ids)
     _, loss = model(ids[:, :-1], ids[:, 1:])
-    gradient = torch.autograd.grad(loss * 64, model.pool.values)[0].to_dense()
+    tokens = 32 * (2 + rehearse)
+    assert log_of(tmp_path / "out")[-1]["tokens"] == tokens
+    gradient = torch.autograd.grad(loss * tokens, model.pool.values)[0].to_dense()
     want = before["pool.values"] - 0.5 * gradient
     torch.testing.assert_close(after["pool.values"], want, rtol=1e-4, atol=1e-6)
 
@@ -316,6 +325,39 @@ def test_deltas_stack_in_order_and_leaving_them_out_is_the_old_model(
 
     plain = text()
     assert text(f"--delta={files[1]}") != plain == text()
+
+
+def test_an_update_continues_an_earlier_one_and_its_delta_has_both(
+    finished, moved, taught, tmp_path, capsys
+):
+    out = tmp_path / "second"
+    earlier = taught / "delta.pt"
+    before = contents(taught)
+    _, after = teach(finished, moved, out, "--slots=60", f"--delta={taught}")
+    first, second = load(earlier), load(out / "delta.pt")
+    assert contents(taught) == before
+    assert second["base"] == first["base"] == weights_hash(load(finished / "ckpt.pt")["model"])
+    model = open_model(finished)
+    apply_deltas(model, finished / "ckpt.pt", [earlier])
+    start = model.state_dict()
+    changed = (after["pool.values"] != start["pool.values"]).any(dim=1).nonzero().flatten()
+    assert 0 < len(changed) <= 60
+    assert set(first["rows"].tolist()) < set(second["rows"].tolist())
+    assert set(changed.tolist()) < set(second["rows"].tolist()) and len(second["rows"]) <= 100
+    model = open_model(finished)
+    apply_deltas(model, finished / "ckpt.pt", [out])
+    assert torch.equal(model.pool.values, after["pool.values"])
+
+    # refused before anything is removed
+    options = [f"--init_from={finished}", f"--dataset={moved}", "--overwrite"]
+    for place in (taught, earlier):
+        same = [*options, f"--out_dir={taught}", f"--delta={place}"]
+        assert "--delta is in it" in refusal(update.main, same, capsys)
+    other = tmp_path / "other.pt"
+    torch.save({**first, "base": "another"}, other)
+    said = refusal(update.main, [*options, f"--out_dir={out}", f"--delta={other}"], capsys)
+    assert f"{other} belongs to" in said
+    assert contents(taught) == before and load(out / "delta.pt")["hash"] == second["hash"]
 
 
 def wrong_deltas(good, checkpoint):
@@ -419,6 +461,8 @@ def test_a_kill_while_a_delta_is_written_leaves_none_or_a_whole_one(tmp_path):
         (update, ["--slots=257"], ["slots=257", "256"]),
         (update, ["--slots=4", "--background="], ["slots=4", "--background"]),
         (update, ["--background=nowhere"], ["nowhere"]),
+        (update, ["--rehearse=2", "--background="], ["rehearse=2", "--background"]),
+        (update, ["--delta=nowhere.pt"], ["nowhere.pt"]),
         (update, ["--init_from=nowhere"], ["no checkpoint", "nowhere"]),
         (update, ["--init_from="], ["no checkpoint"]),
         (update, ["--dataset=nowhere"], ["nowhere", "dataset"]),
