@@ -39,6 +39,9 @@ class Experiment:
     def is_update(self):
         return "init_from" in self.options
 
+    def is_one_by_one(self):
+        return "one_by_one" in self.options.get("program", "")
+
     def people(self):
         """People in its data: 2,000 in data/facts, 4,000 in out/facts4000. 0: other data."""
         name = re.fullmatch(r"facts|out/facts(\d+)", self.options["dataset"])
@@ -176,6 +179,12 @@ def update(kind, slots, **given):
     return update_with("edit/update.py", {**options, **given})
 
 
+def one_by_one(**given):
+    """Teach BASE ten new people, each with an update of its own."""
+    row = update_with("bench/one_by_one.py", dict(people=10, **given))
+    return Experiment(row.command, {"dataset": "facts", **row.options})
+
+
 COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
 THREE_PKM = facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288)
 HEADLINE = {
@@ -224,6 +233,7 @@ PARTS = {
         "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
         "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
         "values' rate on a cosine": facts("memory", mem_decay=1.0),
+        "Adam on all rows": facts("memory", program="bench/all_rows.py"),
     }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
         "Memory+": training("shakespeare-memory"),
@@ -301,11 +311,20 @@ PARTS = {
         **{f"{slots:,} slots": update("new", slots=slots)
            for slots in (64, 256, 1024, 4096, 16384, 32768, 65536)},
         "16,384 slots, chosen by reads": update("new", slots=16384, choose_by="reads"),
+        "65,536 slots, and 2 old sequences in each step": update("new", slots=65536, rehearse=2),
+        "all rows, and 2 old sequences in each step": update("new", slots=0, rehearse=2),
     }),
     "moved people": Part("more", "unlearning 200 facts, and forgetting 11,800", range(1, 6), {
         "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("moved", learning_rate=3e-4),
         "all rows, SGD": update("moved", slots=0),
         **{f"{slots:,} slots": update("moved", slots=slots) for slots in (256, 1024, 4096, 16384)},
+    }),
+    "one by one": Part("more", "ten new people, one after another", range(1, 6), {
+        "256 slots each": one_by_one(slots=256, max_iters=20),
+        "1,024 slots each": one_by_one(slots=1024, max_iters=20),
+        "1,024 slots each, and 2 old sequences in each step": one_by_one(
+            slots=1024, max_iters=20, rehearse=2),
+        "all rows": one_by_one(slots=0, max_iters=20),
     }),
     "large": Part("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
         "Memory+": large("memory", mem_keys=512, n_ffn=344),

@@ -214,7 +214,9 @@ def table(name, results):
         commands = {seed: experiment.command.format(seed=seed) for seed in part.seeds}
         lines = {seed: results[c] for seed, c in commands.items() if c in results}
         row = {"": label}
-        if experiment.is_update():
+        if experiment.is_one_by_one():
+            row.update(one_by_one_row(lines))
+        elif experiment.is_update():
             row.update(update_row(lines))
         else:
             row.update(training_row(part, experiment, lines, first))
@@ -281,6 +283,25 @@ def update_row(lines):
     }
     if None not in lost_at_90:
         row["lost at 90% of the new"] = with_error([100 * x for x in lost_at_90], ".1f")
+    return row
+
+
+def one_by_one_row(lines):
+    """lines: {seed: line}. A point of a curve: people taught so far, recall of their facts, ...,
+    old recall, old loss."""
+    if not lines:
+        return {"new facts known after one person, %": "not measured"}
+    curves = [line["curve"] for line in lines.values()]
+    count = curves[0][-1][0]
+    row = {}
+    for number, people in ((1, "one person"), (count, f"{count} people")):
+        known = [100 * curve[number][1] for curve in curves]
+        lost = [100 * (curve[0][-2] - curve[number][-2]) for curve in curves]
+        row[f"new facts known after {people}, %"] = with_seeds(known)
+        row[f"old ones lost after {people}, points"] = with_error(lost, ".1f")
+    worse = [curve[-1][-1] - curve[0][-1] for curve in curves]
+    row["old text, nats worse"] = with_error(worse, ".3f")
+    row["MB"] = f"{next(iter(lines.values()))['bytes'] / 1e6:.2f}"
     return row
 
 

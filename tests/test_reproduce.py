@@ -11,6 +11,8 @@ import torch
 from bench import draw, experiments, reproduce
 from bench.experiments import PARTS, Part, training
 from data.dataset import open_dataset
+from data.facts import prepare as facts_prepare
+from edit import update
 from model import GPT
 from systems.engram import make_ngrams
 from tests.helpers import SMALL, prepare, start, train_here, wait_until
@@ -134,12 +136,59 @@ def test_an_update_is_run_and_measured(facts, finished, tmp_path, monkeypatch):
     assert "MB" in reproduce.update_row({1: line})
 
 
+@pytest.mark.slow
+def test_people_are_taught_one_after_another(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "OUT", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.jsonl")
+    row = experiments.one_by_one(slots=0, max_iters=4, rehearse=1)
+    assert row.is_one_by_one()
+    command = row.command.replace(experiments.base_folder("{seed}"), str(finished))
+    command = command.replace("--people=10", "--people=2")
+    reproduce.run(experiments.Experiment(command, row.options), 1, {"machine": "this"})
+    (line,) = read_lines(tmp_path / "results.jsonl")
+    assert [point[0] for point in line["curve"]] == [0, 1, 2]
+    assert line["bytes"] > 256 * 32 * 4 and "after 2 people, %" in str(
+        reproduce.one_by_one_row({1: line})
+    )
+
+    # two updates by hand
+    folders = []
+    for number in range(2):
+        args = facts_prepare.parse(["--people=9", "--new=2", f"--out={tmp_path}/{number}"])
+        generator = np.random.default_rng(0)
+        people = facts_prepare.choose_people(args, generator)
+        facts_prepare.write(args, people[number : number + 1], generator)
+        folders.append(tmp_path / f"update-{number}")
+        words = ["--max_iters=4", "--rehearse=1", "--device=cpu", f"--init_from={finished}"]
+        words += [f"--dataset={args.out}", f"--out_dir={folders[-1]}"]
+        if number == 1:
+            words.append(f"--delta={folders[0]}/delta.pt")
+        update.main(words)
+        _, _, loss, _, old_loss = line["curve"][number + 1]
+        log = read_lines(folders[-1] / "log.jsonl")
+        assert loss == pytest.approx(log[-1]["val_loss"], abs=1e-3)
+        assert old_loss == pytest.approx(log[-1]["old_val_loss"], abs=1e-3)
+
+
+def test_what_is_lost_after_the_first_person_and_after_the_last():
+    points = [[0, 0.0, 2.0, 0.98, 0.60], [1, 1.0, 1.0, 0.97, 0.61], [2, 0.75, 1.0, 0.90, 0.65]]
+    line = dict(curve=points, update_seconds=7.4, bytes=1_230_000)
+    results = dict.fromkeys(PARTS["one by one"].runs(), line)
+    title, _, row, *_ = reproduce.table("one by one", results).splitlines()[2:]
+    cells = dict(zip(title.split(" | "), row.split(" | "), strict=True))
+    assert cells["new facts known after one person, %"] == "100.0 ± 0.0 (100, 100, 100, 100, 100)"
+    assert cells["new facts known after 2 people, %"] == "75.0 ± 0.0 (75, 75, 75, 75, 75)"
+    assert cells["old ones lost after one person, points"] == "1.0 ± 0.0"
+    assert cells["old ones lost after 2 people, points"] == "8.0 ± 0.0"
+    assert cells["old text, nats worse"] == "0.050 ± 0.000"
+
+
 @pytest.mark.parametrize("part", list(PARTS))
 def test_rows_of_a_part_can_be_built_and_have_equal_flops(part):
     rows, seeds = PARTS[part].rows, PARTS[part].seeds
     assert len(PARTS[part].runs()) == len(rows) * len(seeds)
     assert PARTS[part].tier in ("cpu", "more", "gpu")
-    if part in ("new people", "moved people"):
+    if part in ("new people", "moved people", "one by one"):
         assert all(row.is_update() for row in rows.values())
         return
     sizes = {label: row.size() for label, row in rows.items() if "more FLOPs" not in label}
@@ -148,7 +197,7 @@ def test_rows_of_a_part_can_be_built_and_have_equal_flops(part):
         for label, size in sizes.items()
     }
     assert max(flops.values()) / min(flops.values()) < 1.04, flops
-    if part == "ablations":
+    if part == "parts":
         assert max(sizes.values())[0] / min(sizes.values())[0] < 1.03, sizes
 
 
@@ -186,7 +235,7 @@ def test_what_is_forgotten_at_the_same_recall_is_read_between_evaluations():
 def test_updates_of_a_seed_are_of_the_model_of_that_seed():
     runs = PARTS["new people"].runs() | PARTS["moved people"].runs()
     commands = [command for command, (_, seed) in runs.items() if seed == 3]
-    assert len(commands) == 19
+    assert len(commands) == 21
     for command in commands:
         assert f"--init_from={experiments.base_folder(3)} " in command
         assert command.endswith(" --seed=3") and "mem_keys" not in command

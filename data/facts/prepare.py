@@ -218,12 +218,11 @@ def choose_people(args, generator):
     return new + [move(people[i], generator) for i in numbers]
 
 
-def prepare(args):
-    generator = np.random.default_rng(args.seed)
+def write(args, people, generator):
+    """Write the dataset of some people of choose_people."""
     tokens = build_vocabulary()
     vocabulary = describe_vocabulary("facts", PATTERN, tokens, {SEPARATOR: len(tokens)})
     encoding = make_encoding(vocabulary)
-    people = choose_people(args, generator)
     val_rounds = 1
     about = {}  # for meta.json
     if args.new + args.moved > 0:
@@ -263,7 +262,8 @@ def main(argv):
         if args.out.is_dir():
             lock_folder(args.out, wait=True)
             check_free(args.out, args.overwrite)
-        prepare(args)
+        generator = np.random.default_rng(args.seed)
+        write(args, choose_people(args, generator), generator)
     except (Exception, KeyboardInterrupt) as error:
         fail(error)
 
