@@ -255,7 +255,7 @@ def draw_table(x0, title, reads, names, keys):
 UPDATES = [  # options, color, words in the legend or ""; words at the curve's end, and where
     ("", INK, "all weights, rates of training: falls to 2%", "", ()),
     ("--learning_rate=0.0003", FAINT, "all weights, AdamW 3e-4: falls to 62%", "", ()),
-    ("--learning_rate=0.0001 --mem_sgd=1.0", VIOLET, "all weights, AdamW 1e-4, SGD", "", ()),
+    ("--learning_rate=0.0001 --mem_learning_rate=0.005", VIOLET, "all weights, AdamW 1e-4", "", ()),
     ("--slots=0", GREEN, "all rows, SGD", "", ()),
     ("--slots=16384 --choose_by=reads", ORANGE, "slots chosen by reads", "16,384", (6, 18)),
     ("--slots=32768", BLUE, "slots chosen by gradient", "32,768", (-22, -22)),
