@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.experiments import PARTS
 from bench.reproduce import select_results
 from bench.shapes import (
     BLUE,
@@ -53,31 +54,29 @@ LOOKS = [  # options of the runs, color, name, note; the curve's name, and where
 ]  # fmt: skip
 
 
-SEEDS = 3  # of all systems; some have more
-
-
 def read_results():
     lines = (BENCH / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def training_curves():
-    """{options: [[(step, recall), ...] of each seed]}, on the machine of the first line, of runs
-    with today's presets."""
+def training_curves(part):
+    """{options: [[(step, recall), ...] of each seed]} of the runs of a part, on the machine of the
+    first line."""
+    runs = PARTS[part].runs()
     lines = read_results()
     same = {"machine": lines[0]["machine"]}
     curves = {}
     for command, result in select_results(lines, same).items():
         _, _, words = command.partition("--preset=")
-        options, _, seed = words.rpartition(" --seed=")
-        if words and "recall" in result and int(seed) <= SEEDS:
+        options, _, _ = words.rpartition(" --seed=")
+        if command in runs:
             curve = [(step, recall) for step, recall, *_ in result["curve"]]
             curves.setdefault(options, []).append(curve)
     return curves
 
 
 def draw_results():
-    curves = training_curves()
+    curves = training_curves("headline")
     last = max(step for look in LOOKS for curve in curves[look[0]] for step, _ in curve)
     parts = [
         text(231, 34, "while training", 16, font_weight="bold"),
@@ -164,7 +163,8 @@ LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE,
 
 
 def draw_more_slots():
-    curves = training_curves()
+    curves = training_curves("slots")
+    others = training_curves("headline")
     parts = [
         text(46, 360, "slots", 14),
         text(46, 380, "parameters", 14, SOFT),
@@ -175,7 +175,7 @@ def draw_more_slots():
         parts.append(line([(100, y), (690, y)], GRID, 1))
         parts.append(text(92, y + 5, f"{percent}%", 14, SOFT, "end"))
     for options, color, name in LINES:
-        average = mean(curve[-1][1] for curve in curves[options])
+        average = mean(curve[-1][1] for curve in others[options])
         _, y = slots_point(0, average)
         parts.append(line([(100, y), (690, y)], color, 2, stroke_dasharray="6 5"))
         parts.append(label(684, y - 7, name, color, "end"))
