@@ -179,6 +179,23 @@ def update(kind, slots, **given):
     return update_with("edit/update.py", {**options, **given})
 
 
+BYTES = {  # tinyshakespeare: system and options over its preset
+    "Memory+, three layers": ("memory", dict(mem_layers=(1, 2, 3), n_ffn=480)),
+    "Memory+, one layer": ("memory", {}),
+    "Engram": ("engram", {}),
+    "Engram, up to five bytes": ("engram", dict(ngram_order=5)),
+    "mixture of experts": ("moe", {}),
+    "dense": ("dense", {}),
+}
+
+
+def text_of_bytes(name, rate, values_rate):
+    system, given = BYTES[name]
+    if system not in ("moe", "dense"):
+        given = {**given, "mem_learning_rate": values_rate}
+    return training(f"shakespeare-{system}", learning_rate=rate, **given)
+
+
 def one_by_one(**given):
     """Teach BASE ten new people, each with an update of its own."""
     row = update_with("bench/one_by_one.py", dict(people=10, **given))
@@ -239,6 +256,11 @@ PARTS = {
         "Memory+": training("shakespeare-memory"),
         "dense": training("shakespeare-dense"),
         "mixture of experts": training("shakespeare-moe"),
+    }),
+    "text rates": Part("more", "tinyshakespeare, three rates", range(1, 2), {
+        f"{name}, {rate:g}": text_of_bytes(name, rate, values_rate)
+        for name in BYTES
+        for rate, values_rate in ((2e-3, 3e-3), (4e-3, 1e-2), (6e-3, 2e-2))
     }),
     "n-grams": Part("more", "rows addressed by content, or by tokens", range(1, 6), {
         "Memory+": facts("memory"),
