@@ -471,9 +471,9 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     behind = reproduce.with_error(
         points_lost("headline", "dense, same time (5,000 steps)", runs), ".1f"
     )
-    few_slots = lines_of("slots", "4,096 slots", runs)
     twice = lines_of("headline", "dense, twice the FLOPs", runs)
-    wider = reproduce.with_error(differences(few_slots, twice), ".0f")
+    experts = points_lost("headline", "mixture of experts, same time (4,300 steps)", runs)
+    ahead = reproduce.with_error([-points for points in experts], ".1f")
     lost = {}
     for part in ("layers", "parts", "systems"):
         for label in PARTS[part].rows:
@@ -495,7 +495,8 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"and {recall / wide:.1f} times as much as dense with twice the FLOPs",
         f"recalls {reproduce.with_error(points, '.1f')} points more than product-key memory",
         f"dense is {behind} points behind",
-        f"(a difference of {wider} points)",
+        f"with the parameters of Memory+ is {ahead} points ahead",
+        f"dense with twice the FLOPs ({recalls_of(twice)}%, eight seeds)",
         f"recall {lost['one layer']} points more than one layer",
         f"Two layers are {lost['two layers on one pool']} points below three",
         f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
