@@ -293,14 +293,19 @@ PARTS = {
         for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
         for rate in (4e-3, 2.5e-3, 6e-3)
     }, compared=False),
-    "UltraMem": Part("more", "UltraMem's values' rate, blocks and skip", range(1, 2), {
-        "2e-3 and 4 times that at first": facts("ultramem"),
-        "8e-3 and 4 times that at first": facts("ultramem", mem_learning_rate=8e-3),
-        "5e-3, constant": facts("ultramem", mem_learning_rate=5e-3, mem_decay=0.0),
-        "2e-2, constant": facts("ultramem", mem_learning_rate=2e-2, mem_decay=0.0),
-        "added two blocks later": facts("ultramem", mem_skip=2),
-        "in block 2": facts("ultramem", mem_layers=(2,)),
-        "in blocks 0 and 1": facts("ultramem", mem_layers=(0, 1), n_ffn=56),
+    "UltraMem": Part("more", "UltraMem's blocks and values' rate", range(1, 2), {
+        "in block 1, 2e-3 and 4 times that at first": facts("ultramem", mem_layers=(1,)),
+        "in block 1, 8e-3 and 4 times that at first": facts(
+            "ultramem", mem_layers=(1,), mem_learning_rate=8e-3),
+        "in block 1, 5e-3, constant": facts(
+            "ultramem", mem_layers=(1,), mem_learning_rate=5e-3, mem_decay=0.0),
+        "in block 2, 2e-3 and 4 times that at first": facts("ultramem", mem_layers=(2,)),
+        "in blocks 1 and 2, 2e-3 and 4 times that at first": facts(
+            "ultramem", mem_layers=(1, 2), n_ffn=56),
+        "in block 2, 5e-3, constant": facts(
+            "ultramem", mem_layers=(2,), mem_learning_rate=5e-3, mem_decay=0.0),
+        "in block 2, 2e-2, constant": facts(
+            "ultramem", mem_layers=(2,), mem_learning_rate=2e-2, mem_decay=0.0),
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
