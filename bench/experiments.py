@@ -298,17 +298,16 @@ PARTS = {
         "in block 1, 8e-3 and 4 times that at first": facts(
             "ultramem", mem_layers=(1,), mem_learning_rate=8e-3),
         "in block 2, 2e-3 and 4 times that at first": facts("ultramem", mem_layers=(2,)),
+        "in block 1, 2e-3, constant": facts(
+            "ultramem", mem_layers=(1,), mem_learning_rate=2e-3, mem_decay=0.0),
         "in block 1, 5e-3, constant": facts(
             "ultramem", mem_layers=(1,), mem_learning_rate=5e-3, mem_decay=0.0),
-        "the same in place of the SwiGLU of block 2": facts(
-            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
-            mem_learning_rate=5e-3, mem_decay=0.0),
-        "the same with softmax, 2e-2": facts(
+        "in block 1, 2e-2, constant": facts(
+            "ultramem", mem_layers=(1,), mem_learning_rate=2e-2, mem_decay=0.0),
+        "in block 1, 2e-2, constant, with softmax": facts(
             "ultramem", mem_softmax=True, mem_learning_rate=2e-2, mem_decay=0.0),
-        "the same without value expansion": facts(
-            "ultramem", mem_expand=1, n_ffn=144, mem_learning_rate=5e-3, mem_decay=0.0),
-        "the same with product keys": facts(
-            "ultramem", mem_rank=0, mem_cores=1, n_ffn=136,
+        "in place of the SwiGLU of block 2, 5e-3, constant": facts(
+            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
             mem_learning_rate=5e-3, mem_decay=0.0),
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 6), {
