@@ -309,6 +309,11 @@ PARTS = {
         "in place of the SwiGLU of block 2, 5e-3, constant": facts(
             "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
             mem_learning_rate=5e-3, mem_decay=0.0),
+        "in place of the SwiGLU of block 2, 2e-2, constant": facts(
+            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
+            mem_learning_rate=2e-2, mem_decay=0.0),
+        "in place of the SwiGLU of block 2, 2e-3 and 4 times that at first": facts(
+            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160),
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
