@@ -266,6 +266,8 @@ def prepare(config, checkpoint):
 
 
 def occupy_folder(config):
+    """Make and lock out_dir. Raises ValueError for an earlier update there; --overwrite removes
+    it."""
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock_folder(out_dir)
