@@ -46,14 +46,14 @@ def make_datasets(args, folder):
     return folders
 
 
-def update(args, dataset, out, earlier):
+def update(args, dataset, out, earlier, seed):
     """Run edit/update.py. earlier: folder of the update to continue, or None. Returns the first
     and the last line of its log."""
     command = [sys.executable, ROOT / "edit" / "update.py", f"--init_from={args.init_from}"]
     command += [f"--dataset={dataset}", f"--out_dir={out}", f"--device={args.device}"]
-    for name in ("slots", "max_iters", "rehearse", "seed"):
+    for name in ("slots", "max_iters", "rehearse"):
         command.append(f"--{name}={getattr(args, name)}")
-    command.append(f"--eval_interval={args.max_iters}")
+    command += [f"--eval_interval={args.max_iters}", f"--seed={seed}"]
     if earlier is not None:
         command.append(f"--delta={earlier}")
     done = subprocess.run(command, capture_output=True, text=True)
@@ -85,7 +85,8 @@ def teach_all(args, folder):
     for number in Bar(range(1, args.people + 1), "one by one", unit="person"):
         dataset = datasets[number - 1]
         out = folder / f"update-{number}"
-        before, after = update(args, dataset, out, earlier)
+        seed = args.seed * args.people + number  # each rehearses other old sequences
+        before, after = update(args, dataset, out, earlier, seed)
         if number == 1:
             write_line(args, 0, ask(args, datasets, []), before)
         write_line(args, number, ask(args, datasets[:number], [out]), after)

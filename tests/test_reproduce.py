@@ -160,7 +160,7 @@ def test_people_are_taught_one_after_another(finished, tmp_path, monkeypatch):
         facts_prepare.write(args, people[number : number + 1], generator)
         folders.append(tmp_path / f"update-{number}")
         words = ["--max_iters=4", "--rehearse=1", "--device=cpu", f"--init_from={finished}"]
-        words += [f"--dataset={args.out}", f"--out_dir={folders[-1]}"]
+        words += [f"--dataset={args.out}", f"--out_dir={folders[-1]}", f"--seed={3 + number}"]
         if number == 1:
             words.append(f"--delta={folders[0]}/delta.pt")
         update.main(words)
