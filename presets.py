@@ -44,12 +44,12 @@ PRESETS["facts-peer"] = dict(
     system="peer", mem_layers=(1, 2, 3), mem_keys=91, mem_topk=16,
     mem_gate=False,
 )  # fmt: skip
-PRESETS["facts-ultramem"] = dict(
+PRESETS["facts-ultramem"] = dict(  # four blocks have no room for its skip
     dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,
-    learning_rate=4e-3, mem_learning_rate=2e-3, mem_decay=4.0,
-    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=120,
-    system="ultramem", mem_layers=(1,), mem_keys=180, mem_heads=2, mem_topk=32, mem_value_dim=32,
-    mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4, mem_skip=1,
+    learning_rate=4e-3, mem_learning_rate=5e-3,
+    n_layer=4, n_head=8, n_embd=64, block_size=64, n_ffn=160,
+    system="ultramem", mem_layers=(2,), mem_keys=180, mem_heads=2, mem_topk=32, mem_value_dim=32,
+    mem_gate=False, mem_softmax=False, mem_rank=2, mem_cores=2, mem_expand=4,
 )  # fmt: skip
 PRESETS["facts-engram"] = dict(
     dataset="facts", batch_size=16, max_iters=3000, eval_interval=500,

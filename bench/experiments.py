@@ -121,6 +121,14 @@ def facts(system, **given):
     return training(f"facts-{system}", **given)
 
 
+FALLING = dict(mem_learning_rate=2e-3, mem_decay=4.0)  # as in the paper
+
+
+def ultramem_skip(**given):
+    """UltraMem as in the paper: all SwiGLUs stay, and the output is added one block later."""
+    return facts("ultramem", **{**dict(mem_layers=(1,), mem_skip=1, n_ffn=120), **given})
+
+
 BIGRAM = dict(ngram="bigram", ngram_layers=(0, 1, 2, 3), ngram_rows=16384)  # over Engram's preset
 HALF_EACH = dict(mem_keys=90, ngram_layers=(0, 1), ngram_rows=4096)  # over the preset of Memory+
 
@@ -202,6 +210,7 @@ def one_by_one(**given):
     return Experiment(row.command, {"dataset": "facts", **row.options})
 
 
+RATES = (4e-3, 2.5e-3, 6e-3)  # the first is the presets'
 COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
 THREE_PKM = facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288)
 HEADLINE = {
@@ -219,7 +228,8 @@ PARTS = {
         "product-key memory, one layer": facts("pkm"),
         "product-key memory, three layers": THREE_PKM,
         "PEER": facts("peer"),
-        "UltraMem": facts("ultramem"),
+        "UltraMem, without its skip": facts("ultramem"),
+        "UltraMem": ultramem_skip(),
         "Engram": facts("engram"),
         "mixture of experts": facts("moe"),
         "dense": facts("dense"),
@@ -289,31 +299,24 @@ PARTS = {
         "dense, same time (640 steps)": docs("dense", max_iters=640),
     }, reads=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
-        f"{system}, {rate:g}": facts(system, learning_rate=rate)
-        for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
-        for rate in (4e-3, 2.5e-3, 6e-3)
+        **{f"{system}, {rate:g}": facts(system, learning_rate=rate)
+           for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
+           for rate in RATES},
+        **{f"ultramem with skip, {rate:g}": ultramem_skip(learning_rate=rate, **FALLING)
+           for rate in RATES},
     }, compared=False),
-    "UltraMem": Part("more", "UltraMem's blocks and values' rate", range(1, 2), {
-        "in block 1, 2e-3 and 4 times that at first": facts("ultramem", mem_layers=(1,)),
-        "in block 1, 8e-3 and 4 times that at first": facts(
-            "ultramem", mem_layers=(1,), mem_learning_rate=8e-3),
-        "in block 2, 2e-3 and 4 times that at first": facts("ultramem", mem_layers=(2,)),
-        "in block 1, 2e-3, constant": facts(
-            "ultramem", mem_layers=(1,), mem_learning_rate=2e-3, mem_decay=0.0),
-        "in block 1, 5e-3, constant": facts(
-            "ultramem", mem_layers=(1,), mem_learning_rate=5e-3, mem_decay=0.0),
-        "in block 1, 2e-2, constant": facts(
-            "ultramem", mem_layers=(1,), mem_learning_rate=2e-2, mem_decay=0.0),
-        "in block 1, 2e-2, constant, with softmax": facts(
-            "ultramem", mem_softmax=True, mem_learning_rate=2e-2, mem_decay=0.0),
-        "in place of the SwiGLU of block 2, 5e-3, constant": facts(
-            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
-            mem_learning_rate=5e-3, mem_decay=0.0),
-        "in place of the SwiGLU of block 2, 2e-2, constant": facts(
-            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160,
-            mem_learning_rate=2e-2, mem_decay=0.0),
-        "in place of the SwiGLU of block 2, 2e-3 and 4 times that at first": facts(
-            "ultramem", mem_layers=(2,), mem_skip=0, n_ffn=160),
+    "UltraMem": Part("more", "UltraMem's skip and values' rate", range(1, 2), {
+        "no skip, in block 2, 5e-3": facts("ultramem"),
+        "no skip, in block 2, 2e-2": facts("ultramem", mem_learning_rate=2e-2),
+        "no skip, in block 2, 2e-3, falling": facts("ultramem", **FALLING),
+        "skip from block 1, 2e-3": ultramem_skip(mem_learning_rate=2e-3),
+        "skip from block 1, 5e-3": ultramem_skip(),
+        "skip from block 1, 2e-2": ultramem_skip(mem_learning_rate=2e-2),
+        "skip from block 1, 2e-2, with softmax": ultramem_skip(
+            mem_softmax=True, mem_learning_rate=2e-2),
+        "skip from block 1, 2e-3, falling": ultramem_skip(**FALLING),
+        "skip from block 1, 8e-3, falling": ultramem_skip(mem_learning_rate=8e-3, mem_decay=4.0),
+        "skip from block 2, 2e-3, falling": ultramem_skip(mem_layers=(2,), **FALLING),
     }, compared=False),
     "slots": Part("cpu", "more slots", range(1, 6), {
         "16,384 slots": facts("memory"),
