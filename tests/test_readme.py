@@ -301,7 +301,7 @@ def table_of_systems(found):
     rows = []
     for row, label in SYSTEMS.items():
         lines = lines_of("systems", label, found)
-        seeds = {"PEER": 4, "mixture of experts": 4, "UltraMem, without its skip": 1}  # so far, as the README says
+        seeds = {"UltraMem, without its skip": 1}  # so far, as the README says
         assert len(lines) == seeds.get(label, 5)
         recall = reproduce.with_error([100 * line["recall"] for line in lines], ".1f")
         loss = reproduce.with_error([line["val_loss"] for line in lines], ".3f")
@@ -391,8 +391,7 @@ def sentences():
         f"a mixture of experts draws level ({experts}%)",
         f"{facts['mem_keys']}² slots, `heads=4, topk={facts['mem_topk']}`, blocks 1, 2, 3 of 4, and rates of {rates}",
         *table_of_systems(runs),
-        "3,000 steps of 1,024 tokens; mean ± standard error of five seeds (PEER and the mixture: four, "
-        "UltraMem: one)",
+        "3,000 steps of 1,024 tokens; mean ± standard error of five seeds (UltraMem: one)",
         f"{sum(seconds) / 2 / 3600:.1f} hours",
         f"dense and the mixture recall {long['dense']}, too (one seed)",
         f"It recalls {without['one layer']} points less than three layers on one pool",
