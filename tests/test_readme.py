@@ -290,7 +290,7 @@ SYSTEMS = {  # row of the README: label in the results
     "[Memory+](https://arxiv.org/abs/2412.09764)": "Memory+",
     "[PKM](https://arxiv.org/abs/1907.05242), one layer": "product-key memory, one layer",
     "[PEER](https://arxiv.org/abs/2407.04153)": "PEER",
-    "[UltraMem](https://arxiv.org/abs/2411.12364), without its skip": "UltraMem, without its skip",
+    "[UltraMem](https://arxiv.org/abs/2411.12364), no skip": "UltraMem, without its skip",
     "[Engram](https://arxiv.org/abs/2601.07372), two layers": "Engram",
     "[mixture of experts](https://arxiv.org/abs/1701.06538)": "mixture of experts",
     "dense": "dense",
