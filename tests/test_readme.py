@@ -466,7 +466,6 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     dense = mean_recall(lines_of("headline", "dense", runs))
     wide = mean_recall(lines_of("headline", "dense, twice the FLOPs", runs))
     recall = mean_recall(memory_lines)
-    points = differences(one_layer, plain)
     behind = reproduce.with_error(
         points_lost("headline", "dense, same time (5,000 steps)", runs), ".1f"
     )
@@ -497,15 +496,14 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     for sentence in (
         f"Memory+ recalls {recall / dense:.1f} times as much as dense at equal FLOPs and tokens, "
         f"and {recall / wide:.1f} times as much as dense with twice the FLOPs",
-        f"recalls {reproduce.with_error(points, '.1f')} points more than it",
-        f"it is {lost['product-key memory, one layer']} points below three layers of Memory+",
+        f"so does one layer of Memory+ ({recalls_of(one_layer)}%",
+        f"It is {lost['product-key memory, one layer']} points below three layers of Memory+",
         f"product-key memory is {lost['product-key memory, three layers']} points below Memory+",
         f"dense is {behind} points behind",
         f"5,000 of dense recall {recalls_of(lines_of('headline', 'dense, same time (5,000 steps)', runs))}%",
         f"with the parameters of Memory+ is {ahead} points ahead",
         f"dense with twice the FLOPs ({recalls_of(twice)}%, eight seeds)",
-        f"recall {lost['one layer']} points more than one layer",
-        f"Two layers are {lost['two layers on one pool']} points below three",
+        f"One layer and two layers recall {lost['one layer']} and {lost['two layers on one pool']} points less",
         f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
         f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
         f"it loses {lost['no gate, no output matrix']}",
