@@ -393,8 +393,9 @@ def sentences():
         "3,000 steps of 1,024 tokens; mean ± standard error of five seeds",
         f"{sum(seconds) / 2 / 3600:.1f} hours",
         f"dense and the mixture recall {long['dense']}, too (one seed)",
-        f"It recalls {without['one layer']} points less than three layers on one pool",
-        f"without qk-norm recall {without['no qk-norm']} points less",
+        f"One layer recalls {without['one layer']} points less than three on one pool",
+        f"without gate and `W_o`, {without['no gate, no output matrix']};",
+        f"without qk-norm, {without['no qk-norm']},",
         f"with a third of the slots each, {without['three layers, each with a third of the slots']}.",
         f"beats dense by just {nats} nats a byte",
         f"beats Memory+ by {nats_above('docs', 'Memory+', 'Engram', runs)} nats a token, "
@@ -506,7 +507,8 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"One layer and two layers recall {lost['one layer']} and {lost['two layers on one pool']} points less",
         f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
         f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
-        f"it loses {lost['no gate, no output matrix']}",
+        f"Memory+ loses {lost['no gate, no output matrix']} points, and its validation loss is "
+        f"{nats_above('parts', 'Memory+', 'no gate, no output matrix', runs)} nats lower",
         f"without both, Memory+ loses {lost['neither (product-key memory)']}",
         f"recall rises by {', '.join(steps[:-1])} and {steps[-1]} points",
         f"recalls {ultramem['no skip, in block 2, 5e-3']} instead of "
