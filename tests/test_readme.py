@@ -360,9 +360,10 @@ def sentences():
     slow_dense = mean_recall(lines_of("headline", "dense, same time (5,000 steps)", runs))
     experts = lines_of("headline", "mixture of experts, same time (4,300 steps)", runs)
     experts = reproduce.with_error([100 * line["recall"] for line in experts], ".0f")
-    seconds = [
-        line["seconds"] for label in SYSTEMS.values() for line in lines_of("systems", label, runs)
-    ]
+    seconds = 0
+    for label in PARTS["systems"].rows:
+        seconds += sum(line["seconds"] for line in lines_of("systems", label, runs))
+    assert round(seconds / 2 / 3600) == 2  # two runs at a time
     long = {}
     for name in ("mixture of experts", "dense"):
         (line,) = lines_of("capacity", f"{name}, 2,000 people", runs)
@@ -391,7 +392,7 @@ def sentences():
         f"{facts['mem_keys']}² slots, `heads=4, topk={facts['mem_topk']}`, blocks 1, 2, 3 of 4, and rates of {rates}",
         *table_of_systems(runs),
         "3,000 steps of 1,024 tokens; mean ± standard error of five seeds",
-        f"{sum(seconds) / 2 / 3600:.1f} hours",
+        "`python bench/reproduce.py --only=systems` (two hours",
         f"dense and the mixture recall {long['dense']}, too (one seed)",
         f"One layer recalls {without['one layer']} points less than three on one pool",
         f"without gate and `W_o`, {without['no gate, no output matrix']};",
@@ -491,6 +492,9 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         mean_recall(lines_of("names apart", name, runs)) for name in names
     ]
     same_time = "dense, same time (640 steps)"
+    without_norms = lines_of("parts", "no qk-norm", runs)
+    neither = lines_of("parts", "neither (product-key memory)", runs)
+    gate_without_norms = reproduce.with_error(differences(neither, without_norms), ".1f")
     ultramem_lines = lines_of("systems", "UltraMem, without its skip", runs)
     ultramem = {}
     for label in PARTS["UltraMem"].rows:
@@ -513,13 +517,14 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
         f"Memory+ loses {lost['no gate, no output matrix']} points, and its validation loss is "
         f"{nats_above('parts', 'Memory+', 'no gate, no output matrix', runs)} nats lower",
-        f"without both, Memory+ loses {lost['neither (product-key memory)']}",
+        f"without gate and norms, Memory+ recalls {gate_without_norms} points more",
+        f"In three layers, product-key memory is {lost['product-key memory, three layers']} points below",
         f"recall rises by {', '.join(steps[:-1])} and {steps[-1]} points",
         f"recalls {ultramem['no skip, in block 2, 5e-3']} instead of "
         f"{ultramem['skip from block 1, 5e-3']}",
         f"Without its skip over a block, its layer recalls {recalls_of(ultramem_lines)}%",
         f"{reproduce.with_error(differences(plain, ultramem_lines), '.1f')} points less than the layer",
-        f"({ultramem['no skip, in block 2, 2e-3, falling']} without it)",
+        f"({ultramem['no skip, in block 2, 2e-3, falling']})",
         f"**Engram recalls {ngrams / plain_dense:.1f} times as much as dense,** "
         f"and Memory+ {five / plain_dense:.1f} times",
         f"Engram still recalls {apart / dense_apart:.1f} times as much as dense, and "
