@@ -485,6 +485,8 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     dense_lines = lines_of("headline", "dense", runs)
     above_dense = reproduce.with_error(differences(tables[0], dense_lines), ".1f")
     twice = lines_of("headline", "dense, twice the FLOPs", runs)
+    wider = lines_of("slots", "36,864 slots, 7% more FLOPs", runs)
+    wider = reproduce.with_error(differences(wider, tables[3]), ".1f")
     above_twice = reproduce.with_error(differences(tables[2], twice), ".1f")
     names = ("Engram", "Memory+", "dense")
     ngrams, five, plain_dense = [mean_recall(lines_of("n-grams", name, runs)) for name in names]
@@ -512,6 +514,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"with the parameters of Memory+ is {ahead} points ahead",
         f"Memory+ recalls {above_dense} points more than dense",
         f"twice the FLOPs ({above_twice} points more)",
+        f"36,864 slots recall {wider} points more than 16,384",
         f"One layer and two layers recall {lost['one layer']} and {lost['two layers on one pool']} points less",
         f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
         f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
