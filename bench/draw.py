@@ -159,7 +159,10 @@ SLOTS = {  # options of the runs of each number of slots at equal FLOPs, and the
     36864: ("facts-memory --mem_keys=192 --n_ffn=32", "2.66M"),
 }
 MORE_FLOPS = ("facts-memory --mem_keys=192", "7% more FLOPs")  # 36,864 slots, SwiGLU as with 16,384
-LINES = [("facts-dense2x", INK, "dense, twice the FLOPs"), ("facts-dense", BLUE, "dense")]
+LINES = [  # and the x of the label
+    ("facts-dense2x", INK, "dense, twice the FLOPs", 106),
+    ("facts-dense", BLUE, "dense", 560),
+]
 
 
 def draw_more_slots():
@@ -174,11 +177,11 @@ def draw_more_slots():
         _, y = slots_point(0, percent / 100)
         parts.append(line([(100, y), (690, y)], GRID, 1))
         parts.append(text(92, y + 5, f"{percent}%", 14, SOFT, "end"))
-    for options, color, name in LINES:
+    for options, color, name, x in LINES:
         average = mean(curve[-1][1] for curve in others[options])
         _, y = slots_point(0, average)
         parts.append(line([(100, y), (690, y)], color, 2, stroke_dasharray="6 5"))
-        parts.append(label(684, y - 7, name, color, "end"))
+        parts.append(label(x, y - 7, name, color))
     means = []
     for column, (slots, (options, parameters)) in enumerate(SLOTS.items()):
         recalls = [curve[-1][1] for curve in curves[options]]
@@ -195,7 +198,7 @@ def draw_more_slots():
     end = slots_point(4, mean(recalls))
     parts.append(line([means[3], end], ORANGE, 2, stroke_dasharray="2 4"))
     parts += recalls_in_column(4, recalls)
-    parts.append(label(end[0] - 4, end[1] + 24, words, ORANGE, "middle"))
+    parts.append(label(end[0] - 9, end[1] - 13, words, ORANGE, "end"))
     save(ASSETS / "more_slots.svg", 722, 400, parts)
 
 
