@@ -235,7 +235,7 @@ def test_what_is_forgotten_at_the_same_recall_is_read_between_evaluations():
 def test_updates_of_a_seed_are_of_the_model_of_that_seed():
     runs = PARTS["new people"].runs() | PARTS["moved people"].runs()
     commands = [command for command, (_, seed) in runs.items() if seed == 3]
-    assert len(commands) == 21
+    assert len(commands) == 20
     for command in commands:
         assert f"--init_from={experiments.base_folder(3)} " in command
         assert command.endswith(" --seed=3") and "mem_keys" not in command
