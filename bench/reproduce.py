@@ -73,26 +73,28 @@ def make_text(name):
         start(MADE[name])
 
 
-def make_base(seed):
-    """Train the model that the updates of this seed change, and make the facts to teach it."""
-    folder = ROOT / base_folder(seed)
-    path = folder / "ckpt.pt"
-    if not path.exists() or read_checkpoint(path)["iter"] < BASE.options["max_iters"]:
-        start(*BASE.command.format(seed=seed).split()[1:], f"--out_dir={folder}", "--overwrite")
+def make_updates():
+    """Make the facts that updates teach."""
     for kind in ("new", "moved"):
         folder = OUT.parent / f"facts-{kind}"
         if not (folder / "meta.json").exists():
             start("data/facts/prepare.py", f"--{kind}=100", f"--out={folder}")
 
 
+def make_base(seed, gpu):
+    """Train the model that the updates of this seed change."""
+    folder = ROOT / base_folder(seed)
+    path = folder / "ckpt.pt"
+    if not path.exists() or read_checkpoint(path)["iter"] < BASE.options["max_iters"]:
+        train(BASE.command.format(seed=seed), folder, gpu)
+
+
 def start(*command):
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def run(experiment, seed, identity, gpu=False):
-    """Train in a process that Ctrl-C does not reach, and add a line to the results."""
-    command = experiment.command.format(seed=seed)
-    folder = OUT / f"{experiment.settings()}-{seed}"
+def train(command, folder, gpu):
+    """Run a command in a process that Ctrl-C does not reach. Returns what it has printed."""
     arguments = [sys.executable, *command.split()[1:], f"--out_dir={folder}", "--overwrite"]
     options = dict(cwd=ROOT, capture_output=True, text=True, start_new_session=True)
     if gpu:
@@ -100,15 +102,23 @@ def run(experiment, seed, identity, gpu=False):
     else:
         arguments.append("--device=cpu")
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
     done = subprocess.run(arguments, **options)
     if done.returncode != 0:
         reasons = done.stderr.strip().splitlines() or ["without a message"]
         raise ValueError(f"{command} ended with {done.returncode}: {reasons[-1]}")
+    return done.stdout
+
+
+def run(experiment, seed, identity, gpu=False):
+    """Train, and add a line to the results."""
+    command = experiment.command.format(seed=seed)
+    folder = OUT / f"{experiment.settings()}-{seed}"
+    began = time.monotonic()
+    printed = train(command, folder, gpu)
     result = {"command": command, **read_log(folder / "log.jsonl")}
     result["seconds"] = round(time.monotonic() - began)  # of the whole process
     if experiment.is_update():
-        seconds = re.search(r"in ([\d,]+) s of", done.stdout)[1]
+        seconds = re.search(r"in ([\d,]+) s of", printed)[1]
         result["update_seconds"] = float(seconds.replace(",", ""))
         result["bytes"] = bytes_to_keep(folder)
     else:
@@ -181,12 +191,12 @@ def git(*words):
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def run_all(jobs, identity, gpu):
-    """jobs: {command: (experiment, seed)}"""
+def run_all(function, jobs, gpu, unit):
+    """Call the function with each tuple of arguments, several at a time."""
     pool = ThreadPoolExecutor(runs_at_a_time(gpu))
-    futures = [pool.submit(run, row, seed, identity, gpu) for row, seed in jobs.values()]
+    futures = [pool.submit(function, *arguments) for arguments in jobs]
     try:
-        for future in Bar(as_completed(futures), total=len(jobs), unit="run", disable=not jobs):
+        for future in Bar(as_completed(futures), total=len(jobs), unit=unit, disable=not jobs):
             future.result()
     except KeyboardInterrupt:
         print("stopping: the runs at work end first, which takes minutes", file=sys.stderr)
@@ -406,9 +416,12 @@ def main(argv):
         make_dataset(count)
     for name in sorted({experiment.options["dataset"] for experiment, _ in jobs.values()}):
         make_text(name)
-    for seed in sorted({seed for experiment, seed in jobs.values() if experiment.is_update()}):
-        make_base(seed)
-    run_all(jobs, {**machine, "nanomem": commit()}, args.gpu)
+    seeds = {seed for experiment, seed in jobs.values() if experiment.is_update()}
+    if seeds:
+        make_updates()
+    run_all(make_base, [(seed, args.gpu) for seed in sorted(seeds)], args.gpu, "base model")
+    identity = {**machine, "nanomem": commit()}
+    run_all(run, [(*job, identity, args.gpu) for job in jobs.values()], args.gpu, "run")
     results = select_results(read_lines(), same)
     print(f"{', '.join(same.values()) or 'any machine'}; mean ± standard error over seeds")
     for name in args.parts:
