@@ -453,7 +453,7 @@ class GPT(nn.Module):
         tokens."""
         device = self.embedding.weight.device
         if batch_size is None:
-            batch_size = 512
+            batch_size = 128  # on a CPU, larger batches do not fit into the cache
             if device.type == "cuda":
                 batch_size = 2048  # so that a GPU waits less for the CPU
         new = [None] * len(prompts)
