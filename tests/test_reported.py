@@ -909,13 +909,19 @@ def test_a_bar_that_ctrl_c_keeps_from_starting_is_quiet():
     bar.__del__()
 
 
+def train_in_a_terminal(*arguments):
+    """Also when nohup has started these tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    run_train(*arguments)
+
+
 def train_with_hangup_ignored(*arguments):
     """As nohup starts a program."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run_train(*arguments)
 
 
-@pytest.mark.parametrize("function", [run_train, train_with_hangup_ignored])
+@pytest.mark.parametrize("function", [train_in_a_terminal, train_with_hangup_ignored])
 def test_a_closed_terminal_ends_a_run_as_sigterm_does(facts, tmp_path, function):
     """Row 14."""
     options = [
