@@ -614,7 +614,7 @@ FITS_CACHE = 2**17  # scores that numpy sorts at a time on a CPU: 1 MB in float6
 def topk_indices(scores, K):
     """Columns of the K largest scores in each row, largest first: (..., N) -> (..., K) int64.
 
-    On a CPU numpy's vectorised sort takes a fraction of the time of torch.topk."""
+    On a CPU numpy's vectorised partition and sort take a fraction of the time of torch.topk."""
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or K > 64:
         return scores.topk(K, dim=-1).indices
     if scores.numel() <= FITS_CACHE:
