@@ -353,11 +353,10 @@ PARTS = {
         **{f"{slots:,} slots": update("moved", slots=slots) for slots in (256, 1024, 4096, 16384)},
     }),
     "one by one": Part("more", "ten new people, one after another", range(1, 6), {
-        "256 slots each": one_by_one(slots=256, max_iters=20),
         "1,024 slots each": one_by_one(slots=1024, max_iters=20),
-        "1,024 slots each, and 2 old sequences in each step": one_by_one(
-            slots=1024, max_iters=20, rehearse=2),
         "all rows": one_by_one(slots=0, max_iters=20),
+        "all rows, and 2 old sequences in each step": one_by_one(
+            slots=0, max_iters=20, rehearse=2),
     }),
     "large": Part("gpu", "Memory+ against dense, with 25 times the facts", range(1, 2), {
         "Memory+": large("memory", mem_keys=512, n_ffn=344),
