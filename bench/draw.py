@@ -256,8 +256,8 @@ def draw_table(x0, title, reads, names, keys):
 # --- updates.svg: old facts against new ones while a model learns 100 people ----------
 
 UPDATES = [  # options, color, words in the legend or ""; words at the curve's end, and where
-    ("", INK, "all weights, rates of training: falls to 2%", "", ()),
-    ("--learning_rate=0.0003", FAINT, "all weights, AdamW 3e-4: falls to 77%", "", ()),
+    ("", INK, "all weights, rates of training: falls to {}", "", ()),
+    ("--learning_rate=0.0003", FAINT, "all weights, AdamW 3e-4: falls to {}", "", ()),
     ("--learning_rate=0.0001 --mem_learning_rate=0.005", VIOLET, "all weights, AdamW 1e-4", "", ()),
     ("--slots=0", GREEN, "all rows, SGD", "", ()),
     ("--slots=16384 --choose_by=reads", ORANGE, "slots chosen by reads", "16,384", (-30, 22)),
@@ -271,10 +271,12 @@ UPDATES = [  # options, color, words in the legend or ""; words at the curve's e
 def update_curves():
     """{options: [(recall of new facts, of old ones), ...]}, means over seeds."""
     runs = PARTS["new people"].runs()
+    lines = read_results()
+    same = {"machine": lines[0]["machine"]}
     seeds = {}
-    for result in read_results():
-        if result["command"] in runs:
-            _, _, words = result["command"].partition("--dataset=out/facts-new")
+    for command, result in select_results(lines, same).items():
+        if command in runs:
+            _, _, words = command.partition("--dataset=out/facts-new")
             options, _, _ = words.rpartition(" --seed=")
             seeds.setdefault(options.strip(), []).append(result["curve"])
     curves = {}
@@ -312,10 +314,11 @@ def draw_updates():
             labels.append(label(x + dx, y + dy, words, color))
     parts += [frame, tag("g", "".join(drawn), clip_path="url(#frame)"), *labels]
     y = 60
-    for _, color, words, _, _ in UPDATES:
+    for options, color, words, _, _ in UPDATES:
         if words:
+            _, old = curves[options][-1]  # for the curves that leave the chart
             parts.append(line([(500, y - 5), (522, y - 5)], color, 3))
-            parts.append(text(530, y, words, 14, anchor="start"))
+            parts.append(text(530, y, words.format(f"{old:.0%}"), 14, anchor="start"))
             y += 28
     save(ASSETS / "updates.svg", 822, 400, parts)
 
