@@ -136,8 +136,8 @@ HALF_EACH = dict(mem_keys=90, ngram_layers=(0, 1), ngram_rows=4096)  # over the 
 def docs(system, **given):
     """Real text: the docstrings of installed packages (bench/docs.py)."""
     options = {"dataset": "out/docs", "learning_rate": 6e-3, "max_iters": 600, **given}
-    if system != "dense":
-        options["mem_learning_rate"] = 2e-2
+    if system not in ("moe", "dense"):
+        options.setdefault("mem_learning_rate", 2e-2)
     return training(f"shakespeare-{system}", **options)
 
 
@@ -187,8 +187,9 @@ def update(kind, slots, **given):
     return update_with("edit/update.py", {**options, **given})
 
 
+THREE_LAYERS = dict(mem_layers=(1, 2, 3), n_ffn=480)  # over shakespeare-memory, at equal FLOPs
 BYTES = {  # tinyshakespeare: system and options over its preset
-    "Memory+, three layers": ("memory", dict(mem_layers=(1, 2, 3), n_ffn=480)),
+    "Memory+, three layers": ("memory", THREE_LAYERS),
     "Memory+, one layer": ("memory", {}),
     "Engram": ("engram", {}),
     "Engram, up to five bytes": ("engram", dict(ngram_order=5)),
@@ -291,6 +292,8 @@ PARTS = {
     }),
     "docs": Part("more", "real text: docstrings of Python packages", range(1, 6), {
         "Memory+": docs("memory"),
+        "Memory+, three layers": docs("memory", **THREE_LAYERS),
+        "mixture of experts": docs("moe"),
         "Engram": docs("engram"),
         "Engram, Adam on all rows": docs("engram", program="bench/all_rows.py"),
         "bigram hash": docs("engram", n_ffn=344, **BIGRAM),
@@ -298,6 +301,13 @@ PARTS = {
         "dense": docs("dense"),
         "dense, same time (640 steps)": docs("dense", max_iters=640),
     }, reads=True),
+    "docs rates": Part("more", "docstrings, learning rates", range(1, 2), {
+        **{f"mixture of experts, {rate:g}": docs("moe", learning_rate=rate)
+           for rate in (2e-3, 4e-3, 6e-3)},
+        "Memory+, three layers, 0.004": docs(
+            "memory", learning_rate=4e-3, mem_learning_rate=1e-2, **THREE_LAYERS),
+        "Memory+, three layers, 0.006": docs("memory", **THREE_LAYERS),
+    }, compared=False),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         **{f"{system}, {rate:g}": facts(system, learning_rate=rate)
            for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
