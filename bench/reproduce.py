@@ -242,6 +242,8 @@ def table(name, results):
 
 def training_row(part, training, lines, first):
     """lines: {seed: line} of this row. first: of the first row, empty for that row itself"""
+    if not lines and not training.people():
+        return {"validation loss, nats": "not measured"}
     if not lines:
         return {"recall, % (each seed)": "not measured"}
     row = {}
