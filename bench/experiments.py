@@ -90,6 +90,7 @@ class Part:
     compared: bool = True  # with the first row, in a column of differences
     bits: bool = False  # a column with the known facts in bits
     reads: bool = False  # columns on the values that are read
+    by_rate: bool = False  # a column for each rate of the network
 
     def runs(self):
         """{command: (experiment, seed)}, all rows of a seed together."""
@@ -188,21 +189,31 @@ def update(kind, slots, **given):
 
 
 THREE_LAYERS = dict(mem_layers=(1, 2, 3), n_ffn=480)  # over shakespeare-memory, at equal FLOPs
-BYTES = {  # tinyshakespeare: system and options over its preset
+ON_TEXT = {  # system, and options over its shakespeare preset
+    "Memory+": ("memory", {}),
     "Memory+, three layers": ("memory", THREE_LAYERS),
-    "Memory+, one layer": ("memory", {}),
     "Engram": ("engram", {}),
-    "Engram, up to five bytes": ("engram", dict(ngram_order=5)),
     "mixture of experts": ("moe", {}),
     "dense": ("dense", {}),
 }
+ON_BYTES = {**ON_TEXT, "Engram, up to five bytes": ("engram", dict(ngram_order=5))}
+TEXT_RATES = ((1e-3, 1.5e-3), (2e-3, 3e-3), (4e-3, 1e-2), (6e-3, 2e-2))  # network's, values'
 
 
-def text_of_bytes(name, rate, values_rate):
-    system, given = BYTES[name]
-    if system not in ("moe", "dense"):
-        given = {**given, "mem_learning_rate": values_rate}
-    return training(f"shakespeare-{system}", learning_rate=rate, **given)
+def shakespeare(system, **given):
+    return training(f"shakespeare-{system}", **given)
+
+
+def at_rates(kind, systems, rates):
+    """Rows of a part by rate. kind: shakespeare or docs"""
+    rows = {}
+    for name, (system, options) in systems.items():
+        for rate, values_rate in rates:
+            given = {"learning_rate": rate, **options}
+            if system not in ("moe", "dense"):
+                given["mem_learning_rate"] = values_rate
+            rows[f"{name}, {rate:g}"] = kind(system, **given)
+    return rows
 
 
 def one_by_one(**given):
@@ -211,7 +222,7 @@ def one_by_one(**given):
     return Experiment(row.command, {"dataset": "facts", **row.options})
 
 
-RATES = (4e-3, 2.5e-3, 6e-3)  # the first is the presets'
+RATES = (2.5e-3, 4e-3, 6e-3)  # the presets have 4e-3
 COMPARED = {"Memory+": "memory", "mixture of experts": "moe", "dense": "dense"}
 THREE_PKM = facts("memory", mem_gate=False, mem_qk_norm=False, n_ffn=288)
 HEADLINE = {
@@ -264,26 +275,23 @@ PARTS = {
         "Adam on all rows": facts("memory", program="bench/all_rows.py"),
     }),
     "text": Part("cpu", "tinyshakespeare", range(1, 6), {
-        "Memory+": training("shakespeare-memory"),
-        "dense": training("shakespeare-dense"),
-        "mixture of experts": training("shakespeare-moe"),
-    }),
-    "text rates": Part("more", "tinyshakespeare, three rates", range(1, 2), {
-        f"{name}, {rate:g}": text_of_bytes(name, rate, values_rate)
-        for name in BYTES
-        for rate, values_rate in ((2e-3, 3e-3), (4e-3, 1e-2), (6e-3, 2e-2))
-    }),
+        "Memory+": shakespeare("memory"),
+        "Memory+, three layers": shakespeare("memory", **THREE_LAYERS),
+        "Engram": shakespeare("engram"),
+        "Engram, up to five bytes": shakespeare(
+            "engram", learning_rate=4e-3, ngram_order=5, mem_learning_rate=1e-2),
+        "mixture of experts": shakespeare("moe"),
+        "dense": shakespeare("dense"),
+    }, reads=True),
+    "text rates": Part(
+        "more", "tinyshakespeare, learning rates", range(1, 2),
+        at_rates(shakespeare, ON_BYTES, TEXT_RATES), by_rate=True),
     "n-grams": Part("more", "rows addressed by content, or by tokens", range(1, 6), {
         "Memory+": facts("memory"),
         "Engram": facts("engram"),
         "bigram hash": facts("engram", n_ffn=184, **BIGRAM),
         "Memory+ and Engram": facts("memory", n_ffn=168, **HALF_EACH),
         "dense": facts("dense"),
-    }, reads=True),
-    "n-grams of bytes": Part("more", "tinyshakespeare", range(1, 6), {
-        "Memory+": training("shakespeare-memory"),
-        "Engram": training("shakespeare-engram"),
-        "dense": training("shakespeare-dense"),
     }, reads=True),
     "names apart": Part("more", "names whose words stand apart", range(1, 3), {
         "Memory+": apart("memory"),
@@ -301,20 +309,16 @@ PARTS = {
         "dense": docs("dense"),
         "dense, same time (640 steps)": docs("dense", max_iters=640),
     }, reads=True),
-    "docs rates": Part("more", "docstrings, learning rates", range(1, 2), {
-        **{f"mixture of experts, {rate:g}": docs("moe", learning_rate=rate)
-           for rate in (2e-3, 4e-3, 6e-3)},
-        "Memory+, three layers, 0.004": docs(
-            "memory", learning_rate=4e-3, mem_learning_rate=1e-2, **THREE_LAYERS),
-        "Memory+, three layers, 0.006": docs("memory", **THREE_LAYERS),
-    }, compared=False),
+    "docs rates": Part(
+        "more", "docstrings, learning rates", range(1, 2),
+        at_rates(docs, ON_TEXT, TEXT_RATES[1:]), by_rate=True),
     "rates": Part("more", "learning rates of the network", range(1, 3), {
         **{f"{system}, {rate:g}": facts(system, learning_rate=rate)
            for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
            for rate in RATES},
         **{f"ultramem with skip, {rate:g}": ultramem_skip(learning_rate=rate, **FALLING)
            for rate in RATES},
-    }, compared=False),
+    }, by_rate=True),
     "UltraMem": Part("more", "UltraMem's skip and values' rate", range(1, 2), {
         "no skip, in block 2, 5e-3": facts("ultramem"),
         "no skip, in block 2, 2e-2": facts("ultramem", mem_learning_rate=2e-2),
@@ -342,8 +346,8 @@ PARTS = {
     }, compared=False, bits=True),
     "capacity rates": Part("more", "4,000 people, dense, other learning rates", range(1, 2), {
         f"dense, {rate:g}": more_people("dense", 4000, learning_rate=rate)
-        for rate in (4e-3, 2.5e-3, 1.5e-3)
-    }, compared=False),
+        for rate in (1.5e-3, 2.5e-3, 4e-3)
+    }, by_rate=True),
     "new people": Part("more", "learning 100 people, and forgetting 2,000", range(1, 6), {
         "all weights, AdamW 4e-3, RowAdam 2e-2 (as in training)": finetune("new"),
         "all weights, AdamW 3e-4, RowAdam 2e-2": finetune("new", learning_rate=3e-4),

@@ -218,26 +218,53 @@ def table(name, results):
     """Format a part in Markdown, with means and standard errors over seeds. results: {command:
     line}"""
     part = PARTS[name]
-    rows = []
-    first = {}  # lines of the first row
+    lines = {}  # {label: {seed: line}}
     for label, experiment in part.rows.items():
         commands = {seed: experiment.command.format(seed=seed) for seed in part.seeds}
-        lines = {seed: results[c] for seed, c in commands.items() if c in results}
-        row = {"": label}
-        if experiment.is_one_by_one():
-            row.update(one_by_one_row(lines))
-        elif experiment.is_update():
-            row.update(update_row(lines))
-        else:
-            row.update(training_row(part, experiment, lines, first))
-        if not rows:
-            first = lines
-        rows.append(row)
+        lines[label] = {seed: results[c] for seed, c in commands.items() if c in results}
+    if part.by_rate:
+        rows = rows_by_rate(lines)
+    else:
+        rows = rows_by_label(part, lines)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [columns, ["---"] * len(columns)]
     for row in rows:
         cells.append([row.get(column, "") for column in columns])
     return "\n".join([f"{name}: {part.question}", "", *(f"| {' | '.join(c)} |" for c in cells)])
+
+
+def rows_by_label(part, lines):
+    first = next(iter(lines.values()))
+    rows = []
+    for label, experiment in part.rows.items():
+        if experiment.is_one_by_one():
+            row = one_by_one_row(lines[label])
+        elif experiment.is_update():
+            row = update_row(lines[label])
+        elif rows:
+            row = training_row(part, experiment, lines[label], first)
+        else:
+            row = training_row(part, experiment, lines[label], {})
+        rows.append({"": label, **row})
+    return rows
+
+
+def rows_by_rate(lines):
+    """A row for each system and a column for each rate, from labels "SYSTEM, RATE". A cell is the
+    recall in percent, the validation loss of a text, or empty: not measured."""
+    rows = {}
+    for label, of_seeds in lines.items():
+        system, number = label.rsplit(", ", 1)
+        rate = f"rate {number}"
+        row = rows.setdefault(system, {"": system})
+        row[rate] = ""
+        recalls = [100 * line["recall"] for line in of_seeds.values() if "recall" in line]
+        losses = [line["val_loss"] for line in of_seeds.values()]
+        if recalls:
+            row[rate] = with_seeds(recalls)
+        elif losses:
+            row[rate] = with_error(losses, ".3f")
+    return list(rows.values())
 
 
 def training_row(part, training, lines, first):

@@ -212,9 +212,27 @@ def test_differences_are_paired_by_seed():
         for seed, loss in seeds.items():
             command = PARTS["text"].rows[label].command.format(seed=seed)
             results[command] = dict(val_loss=loss, tokens_per_s=1)
-    first, dense, experts = reproduce.table("text", results).splitlines()[4:7]
+    rows = reproduce.table("text", results).splitlines()[4:]
+    first, *_, experts, dense = rows
     assert dense.startswith("| dense | 0.200 ± 0.100 | 4.133 ± ")
     assert first.startswith("| Memory+ |  | 1.500 ± ") and "not measured" in experts
+
+
+def test_a_table_by_rate_has_a_column_for_each_rate():
+    results = {}
+    for label, losses in {"dense, 0.004": [1.5], "Engram, 0.002": [1.25]}.items():
+        for seed, loss in enumerate(losses, 1):
+            command = PARTS["docs rates"].rows[label].command.format(seed=seed)
+            results[command] = dict(val_loss=loss)
+    for rate, recalls in {0.0025: [0.25], 0.004: [0.5, 0.75]}.items():
+        for seed, recall in enumerate(recalls, 1):
+            command = PARTS["rates"].rows[f"moe, {rate}"].command.format(seed=seed)
+            results[command] = dict(val_loss=1.0, recall=recall)
+    texts = reproduce.table("docs rates", results).splitlines()
+    assert texts[2] == "|  | rate 0.002 | rate 0.004 | rate 0.006 |"
+    assert "| dense |  | 1.500 |  |" in texts and "| Engram | 1.250 |  |  |" in texts
+    facts = reproduce.table("rates", results).splitlines()
+    assert "| moe | 25.0 (25) | 62.5 ± 12.5 (50, 75) |  |" in facts
 
 
 def test_what_is_forgotten_at_the_same_recall_is_read_between_evaluations():
