@@ -514,6 +514,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         mean_recall(lines_of("names apart", name, runs)) for name in names
     ]
     same_time = "dense, same time (640 steps)"
+    three = "Memory+, three layers"
     without_norms = lines_of("parts", "no qk-norm", runs)
     neither = lines_of("parts", "neither (product-key memory)", runs)
     gate_without_norms = reproduce.with_error(differences(neither, without_norms), ".1f")
@@ -559,6 +560,9 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"Memory+ beats dense by {nats_above('docs', 'dense', 'Memory+', runs)} nats",
         f"dense is {nats_above('docs', 'Memory+', same_time, runs)} better than Memory+, "
         f"and Engram {nats_above('docs', same_time, 'Engram', runs)} better than dense",
+        f"Three layers on one pool are {nats_above('docs', 'dense', three, runs)} nats below dense, "
+        f"and {nats_above('docs', 'Memory+', three, runs)} below one layer",
+        f"({nats_above('docs', 'dense', 'mixture of experts', runs)} nats below it)",
         f"lowers Engram's loss by {nats_above('docs', 'Engram', 'Engram, Adam on all rows', runs)} nats",
     ):
         assert sentence in text, sentence
