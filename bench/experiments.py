@@ -256,7 +256,6 @@ PARTS = {
         "two layers, each with half of the slots": facts(
             "memory", mem_layers=(1, 3), mem_shared=False, mem_keys=90, n_ffn=200),
         "three layers on one pool, in blocks 0, 1, 2": facts("memory", mem_layers=(0, 1, 2)),
-        "three layers on one pool, in blocks 0, 2, 3": facts("memory", mem_layers=(0, 2, 3)),
         "one layer, in block 1": facts("memory", mem_layers=(1,), n_ffn=184),
         "one layer, in block 3": facts("memory", mem_layers=(3,), n_ffn=184),
     }),
@@ -266,10 +265,8 @@ PARTS = {
         "no qk-norm": facts("memory", mem_qk_norm=False),
         "neither (product-key memory)": THREE_PKM,
         "1 head of 64 slots": facts("memory", mem_heads=1, mem_topk=64, mem_key_dim=128),
-        "2 heads of 32 slots": facts("memory", mem_heads=2, mem_topk=32, mem_key_dim=64),
         "8 heads of 8 slots": facts("memory", mem_heads=8, mem_topk=8, mem_key_dim=16),
         "values' rate 5e-3": facts("memory", mem_learning_rate=5e-3),
-        "values' rate 1e-2": facts("memory", mem_learning_rate=1e-2),
         "values' rate 4e-2": facts("memory", mem_learning_rate=4e-2),
         "values' rate on a cosine": facts("memory", mem_decay=1.0),
         "Adam on all rows": facts("memory", program="bench/all_rows.py"),
