@@ -283,7 +283,7 @@ def test_the_tables_are_those_of_the_results():
     parts += ["n-grams", "names apart", "docs", "text rates", "docs rates"]
     rows = [row for part in parts for row in reproduce.table(part, found).splitlines()[4:]]
     rows = Counter(row for row in rows if "not measured" not in row)
-    assert rows.total() == 5 + 9 + 5 + 10 + 6 + 6 + 3 + 9 + 10 + 14 + 6 + 3 + 5 + 3 + 9 + 6 + 5
+    assert rows.total() == 5 + 9 + 9 + 10 + 6 + 6 + 3 + 9 + 10 + 14 + 6 + 3 + 5 + 3 + 9 + 6 + 5
     assert not [row for row, count in rows.items() if BENCH.count(f"\n{row}\n") != count]
 
 
@@ -498,6 +498,13 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     for part in ("layers", "parts", "systems"):
         for label in PARTS[part].rows:
             lost[label] = reproduce.with_error(points_lost(part, label, runs), ".1f")
+    separate = lines_of("layers", "two layers, each with half of the slots", runs)
+    shared = lines_of("layers", "two layers on one pool", runs)
+    two_tables = reproduce.with_error(differences(shared, separate), ".1f")
+    in_blocks = {}
+    for block in (1, 3):
+        lines = lines_of("layers", f"one layer, in block {block}", runs)
+        in_blocks[block] = reproduce.with_error(differences(one_layer, lines), ".1f")
     steps = []
     numbers = ("256", "1,024", "4,096", "16,384")
     tables = [lines_of("slots", f"{number} slots", runs) for number in numbers]
@@ -541,7 +548,11 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"twice the FLOPs ({above_twice} points more)",
         f"36,864 slots recall {wider} points more than 16,384",
         f"One layer and two layers recall {lost['one layer']} and {lost['two layers on one pool']} points less",
-        f"a third of the slots each recall {lost['three layers, each with a third of the slots']} points less",
+        f"a third of the slots each, they recall {lost['three layers, each with a third of the slots']} points less",
+        f"half of the slots each recall {two_tables} points less",
+        f"One layer in block 1 recalls {in_blocks[1]} points less",
+        f"blocks 0, 1 and 2 recall {lost['three layers on one pool, in blocks 0, 1, 2']} less",
+        f"({in_blocks[3]} points less in block 3)",
         f"without qk-norm, Memory+ loses {lost['no qk-norm']} points",
         f"Memory+ loses {lost['no gate, no output matrix']} points, and its validation loss is "
         f"{nats_above('parts', 'Memory+', 'no gate, no output matrix', runs)} nats lower",
