@@ -403,7 +403,7 @@ def sentences():
         "by the last five bytes, beats Memory+ by "
         f"{nats_above('text', 'Memory+', 'Engram, up to five bytes', runs)}; by three tokens, on "
         f"docstrings, by {nats_above('docs', 'Memory+', 'Engram', runs)}. "
-        f"But it recalls {reproduce.with_error(ngrams, '.0f')}%",
+        f"Of facts, it recalls {reproduce.with_error(ngrams, '.0f')}%",
         f"In {seconds_of_update:.0f} s on a CPU, the update ({update[0]['bytes'] / 1e6:.1f} MB) teaches {new}% of 600 new facts",
         f"costs {old} points of old recall (five seeds",
         "100 new people by changing 65,536 slots",
