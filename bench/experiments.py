@@ -313,6 +313,9 @@ PARTS = {
         **{f"{system}, {rate:g}": facts(system, learning_rate=rate)
            for system in ("memory", "dense", "dense2x", "moe", "pkm", "peer", "ultramem", "engram")
            for rate in RATES},
+        **{f"{system}, {steps:,} steps, {rate:g}": facts(
+            system, max_iters=steps, learning_rate=rate)
+           for system, steps in (("dense", 5000), ("moe", 4300)) for rate in RATES[:2]},
         **{f"ultramem with skip, {rate:g}": ultramem_skip(learning_rate=rate, **FALLING)
            for rate in RATES},
     }, by_rate=True),
