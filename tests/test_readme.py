@@ -562,6 +562,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         for line in lines_of("UltraMem", label, runs):
             ultramem[label] = f"{line['recall']:.1%}"
     (many,) = lines_of("capacity", "dense, 4,000 people", runs)
+    (known,) = lines_of("capacity", "Memory+, 4,000 people", runs)
     (late,) = lines_of("capacity rates", "Memory+, 8,000 people, 0.004", runs)
     curve = {step: recall for step, recall, *_ in late["curve"]}
     text = joined(BENCH)
@@ -573,6 +574,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
         f"product-key memory is {lost['product-key memory, three layers']} points below Memory+",
         f"dense is {behind} points behind",
         f"With 4,000 people, dense recalls {many['recall']:.0%}",
+        f"people, it stays {100 * (known['recall'] - many['recall']):.0f} points behind",
         f"it recalls {curve[24000]:.0%} after 24,000 of 36,000 steps, "
         f"and {late['recall']:.0%} at the end",
         f"5,000 of dense recall {recalls_of(lines_of('headline', 'dense, same time (5,000 steps)', runs))}%",
