@@ -347,7 +347,9 @@ PARTS = {
         f"{name}, {count:,} people": more_people(system, count)
         for count in (2000, 4000, 8000) for name, system in COMPARED.items()
     }, compared=False, bits=True),
-    "capacity rates": Part("more", "more people, learning rates", range(1, 2), {
+    "capacity rates": Part("more", "more people, learning rates", range(1, 3), {
+        **{f"mixture of experts, 4,000 people, {rate:g}": more_people(
+            "moe", 4000, learning_rate=rate) for rate in (2.5e-3, 4e-3)},
         **{f"dense, 4,000 people, {rate:g}": more_people("dense", 4000, learning_rate=rate)
            for rate in (1.5e-3, 2.5e-3, 4e-3)},
         **{f"Memory+, 8,000 people, {rate:g}": more_people("memory", 8000, learning_rate=rate)
