@@ -154,7 +154,7 @@ def more_people(system, count, **given):
     options = {"max_iters": 9 * count // 2, "eval_interval": 3 * count // 4}
     if count != 2000:
         options = {"dataset": f"out/facts{count}", **options}
-    if count == 8000 or (system, count) == ("dense", 4000):
+    if count == 8000 or (count == 4000 and system != "memory"):
         options["learning_rate"] = 2.5e-3
     return facts(system, **{**options, **given})
 
@@ -348,10 +348,10 @@ PARTS = {
         for count in (2000, 4000, 8000) for name, system in COMPARED.items()
     }, compared=False, bits=True),
     "capacity rates": Part("more", "more people, learning rates", range(1, 3), {
-        **{f"mixture of experts, 4,000 people, {rate:g}": more_people(
-            "moe", 4000, learning_rate=rate) for rate in (2.5e-3, 4e-3)},
         **{f"dense, 4,000 people, {rate:g}": more_people("dense", 4000, learning_rate=rate)
            for rate in (1.5e-3, 2.5e-3, 4e-3)},
+        **{f"mixture of experts, 4,000 people, {rate:g}": more_people(
+            "moe", 4000, learning_rate=rate) for rate in (2.5e-3, 4e-3)},
         **{f"Memory+, 8,000 people, {rate:g}": more_people("memory", 8000, learning_rate=rate)
            for rate in (2.5e-3, 4e-3)},
     }, by_rate=True),
