@@ -570,6 +570,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
     many = people["dense, 4,000 people"]
     known = people["Memory+, 4,000 people"]
     assert f"{people['mixture of experts, 4,000 people']:.0f}" == f"{known:.0f}"
+    assert 8000 * people["dense, 8,000 people"] < 4000 * many  # "fewer facts than of 4,000 people"
     (late,) = lines_of("capacity rates", "Memory+, 8,000 people, 0.004", runs)
     curve = {step: recall for step, recall, *_ in late["curve"]}
     text = joined(BENCH)
