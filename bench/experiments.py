@@ -354,6 +354,8 @@ PARTS = {
             "moe", 4000, learning_rate=rate) for rate in (2.5e-3, 4e-3)},
         **{f"dense, 8,000 people, {rate:g}": more_people("dense", 8000, learning_rate=rate)
            for rate in (1.5e-3, 2.5e-3)},
+        **{f"mixture of experts, 8,000 people, {rate:g}": more_people(
+            "moe", 8000, learning_rate=rate) for rate in (1.5e-3, 2.5e-3)},
         **{f"Memory+, 8,000 people, {rate:g}": more_people("memory", 8000, learning_rate=rate)
            for rate in (2.5e-3, 4e-3)},
     }, by_rate=True),
