@@ -564,9 +564,7 @@ def test_sentences_of_bench_readme_are_those_of_the_results():
             ultramem[label] = f"{line['recall']:.1%}"
     people = {}
     for label in PARTS["capacity"].rows:
-        lines = lines_of("capacity", label, runs)
-        if lines:
-            people[label] = mean_recall(lines)
+        people[label] = mean_recall(lines_of("capacity", label, runs))
     many = people["dense, 4,000 people"]
     known = people["Memory+, 4,000 people"]
     assert f"{people['mixture of experts, 4,000 people']:.0f}" == f"{known:.0f}"
