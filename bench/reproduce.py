@@ -3,7 +3,7 @@
     python bench/reproduce.py --list               the parts, their questions and times
     python bench/reproduce.py --only=headline      one part
     python bench/reproduce.py                      the parts of the tier cpu: 10 hours
-    python bench/reproduce.py --tier=more          the others: 18 hours
+    python bench/reproduce.py --tier=more          the others: a day
     python bench/reproduce.py --tier=gpu           a larger one on one GPU
 
 bench/experiments.py defines the parts. Each finished run adds a line to bench/results.jsonl. A run
