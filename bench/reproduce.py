@@ -449,7 +449,8 @@ def main(argv):
     if seeds:
         make_updates()
     run_all(make_base, [(seed, args.gpu) for seed in sorted(seeds)], args.gpu, "base model")
-    identity = {**machine, "nanomem": commit()}
+    cpu = torch.backends.cpu.get_cpu_capability()  # CPUs of one name can round differently
+    identity = {**machine, "cpu": cpu, "nanomem": commit()}
     run_all(run, [(*job, identity, args.gpu) for job in jobs.values()], args.gpu, "run")
     results = select_results(read_lines(), same)
     print(f"{', '.join(same.values()) or 'any machine'}; mean ± standard error over seeds")
